@@ -1,0 +1,57 @@
+# make demo | test | lint | bench: everything is set up in .venv first. PYTHON=... chooses the interpreter to start from.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
+
+.PHONY: demo test lint format bench build clean
+.DELETE_ON_ERROR:
+
+demo: build
+	$(RUN) -m pcp_mla demo
+
+test: build
+	$(RUN) -m pytest
+
+bench: build
+	$(RUN) -m bench
+
+build: $(VENV)/built
+
+# A torch with CUDA that the starting interpreter has is kept, and so is everything beside it; else the pinned CPU versions are installed.
+# The .pth file shows the packages of that interpreter to the new environment, also where it lives in a virtual environment itself.
+$(VENV)/ready: requirements-test.txt constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	if $(PYTHON) -c 'import torch, sys; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \
+	    $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	        > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth" && \
+	    $(RUN) -m pip install -q -r requirements-test.txt; \
+	else \
+	    $(RUN) -m pip install -q torch -c constraints.txt && \
+	    $(RUN) -m pip install -q -r requirements-test.txt -c constraints.txt; \
+	fi
+	touch $@
+
+$(VENV)/built: $(VENV)/ready $(SOURCES) pyproject.toml
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/lint: requirements-lint.txt $(VENV)/ready
+	$(RUN) -m pip install -q -r requirements-lint.txt
+	touch $@
+
+CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+lint: $(VENV)/lint
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(RUN) -m mypy
+
+format: $(VENV)/lint
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build python/pcp_mla/*.so python/*.egg-info

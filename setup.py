@@ -1,0 +1,114 @@
+"""Builds the native libraries with CMake and ninja. Everything else is in pyproject.toml.
+
+Environment:
+    PCP_MLA_NATIVE=0        install pure Python: no compiler needed, ops run through Triton or torch
+    PCP_MLA_CUDA=auto|1|0   build the CUDA library if nvcc is found (auto, the default), always, or never
+    MAX_JOBS=N              compile jobs at a time
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+MIN_TORCH = (2, 10)
+
+
+def target_torch() -> tuple[str, str]:
+    """Include and library folder of the torch that the package will run with.
+
+    An isolated build has an interpreter of its own packages, on PYTHONPATH, and no torch; the torch that counts is the one that the
+    same interpreter sees without PYTHONPATH.
+    """
+    query = (
+        "import json, torch; from pathlib import Path; root = Path(torch.__file__).parent; "
+        "print(json.dumps([torch.__version__, str(root / 'include'), str(root / 'lib')]))"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    found = subprocess.run([sys.executable, "-c", query], env=env, capture_output=True, text=True, cwd="/")
+    if found.returncode != 0:
+        reason = (found.stderr.strip().splitlines() or ["no output"])[-1]
+        raise SystemExit(
+            f"pcp-mla: no torch in {sys.executable} ({reason}). Install torch 2.10 or newer first, then build again; "
+            "PCP_MLA_NATIVE=0 installs without native libraries."
+        )
+    version, include, lib = json.loads(found.stdout.strip().splitlines()[-1])
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
+        raise SystemExit(f"pcp-mla: torch must be 2.10 or newer, got {version} in {sys.executable}")
+    return include, lib
+
+
+def find_nvcc() -> str | None:
+    """nvcc as CMake would find it: CUDACXX, the PATH, CUDA_HOME."""
+    for candidate in (
+        os.environ.get("CUDACXX"),
+        "nvcc",
+        os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"),
+    ):
+        if candidate and (path := shutil.which(candidate)):
+            return path
+    return None
+
+
+def wants_cuda() -> str | None:
+    """The nvcc to use, or None for a build without CUDA. Never asks whether a GPU is here: build machines have none."""
+    choice = os.environ.get("PCP_MLA_CUDA", "auto")
+    if choice not in ("auto", "1", "0"):
+        raise SystemExit(f"pcp-mla: PCP_MLA_CUDA must be auto, 1 or 0, got {choice!r}")
+    nvcc = find_nvcc() if choice != "0" else None
+    if choice == "1" and nvcc is None:
+        raise SystemExit("pcp-mla: PCP_MLA_CUDA=1 needs nvcc, and none is in CUDACXX, on PATH or in CUDA_HOME")
+    if choice == "auto" and nvcc is None:
+        print("pcp-mla: no nvcc found, building without the CUDA library (PCP_MLA_CUDA=1 would insist on it)")
+    return nvcc
+
+
+class CMakeBuild(build_ext):
+    """Both libraries in one CMake run. They load through torch.ops.load_library and carry no Python ABI."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def run(self) -> None:
+        include, lib = target_torch()
+        nvcc = wants_cuda()
+        package = HERE / "python" / "pcp_mla" if self.inplace else Path(self.build_lib).resolve() / "pcp_mla"
+        package.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-G",
+            "Ninja",
+            "-S",
+            str(HERE),
+            "-B",
+            str(build),
+            f"-DPCP_MLA_TORCH_INCLUDE={include}",
+            f"-DPCP_MLA_TORCH_LIB={lib}",
+            f"-DPCP_MLA_OUTPUT={package}",
+            f"-DPCP_MLA_BUILD_CUDA={'ON' if nvcc else 'OFF'}",
+        ]
+        if nvcc:
+            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        for command in (configure, ["cmake", "--build", str(build), *jobs]):
+            if subprocess.run(command, check=False).returncode != 0:
+                raise SystemExit(f"pcp-mla: native build failed in: {' '.join(command)}")
+
+
+if os.environ.get("PCP_MLA_NATIVE", "1") == "0":
+    native: dict = {}
+else:
+    native = {"ext_modules": [Extension("pcp_mla._native", sources=[])], "cmdclass": {"build_ext": CMakeBuild}}
+
+setup(**native)

@@ -1,0 +1,147 @@
+"""Installing: what setup.py refuses, what a wheel holds, and that a pure Python installation works."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA_LIBRARY = ROOT / "python" / "pcp_mla" / "_native_cuda.so"
+
+PURE_PYTHON = """
+import torch, pcp_mla
+from pcp_mla import native
+assert native.status["_native"].startswith("not built"), native.status
+meta = pcp_mla.PCPMetadata.build([9, 4], world_size=2, rank=0)
+q, kv = torch.randn(meta.num_tokens, 2, 8), torch.randn(meta.num_kv_tokens, 2, 8)
+rows = pcp_mla.pcp_fused_gather(q, kv, kv, meta)
+assert torch.equal(rows.k_tail, kv[meta.kv_tail_indices])
+assert torch.equal(pcp_mla.pcp_fused_restore(rows.q_head, rows.q_tail, None, None, meta)[0], q)
+torch.library.opcheck(torch.ops.pcp_mla.fused_restore.default, (rows.q_head, rows.q_tail, None, None, meta.row_table))
+try:
+    pcp_mla.pcp_fused_gather(q, kv, kv, meta, backend="cpu")
+except RuntimeError as error:
+    assert "backend 'cpu' is not available: not built" in str(error)
+else:
+    raise AssertionError("a backend that is not built answered")
+"""
+
+NATIVE = """
+import pcp_mla
+from pcp_mla import native
+assert native.status["_native"] == "", native.status
+assert native.status["_native_cuda"] != ""
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what a build reads, without anything that was built in place."""
+    copy = tmp_path / "source"
+    for name in ("csrc", "python"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture
+def bare_python(tmp_path):
+    """An interpreter without torch, as the target of an isolated build: the build's own packages come by PYTHONPATH."""
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    return tmp_path / "bare" / "bin" / "python"
+
+
+def build(source, python, **env):
+    full = {k: v for k, v in os.environ.items() if not k.startswith("PCP_MLA")} | env
+    full["PYTHONPATH"] = sysconfig.get_path("purelib")
+    return subprocess.run([python, "setup.py", "-q", "build_ext"], cwd=source, env=full, capture_output=True, text=True)
+
+
+def pretend_torch(python, version):
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
+    package = Path(site) / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+
+
+def test_no_torch(source, bare_python):
+    done = build(source, bare_python)
+    assert done.returncode != 0
+    assert "pcp-mla: no torch in" in done.stderr
+    assert "Install torch 2.10 or newer first" in done.stderr
+
+
+def test_torch_too_old(source, bare_python):
+    pretend_torch(bare_python, "2.9.1+cpu")
+    done = build(source, bare_python)
+    assert done.returncode != 0
+    assert "torch must be 2.10 or newer, got 2.9.1+cpu" in done.stderr
+
+
+def test_cuda_without_nvcc(source, bare_python):
+    pretend_torch(bare_python, "2.10.0")
+    done = build(source, bare_python, PCP_MLA_CUDA="1", PATH="/nonexistent", CUDA_HOME="/nonexistent", CUDACXX="")
+    assert done.returncode != 0
+    assert "PCP_MLA_CUDA=1 needs nvcc" in done.stderr
+
+
+def test_unknown_cuda_choice(source, bare_python):
+    pretend_torch(bare_python, "2.10.0")
+    done = build(source, bare_python, PCP_MLA_CUDA="yes")
+    assert done.returncode != 0
+    assert "PCP_MLA_CUDA must be auto, 1 or 0, got 'yes'" in done.stderr
+
+
+def wheel(source, tmp_path, **env):
+    full = {**os.environ, **env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "wheels", source]
+    done = subprocess.run(command, env=full, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "wheels").glob("*.whl")
+    return path
+
+
+def run_from_wheel(path, tmp_path, script):
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "installed")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    check = "import pcp_mla, sys; assert 'installed' in pcp_mla.__file__, pcp_mla.__file__\n"
+    done = subprocess.run([sys.executable, "-c", check + script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pure_python_wheel(source, tmp_path):
+    path = wheel(source, tmp_path, PCP_MLA_NATIVE="0")
+    assert path.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(path).namelist()
+    assert "pcp_mla/data/declaration.txt" in names
+    assert not [name for name in names if name.endswith(".so")]
+    run_from_wheel(path, tmp_path, PURE_PYTHON)
+
+
+def test_native_wheel(source, tmp_path):
+    path = wheel(source, tmp_path, PCP_MLA_CUDA="0")
+    assert [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")] == ["pcp_mla/_native.so"]
+    run_from_wheel(path, tmp_path, NATIVE)
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without nvcc")
+def test_cuda_library_holds_both_architectures_and_ptx():
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def listed(what):
+        return subprocess.run([tool, what, CUDA_LIBRARY], capture_output=True, text=True, check=True).stdout
+
+    for stem in (path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")):
+        assert f"{stem}.sm_80.cubin" in listed("--list-elf")
+        assert f"{stem}.sm_90.cubin" in listed("--list-elf")
+        assert f"{stem}.sm_90.ptx" in listed("--list-ptx")
