@@ -1,0 +1,84 @@
+// Tensors as kernels see them, the checks that keep a kernel inside its memory, and allocation. The Python layer has checked shapes
+// and types with typed errors before; what is repeated here protects direct callers of torch.ops.pcp_mla.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+
+#include "row_table.h"
+
+namespace pcp_mla {
+
+using torch::stable::Tensor;
+
+template <typename... Args>
+void check(bool ok, const Args&... message) {
+  if (ok) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::runtime_error(text.str());
+}
+
+struct Kind {
+  int32_t dtype, device_type, device_index;
+  bool same_device(const Kind& other) const { return device_type == other.device_type && device_index == other.device_index; }
+};
+
+inline Kind kind_of(const Tensor& t) {
+  Kind k{};
+  aoti_torch_get_dtype(t.get(), &k.dtype);
+  aoti_torch_get_device_type(t.get(), &k.device_type);
+  aoti_torch_get_device_index(t.get(), &k.device_index);
+  return k;
+}
+
+struct Ragged {  // [tokens, heads, dim] with a contiguous last dimension
+  char* data;
+  int64_t tokens, heads, dim;
+  int64_t width;                      // bytes of one head
+  int64_t token_stride, head_stride;  // bytes
+  Kind kind;
+};
+
+inline Ragged ragged(const char* op, const char* name, const Tensor& t) {
+  check(t.dim() == 3, op, ": ", name, " must have 3 dimensions [tokens, heads, dim], got ", t.dim());
+  const int64_t item = t.element_size();
+  const auto sizes = t.sizes(), strides = t.strides();
+  check(strides[2] == 1 || sizes[2] <= 1, op, ": ", name, " must have a contiguous last dimension, got stride ", strides[2]);
+  return {static_cast<char*>(t.data_ptr()),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[2] * item,
+          strides[0] * item,
+          strides[1] * item,
+          kind_of(t)};
+}
+
+inline RowTable row_table_of(const char* op, const Tensor& t, const Kind& beside) {
+  const Kind k = kind_of(t);
+  check(k.same_device(beside), op, ": row_table must be on the device of the other tensors");
+  check(k.dtype == aoti_torch_dtype_int32() && t.dim() == 2 && t.size(0) == 5 && t.size(1) >= 1 && t.is_contiguous(), op,
+        ": row_table must be a contiguous int32 tensor [5, requests + 1]");
+  return {static_cast<const int32_t*>(t.data_ptr()), static_cast<int32_t>(t.size(1) - 1)};
+}
+
+// torch::stable::empty goes through the dispatcher and its boxed arguments; this one call is several times as fast.
+template <int N>
+Tensor empty(const int64_t (&sizes)[N], const Kind& kind) {
+  int64_t strides[N];
+  int64_t stride = 1;
+  for (int i = N - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(N, sizes, strides, kind.dtype, kind.device_type, kind.device_index, &handle) != 0) {
+    throw std::runtime_error("pcp_mla: allocation failed");
+  }
+  return Tensor(handle);
+}
+
+}  // namespace pcp_mla

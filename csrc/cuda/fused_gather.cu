@@ -1,0 +1,110 @@
+// pcp_fused_gather: one launch copies q, k and v to the heads and the tails.
+//
+// A block takes a tile of rows of one tensor in source order, looks up where each goes and moves it. A row of k or v that the head
+// and the tail of a request both attend to is read once and written twice, so that device memory moves the least bytes possible.
+#include "../fused_gather.h"
+
+#include "vec.cuh"
+
+namespace pcp_mla::cuda {
+namespace {
+
+struct Side {
+  Rows in;
+  char *head, *tail;
+  int64_t row_bytes;
+  int32_t rows, tile;
+};
+
+struct Params {
+  RowTable table;
+  Side q, k, v;
+  unsigned q_blocks, qk_blocks;
+  // What a wrong table must not write past.
+  int32_t q_rows[2], kv_rows[2];
+};
+
+template <typename Vec>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_gather_kernel(const __grid_constant__ Params p) {
+  __shared__ int64_t to_head[kMaxTileRows], to_tail[kMaxTileRows];
+  const bool is_q = blockIdx.x < p.q_blocks;
+  const bool is_k = !is_q && blockIdx.x < p.qk_blocks;
+  const Side& side = is_q ? p.q : is_k ? p.k : p.v;
+  const unsigned block = blockIdx.x - (is_q ? 0 : is_k ? p.q_blocks : p.qk_blocks);
+  const int32_t first = block * side.tile;
+  const int32_t rows = min(side.tile, side.rows - first);
+
+  bool wanted = false;
+  if (threadIdx.x < rows) {
+    const Place place = is_q ? p.table.place_query(first + threadIdx.x) : p.table.place_key(first + threadIdx.x);
+    const int32_t* limits = is_q ? p.q_rows : p.kv_rows;
+    to_head[threadIdx.x] = place.head < limits[0] ? place.head * side.row_bytes : -1;
+    to_tail[threadIdx.x] = place.tail < limits[1] ? place.tail * side.row_bytes : -1;
+    wanted = place.head >= 0 || place.tail >= 0;
+  }
+  if (!__syncthreads_or(wanted)) return;
+
+  const char* source = side.in.data + first * side.in.row_stride;
+  const uint32_t total = rows * side.in.vecs;
+  for (uint32_t base = threadIdx.x; base < total; base += kThreads * kUnroll) {
+    Vec value[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t e = base + u * kThreads;
+      if (e >= total) break;
+      const uint32_t row = side.in.per_row.divide(e);
+      if (to_head[row] < 0 && to_tail[row] < 0) continue;
+      const uint32_t c = e - row * side.in.vecs;
+      value[u] = __ldg(reinterpret_cast<const Vec*>(source + row * side.in.row_stride + side.in.template offset<Vec>(c)));
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t e = base + u * kThreads;
+      if (e >= total) break;
+      const uint32_t row = side.in.per_row.divide(e);
+      const int64_t within = int64_t{e - row * side.in.vecs} * sizeof(Vec);
+      if (to_head[row] >= 0) *reinterpret_cast<Vec*>(side.head + to_head[row] + within) = value[u];
+      if (to_tail[row] >= 0) *reinterpret_cast<Vec*>(side.tail + to_tail[row] + within) = value[u];
+    }
+  }
+}
+
+Side side_of(const GatherSide& from, int64_t rows, int vec_bytes) {
+  const int64_t row_bytes = from.in.heads * from.in.width;
+  return {Rows(from.in, vec_bytes),
+          static_cast<char*>(from.head.data_ptr()),
+          static_cast<char*>(from.tail.data_ptr()),
+          row_bytes,
+          static_cast<int32_t>(rows),
+          tile_rows(row_bytes, rows)};
+}
+
+SixTensors fused_gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_table, int64_t num_head_tokens,
+                        int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv) {
+  const FusedGather g(q, k, v, row_table, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv);
+  if (g.rows.requests == 0) return g.outputs();
+  const int bytes = access_bytes({&g.q.in, &g.k.in, &g.v.in});
+  Params p{};
+  p.table = g.rows;
+  p.q = side_of(g.q, g.num_tokens, bytes);
+  p.k = side_of(g.k, g.k.in.tokens, bytes);
+  p.v = side_of(g.v, g.v.in.tokens, bytes);
+  p.q_blocks = blocks(p.q.rows, p.q.tile);
+  p.qk_blocks = p.q_blocks + blocks(p.k.rows, p.k.tile);
+  p.q_rows[0] = static_cast<int32_t>(num_head_tokens);
+  p.q_rows[1] = static_cast<int32_t>(num_tail_tokens);
+  p.kv_rows[0] = static_cast<int32_t>(num_head_kv);
+  p.kv_rows[1] = static_cast<int32_t>(num_tail_kv);
+  const unsigned grid = p.qk_blocks + blocks(p.v.rows, p.v.tile);
+  if (grid == 0) return g.outputs();
+  const DeviceGuard guard(g.q.in.kind);
+  const cudaStream_t stream = current_stream(g.q.in.kind);
+  with_access(bytes, [&](auto vec) { fused_gather_kernel<decltype(vec)><<<grid, kThreads, 0, stream>>>(p); });
+  check_cuda(cudaGetLastError());
+  return g.outputs();
+}
+
+}  // namespace
+}  // namespace pcp_mla::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) { m.impl("fused_gather", TORCH_BOX(&pcp_mla::cuda::fused_gather)); }

@@ -1,0 +1,11 @@
+// Schemas of all ops. Kernels register themselves from cpu/ and cuda/; fake kernels are in python/pcp_mla/ops.py, which also
+// defines these schemas where this library is not built. tests/test_schemas.py compares the two.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pcp_mla, m) {
+  m.def(
+      "fused_gather(Tensor q, Tensor k, Tensor v, Tensor row_table, SymInt num_head_tokens, SymInt num_tail_tokens, "
+      "SymInt num_head_kv, SymInt num_tail_kv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "fused_restore(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,89 @@
+"""Which implementation of an op runs: registration with torch's dispatcher, and a choice by name."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import native, reference
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+# The schemas of csrc/ops.cpp, for an installation without native libraries.
+SCHEMAS = {
+    "fused_gather": (
+        "(Tensor q, Tensor k, Tensor v, Tensor row_table, SymInt num_head_tokens, SymInt num_tail_tokens, "
+        "SymInt num_head_kv, SymInt num_tail_kv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "fused_restore": (
+        "(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table) -> (Tensor, Tensor)"
+    ),
+}
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_library = torch.library.Library("pcp_mla", "FRAGMENT")
+
+
+def _triton(op: str) -> Callable[..., Any]:
+    """The Triton implementation, imported when it is first called: importing Triton takes longer than all the rest."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"pcp_mla.triton.{op}"), op)(*args)
+
+    return call
+
+
+def availability(op: str) -> dict[str, str]:
+    """Every backend of ``op`` with the reason why it cannot be used here; the empty string where it can."""
+    gpu = "" if torch.cuda.is_available() else "no CUDA GPU is visible to torch"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return {
+        "cuda": native.status["_native_cuda"] or gpu,
+        "triton": ""
+        if _HAS_TRITON and (interpreted or not gpu)
+        else gpu
+        if _HAS_TRITON
+        else "triton is not installed: pip install triton",
+        "cpu": native.status["_native"],
+        "reference": "",
+    }
+
+
+def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``op`` where the native library has not, fill in kernels that are not built, and return the op to call."""
+    if native.status["_native"]:
+        _library.define(op + SCHEMAS[op])
+        _library.impl(op, getattr(reference, op), "CPU")
+    if native.status["_native_cuda"]:
+        _library.impl(op, _triton(op) if _HAS_TRITON else getattr(reference, op), "CUDA")
+    torch.library.register_fake(f"pcp_mla::{op}", fake, lib=_library)
+    return getattr(torch.ops.pcp_mla, op).default
+
+
+@functools.cache
+def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
+    """The implementation of ``op`` that ``backend`` names, for tensors on such a device.
+
+    Raises:
+        ValueError: no such backend, or it does not run on this kind of device.
+        RuntimeError: it is not available here; the message says why and what is.
+    """
+    if backend == "reference":
+        return getattr(reference, op)
+    if backend not in BACKENDS:
+        raise ValueError(f"pcp_{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    reasons = availability(op)
+    if reasons[backend]:
+        usable = ", ".join(name for name, reason in reasons.items() if not reason)
+        raise RuntimeError(f"pcp_{op}: backend {backend!r} is not available: {reasons[backend]}; available here: {usable}")
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device_type != wanted and not interpreted:
+        raise ValueError(f"pcp_{op}: backend {backend!r} needs tensors on a {wanted} device, got {device_type}")
+    return _triton(op) if backend == "triton" else getattr(torch.ops.pcp_mla, op).default

@@ -1,0 +1,30 @@
+"""Loads the native libraries beside this file, and says why one did not load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("_native", "_native_cuda")
+
+
+def _load(name: str, prerequisite: str) -> str:
+    if prerequisite:
+        return prerequisite
+    path = Path(__file__).with_name(f"{name}.so")
+    if not path.exists():
+        return f"not built ({path.name} is not in {path.parent})"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"did not load: {error}"
+    return ""
+
+
+# Library name to the reason why it is missing; the empty string where it is loaded.
+status = {"_native": _load("_native", "")}
+status["_native_cuda"] = _load(
+    "_native_cuda",
+    "needs _native, which is missing" if status["_native"] else "" if torch.version.cuda else "this torch is a build without CUDA",
+)

@@ -1,0 +1,58 @@
+"""Every op's definition in plain torch: the specification that kernels are tested against, and the fallback where none is built.
+
+Works in any dtype on any device. Nothing here is fast; on a GPU it synchronises with the host.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """[start, ..., start+length-1] for every pair, one after another."""
+    before = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()), device=starts.device)
+
+
+def _local_rows(row_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Local rows of all heads and of all tails: a request's head lies in front of its tail."""
+    q_head, q_tail = row_table[0].long(), row_table[1].long()
+    heads = _ranges(q_head[:-1] + q_tail[:-1], q_head.diff())
+    tails = _ranges(q_head[1:] + q_tail[:-1], q_tail.diff())
+    return heads, tails
+
+
+def fused_gather(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row_table: torch.Tensor,
+    num_head_tokens: int,
+    num_tail_tokens: int,
+    num_head_kv: int,
+    num_tail_kv: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q of heads and tails, and for each of them the keys that it attends to: the first rows of its request."""
+    heads, tails = _local_rows(row_table)
+    k_head, k_tail, keys = row_table[2].long(), row_table[3].long(), row_table[4].long()
+    head_keys = _ranges(keys[:-1], k_head.diff())
+    tail_keys = _ranges(keys[:-1], k_tail.diff())
+    return q[heads], k[head_keys], v[head_keys], q[tails], k[tail_keys], v[tail_keys]
+
+
+def fused_restore(
+    out_head: torch.Tensor,
+    out_tail: torch.Tensor,
+    lse_head: torch.Tensor | None,
+    lse_tail: torch.Tensor | None,
+    row_table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs, and LSEs if given (else an empty tensor), back in local order."""
+    heads, tails = _local_rows(row_table)
+    out = out_head.new_empty(len(heads) + len(tails), *out_head.shape[1:])
+    out[heads], out[tails] = out_head, out_tail
+    if lse_head is None or lse_tail is None:
+        return out, out_head.new_empty(0, dtype=torch.float32)
+    lse = lse_head.new_empty(len(out), lse_head.shape[1])
+    lse[heads], lse[tails] = lse_head, lse_tail
+    return out, lse

@@ -1,0 +1,86 @@
+"""pcp_fused_restore in Triton: one launch, every local row and its LSE fetched from the heads or from the tails."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .rows import ROWS, copy_shape, copy_view, place_query
+
+
+@triton.jit(do_not_specialize=["requests", "steps", "rows"])
+def fused_restore_kernel(
+    out_head, out_tail, lse_head, lse_tail, out, lse, table, requests, steps, rows,
+    head_stride_t, head_stride_h, tail_stride_t, tail_stride_h, heads, dim,
+    lse_head_stride_t, lse_head_stride_h, lse_tail_stride_t, lse_tail_stride_h, lse_heads,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LSE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    blocks = tl.cdiv(dim, BLOCK)
+    unit = program % (heads * blocks)
+    row = (program // (heads * blocks)) * ROWS + tl.arange(0, ROWS)
+    head, tail = place_query(table, requests, steps, row)
+    in_head = ((row < rows) & (head >= 0))[:, None]
+    in_tail = ((row < rows) & (tail >= 0))[:, None]
+    head = head.to(tl.int64)[:, None]
+    tail = tail.to(tl.int64)[:, None]
+    to = row.to(tl.int64)[:, None]
+
+    h = (unit // blocks).to(tl.int64)
+    d = ((unit % blocks) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    in_width = d < dim
+    from_head = tl.load(out_head + head * head_stride_t + h * head_stride_h + d, mask=in_head & in_width)
+    from_tail = tl.load(out_tail + tail * tail_stride_t + h * tail_stride_h + d, mask=in_tail & in_width)
+    tl.store(out + to * heads * dim + h * dim + d, tl.where(in_head, from_head, from_tail), mask=(in_head | in_tail) & in_width)
+
+    if BLOCK_LSE > 0:  # noqa: SIM102 - one condition is of compile time, the other is not
+        if unit == 0:
+            n = tl.arange(0, BLOCK_LSE)[None, :]
+            is_head = n < lse_heads
+            a = tl.load(lse_head + head * lse_head_stride_t + n * lse_head_stride_h, mask=in_head & is_head)
+            b = tl.load(lse_tail + tail * lse_tail_stride_t + n * lse_tail_stride_h, mask=in_tail & is_head)
+            tl.store(lse + to * lse_heads + n, tl.where(in_head, a, b), mask=(in_head | in_tail) & is_head)
+
+
+def fused_restore(
+    out_head: torch.Tensor,
+    out_tail: torch.Tensor,
+    lse_head: torch.Tensor | None,
+    lse_tail: torch.Tensor | None,
+    row_table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results as :func:`pcp_mla.reference.fused_restore`."""
+    rows = out_head.shape[0] + out_tail.shape[0]
+    lse_heads = out_head.shape[1]
+    out = out_head.new_empty(rows, *out_head.shape[1:])
+    lse = out_head.new_empty((0,) if lse_head is None else (rows, lse_heads), dtype=torch.float32)
+    heads, dim, block = copy_shape(out_head, out_tail)
+    requests = row_table.shape[1] - 1
+    if requests > 0 and rows > 0:
+        # Without LSEs the kernel still wants pointers; it reads none of them.
+        lse_pair = (lse, lse) if lse_head is None or lse_tail is None else (lse_head, lse_tail)
+        lse_strides = (0, 0, 0, 0) if lse_head is None else (*lse_pair[0].stride(), *lse_pair[1].stride())
+        fused_restore_kernel[(triton.cdiv(rows, ROWS) * heads * triton.cdiv(dim, block),)](
+            copy_view(out_head),
+            copy_view(out_tail),
+            *lse_pair,
+            copy_view(out),
+            lse,
+            row_table,
+            requests,
+            requests.bit_length(),
+            rows,
+            out_head.stride(0),
+            out_head.stride(1),
+            out_tail.stride(0),
+            out_tail.stride(1),
+            heads,
+            dim,
+            *lse_strides,
+            lse_heads,
+            ROWS,
+            block,
+            0 if lse_head is None else triton.next_power_of_2(lse_heads),
+        )
+    return out, lse

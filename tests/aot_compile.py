@@ -1,0 +1,37 @@
+"""Compiles every Triton kernel for sm_80 and sm_90. test_triton_aot.py runs it in a process without the interpreter."""
+
+import inspect
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pcp_mla.triton.fused_gather import fused_gather_kernel
+from pcp_mla.triton.fused_restore import fused_restore_kernel
+
+# Arguments that point to something; all others that are no constants are sizes and strides.
+POINTERS = {
+    fused_gather_kernel: {"data": "q k v q_head k_head v_head q_tail k_tail v_tail", "*i32": "table"},
+    fused_restore_kernel: {"data": "out_head out_tail out", "*fp32": "lse_head lse_tail lse", "*i32": "table"},
+}
+CONSTANTS = {
+    fused_gather_kernel: {"ROWS": 8, "BLOCK_Q": 1024, "BLOCK_K": 256, "BLOCK_V": 128},
+    fused_restore_kernel: {"ROWS": 8, "BLOCK": 1024, "BLOCK_LSE": 16},
+}
+
+
+def main():
+    for kernel, pointers in POINTERS.items():
+        for data in ("*bf16", "*fp32", "*u8"):
+            types = {name: data if kind == "data" else kind for kind, names in pointers.items() for name in names.split()}
+            constants = CONSTANTS[kernel]
+            names = list(inspect.signature(kernel.fn).parameters)
+            signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+            for capability in (80, 90):
+                source = ASTSource(kernel, signature, constexprs={(names.index(n),): value for n, value in constants.items()})
+                binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+                print(kernel.__name__, data, f"sm_{capability}", len(binary.asm["cubin"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The op definitions of the native library and of a pure Python installation must not drift apart."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pcp_mla
+from pcp_mla import backends, native, reference
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def test_native_libraries():
+    """What `make build` made is what runs; a test run without it would test fallbacks only."""
+    assert native.status["_native"] == ""
+    if torch.version.cuda is None:
+        assert native.status["_native_cuda"] == "this torch is a build without CUDA"
+    elif torch.cuda.is_available():
+        assert native.status["_native_cuda"] == ""
+
+
+@pytest.mark.parametrize("op", backends.SCHEMAS)
+def test_python_and_native_schemas_are_equal(op):
+    registered = str(getattr(torch.ops.pcp_mla, op).default._schema)
+    assert registered == f"pcp_mla::{op}{backends.SCHEMAS[op]}"
+
+
+def test_every_op_has_all_its_parts():
+    defined = set(re.findall(r'"(\w+)\(', (CSRC / "ops.cpp").read_text()))
+    assert defined == set(backends.SCHEMAS)
+    for op in defined:
+        assert callable(getattr(pcp_mla, f"pcp_{op}"))
+        assert callable(getattr(reference, op))
+        for path in (CSRC / "cpu" / f"{op}.cpp", CSRC / "cuda" / f"{op}.cu", Path(pcp_mla.__file__).parent / "triton" / f"{op}.py"):
+            assert path.exists(), path
+        reasons = backends.availability(op)
+        assert set(reasons) == set(backends.BACKENDS)
+        assert reasons["cpu"] == reasons["reference"] == ""
