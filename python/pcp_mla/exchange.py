@@ -1,0 +1,91 @@
+"""The exchange of latents between the ranks of a context-parallel group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from .metadata import PCPMetadata
+from .played import RankHandle
+
+# torch 2.13 renamed it and warns of the old name; 2.10 has the old one only.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# A torch.distributed process group, one rank's end of a played group, or None for a world of one rank.
+Group = dist.ProcessGroup | RankHandle | None
+
+
+def group_world_size(group: Group, op: str = "group_world_size") -> int:
+    """P. TypeError if ``group`` is none of the kinds."""
+    if group is None:
+        return 1
+    if isinstance(group, dist.ProcessGroup):
+        return dist.get_world_size(group)
+    if not isinstance(group, RankHandle):
+        raise TypeError(f"{op}: group must be a ProcessGroup, a PlayedGroup or None, got {type(group).__name__}")
+    return group.world_size
+
+
+def group_rank(group: Group) -> int:
+    if group is None:
+        return 0
+    return dist.get_rank(group) if isinstance(group, dist.ProcessGroup) else group.rank
+
+
+def check_group(op: str, group: Group, meta: PCPMetadata) -> None:
+    """Raise ValueError or TypeError unless ``meta`` was made for this rank of ``group``."""
+    size, rank = group_world_size(group, op), group_rank(group)
+    if (meta.world_size, meta.rank) != (size, rank):
+        raise ValueError(f"{op}: meta must be for rank {rank} of {size}, as the group, got rank {meta.rank} of {meta.world_size}")
+
+
+def all_gather_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[n, ...] of this rank, contiguous, to [P * n, ...] of all, rank-major: one collective, none for a world of one."""
+    if group is None:
+        return rows
+    if not isinstance(group, dist.ProcessGroup):
+        return group.all_gather(rows)
+    gathered = rows.new_empty(group_world_size(group) * rows.shape[0], *rows.shape[1:])
+    _all_gather_single(gathered, rows, group=group)
+    return gathered
+
+
+def check_latents(op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> None:
+    """Raise ValueError or TypeError unless the two are this rank's latents of the step that ``meta`` describes."""
+    for name, tensor in (("kv_c", kv_c), ("k_pe", k_pe)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{op}: {name} must have 2 dimensions [tokens, width], got {tensor.dim()}")
+        if tensor.shape[0] != meta.num_tokens:
+            raise ValueError(f"{op}: {name} must have {meta.num_tokens} rows, one per local token of meta, got {tensor.shape[0]}")
+        if tensor.device != meta.device:
+            raise ValueError(f"{op}: {name} must be on {meta.device}, as meta, got {tensor.device}")
+    if kv_c.dtype != k_pe.dtype:
+        raise TypeError(f"{op}: k_pe must be {kv_c.dtype}, as kv_c, got {k_pe.dtype}")
+
+
+def all_gather_latents(kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, group: Group) -> torch.Tensor:
+    """Give every rank the latents of all: both parts travel in one buffer, by one collective.
+
+    Args:
+        kv_c: [T, kv_lora_rank] this rank's normed latents in local order.
+        k_pe: [T, rope] their rotated keys, same dtype.
+        meta: the step, for this rank of ``group``.
+        group: a ``torch.distributed`` process group, a :class:`PlayedGroup`, or None for a world of one rank.
+
+    Returns:
+        [P * Np, kv_lora_rank + rope], rank-major; rows that pad a rank to Np are zero.
+
+    Raises:
+        ValueError, TypeError: a tensor or the group does not fit ``meta``; the message has the argument and its value.
+    """
+    check_group("all_gather_latents", group, meta)
+    check_latents("all_gather_latents", kv_c, k_pe, meta)
+    width = kv_c.shape[1]
+    rows = kv_c.new_empty(meta.num_tokens_padded, width + k_pe.shape[1])
+    rows[: meta.num_tokens, :width] = kv_c
+    rows[: meta.num_tokens, width:] = k_pe
+    if meta.num_tokens < meta.num_tokens_padded:
+        rows[meta.num_tokens :].zero_()
+    return all_gather_rows(rows, group)

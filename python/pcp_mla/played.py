@@ -1,0 +1,148 @@
+"""P ranks in one process, played one after another.
+
+Each rank is a thread, but only the thread whose turn it is runs. At a collective a rank leaves its tensor and hands the turn on;
+once the last rank has left its own, they go on in turn. So one GPU (or one core) shows what P of them would compute, in a fixed
+order, with real collectives' semantics: every rank gets memory of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class RankHandle(Protocol):
+    """One rank's end of a group that is not a ``torch.distributed`` process group."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[n, ...] of this rank to [P * n, ...] of all, rank-major."""
+
+
+class _Abandoned(BaseException):
+    """Ends a rank because another one failed. Not an Exception, so that the code under test does not catch it."""
+
+
+class _Stage:
+    """What the ranks share: whose turn it is, and the tensors left at the current collective."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.turn = 0
+        self.changed = threading.Condition()
+        self.left: list[torch.Tensor] = []
+        self.gathered = torch.empty(0)
+        self.finished = 0
+        self.error: BaseException | None = None
+
+    def wait_for_turn(self, rank: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == rank or self.error is not None)
+            if self.error is not None:
+                raise _Abandoned
+
+    def pass_turn(self) -> None:
+        with self.changed:
+            self.turn = (self.turn + 1) % self.world_size
+            self.changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self.changed:
+            if self.error is None:
+                self.error = error
+            self.changed.notify_all()
+
+
+class PlayedGroup:
+    """One rank's end of a group of ranks that :func:`play` runs in turn."""
+
+    def __init__(self, stage: _Stage, rank: int) -> None:
+        self._stage = stage
+        self.rank = rank
+
+    @property
+    def world_size(self) -> int:
+        return self._stage.world_size
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[n, ...] of this rank to [P * n, ...] of all, rank-major, in memory of this rank's own.
+
+        Raises:
+            RuntimeError: a rank has already finished, so that this collective can never complete.
+            ValueError: shape or dtype differs between the ranks.
+        """
+        stage = self._stage
+        if stage.finished:
+            raise RuntimeError(
+                f"all_gather: rank {self.rank} waits for all ranks, but {stage.finished} of them finished without it"
+            )
+        if stage.left and (stage.left[0].shape != tensor.shape or stage.left[0].dtype != tensor.dtype):
+            first = stage.left[0]
+            raise ValueError(
+                f"all_gather: tensor must be {tuple(first.shape)} {first.dtype} as on rank 0, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on rank {self.rank}"
+            )
+        stage.left.append(tensor)
+        if len(stage.left) == stage.world_size:
+            # Here, once: a rank that goes on may overwrite the tensor that it left. `gathered` itself stays until the next
+            # collective completes, which is after every rank has taken its copy of this one.
+            stage.gathered = torch.cat(stage.left)
+            stage.left = []
+        stage.pass_turn()
+        stage.wait_for_turn(self.rank)
+        return stage.gathered.clone()
+
+
+def play(world_size: int, fn: Callable[[PlayedGroup], T]) -> list[T]:
+    """Run ``fn(group)`` for every rank, one after another, and return the results in rank order.
+
+    The ranks see the caller's grad and inference mode (both belong to a thread). An exception of one rank ends all of them and is
+    raised here.
+
+    Raises:
+        ValueError: ``world_size`` is less than 1.
+        RuntimeError: the ranks do not make the same number of collectives.
+    """
+    if world_size < 1:
+        raise ValueError(f"play: world_size must be at least 1, got {world_size}")
+    stage = _Stage(world_size)
+    results: list[Any] = [None] * world_size
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def run(rank: int) -> None:
+        try:
+            stage.wait_for_turn(rank)
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                results[rank] = fn(PlayedGroup(stage, rank))
+            if stage.left:
+                raise RuntimeError(f"play: rank {rank} finished while {len(stage.left)} ranks wait for it in a collective")
+            stage.finished += 1
+            stage.pass_turn()
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            stage.fail(error)
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # an interrupt of the caller must end the ranks too
+        stage.fail(error)
+        raise
+    if stage.error is not None:
+        raise stage.error
+    return results
