@@ -1,0 +1,296 @@
+"""transformers' own DeepSeek models under PCP give the logits and the text that they give without it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from pcp_mla.integrations.transformers import copy_sharing_weights, decode, disable_pcp, enable_pcp, extend, generate, prefill
+from pcp_mla.launch import run_distributed
+from pcp_mla.played import play
+
+VOCABULARY = 50
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
+# Lengths around 2P for P = 2 and 4, and some shorter than 2P.
+LENGTHS = [13, 1, 30, 8, 3, 4, 9]
+
+
+def build(name: str, **changes: Any) -> Any:
+    """A small model whose logits depend strongly on what attention reads."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "kv_lora_rank": 20,
+        "q_lora_rank": 28,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(3)
+    if name.startswith("v2"):
+        return DeepseekV2ForCausalLM(DeepseekV2Config(**(common | changes))).eval()
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**(common | changes))).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    # Each played rank is a thread with a pool of its own, and tiny products gain nothing from a second core.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+CASES = {
+    "v3": {},
+    "v3 yarn": {"rope_parameters": YARN},
+    "v3 rope halves": {"rope_interleave": False},
+    "v2": {"q_lora_rank": None},
+    "v2 yarn": {"rope_parameters": YARN, "topk_method": "group_limited_greedy"},
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def model(request: pytest.FixtureRequest) -> Any:
+    return build(request.param, **CASES[request.param])
+
+
+def prompts(lengths: list[int] = LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def stock_logits(model: Any, requests: list[list[int]]) -> torch.Tensor:
+    """Each request on its own."""
+    return torch.cat([model(torch.tensor([request]), use_cache=False).logits[0] for request in requests if request])
+
+
+def stock_text(model: Any, prompt: list[int], n: int) -> list[int]:
+    """Greedy, without a cache: nothing here is shared with the code under test."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(stock_logits(model, [tokens])[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def check_close(logits: torch.Tensor, wanted: torch.Tensor) -> None:
+    # Orders of summation differ, nothing else: far below the differences that a wrong row makes (see the next test).
+    assert logits.shape == wanted.shape
+    assert float((logits - wanted).abs().max()) < 2e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_prefill_logits(model: Any, world_size: int, layout: str) -> None:
+    requests = prompts()
+
+    def rank(group: Any) -> torch.Tensor:
+        mine = copy_sharing_weights(model)
+        enable_pcp(mine, group, layout)
+        return prefill(mine, requests)
+
+    wanted = stock_logits(model, requests)
+    for logits in play(world_size, rank):
+        check_close(logits, wanted)
+
+
+def test_logits_depend_on_what_attention_reads(model: Any) -> None:
+    prompt = prompts([30])[0]
+    other = [prompt[1], prompt[0], *prompt[2:]]
+    difference = (stock_logits(model, [prompt]) - stock_logits(model, [other]))[2:].abs().amax(dim=1)
+    # All later tokens tell two swapped ones apart, most of them by far more than check_close allows.
+    assert float(difference.median()) > 1e-3 * float(stock_logits(model, [prompt]).abs().max())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_generate(model: Any, world_size: int) -> None:
+    requests = prompts([13, 1, 6])
+
+    def rank(group: Any) -> list[list[int]]:
+        mine = copy_sharing_weights(model)
+        enable_pcp(mine, group)
+        return generate(mine, requests, 6)
+
+    wanted = [stock_text(model, prompt, 6) for prompt in requests]
+    assert play(world_size, rank) == [wanted] * world_size
+    assert len({token for text in wanted for token in text}) > 3  # else equality says little
+
+
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+def test_prefill_in_chunks_then_decode(model: Any, layout: str) -> None:
+    requests = prompts([19, 2, 0, 11])
+    chunks = [[r[:7] for r in requests], [r[7:8] for r in requests], [r[8:] for r in requests]]
+    token_after = [5, 6, 7, 8]
+
+    def rank(group: Any) -> list[torch.Tensor]:
+        mine = copy_sharing_weights(model)
+        enable_pcp(mine, group, layout)
+        first = prefill(mine, chunks[0])
+        return [first, extend(mine, chunks[1]), extend(mine, chunks[2]), decode(mine, token_after)]
+
+    def rows(upto: int, new: list[list[int]]) -> torch.Tensor:
+        """Stock logits of each request's new tokens, after its first ``upto``."""
+        picked = [stock_logits(model, [r[:upto] + n])[-len(n) :] for r, n in zip(requests, new, strict=True) if n]
+        return torch.cat(picked)
+
+    for first, second, third, fourth in play(2, rank):
+        check_close(first, rows(0, chunks[0]))
+        check_close(second, rows(7, chunks[1]))
+        check_close(third, rows(8, chunks[2]))
+        check_close(fourth, rows(19, [[token] for token in token_after]))
+
+
+def test_rank_without_tokens(model: Any) -> None:
+    # Two tokens over four ranks: ranks 2 and 3 have none.
+    def rank(group: Any) -> torch.Tensor:
+        mine = copy_sharing_weights(model)
+        enable_pcp(mine, group)
+        return prefill(mine, [[7], [9]])
+
+    for logits in play(4, rank):
+        check_close(logits, stock_logits(model, [[7], [9]]))
+
+
+def prefill_in_process(group: Any, requests: list[list[int]]) -> torch.Tensor:
+    model = build("v3")
+    enable_pcp(model, group)
+    return prefill(model, requests)
+
+
+def test_prefill_in_processes() -> None:
+    requests = prompts()
+    for logits in run_distributed(2, prefill_in_process, requests):
+        check_close(logits, stock_logits(build("v3"), requests))
+
+
+def test_disable_restores_the_model(model: Any) -> None:
+    mine = copy.deepcopy(model)
+    requests = prompts([9])
+    before = stock_logits(mine, requests)
+    enable_pcp(mine)
+    prefill(mine, requests)
+    disable_pcp(mine)
+    assert torch.equal(stock_logits(mine, requests), before)
+    with pytest.raises(ValueError, match="prefill: model must be under PCP, call enable_pcp first"):
+        prefill(mine, requests)
+
+
+def test_copy_shares_weights_and_nothing_else(model: Any) -> None:
+    other = copy_sharing_weights(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    enable_pcp(other)
+    stock_logits(model, prompts([3]))  # the original is not under PCP
+
+
+def test_failed_step_leaves_the_cache() -> None:
+    model = build("v3")
+    enable_pcp(model)
+    prefill(model, prompts([5]))
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("broken")))
+    with pytest.raises(KeyError, match="broken"):
+        decode(model, [1])
+    handle.remove()
+    logits = decode(model, [1])
+    disable_pcp(model)
+    check_close(logits, stock_logits(model, [prompts([5])[0] + [1]])[-1:])
+
+
+def test_no_quadratic_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("v3")
+    enable_pcp(model)
+    widest = []
+    monkeypatch.setattr(
+        model.model.layers[0], "forward", lambda hidden, attention_mask=None, **_: widest.append(attention_mask.numel()) or hidden
+    )
+    prefill(model, prompts())
+    assert widest == [1]
+
+
+# Bad input.
+
+
+def test_wrong_model() -> None:
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+        )
+    )
+    for call in (enable_pcp, disable_pcp, lambda m: prefill(m, [[1]])):
+        with pytest.raises(TypeError, match="model must be a DeepseekV2ForCausalLM or DeepseekV3ForCausalLM, got LlamaForCausalLM"):
+            call(llama)
+
+
+def test_length_dependent_rope() -> None:
+    model = build("v3", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(NotImplementedError, match="rope_type must not be one of dynamic, longrope, got 'dynamic'"):
+        enable_pcp(model)
+
+
+def test_bad_calls() -> None:
+    model = build("v3")
+    with pytest.raises(ValueError, match="disable_pcp: model must be under PCP"):
+        disable_pcp(model)
+    with pytest.raises(ValueError, match="layout must be one of unpadded, padded, got 'ragged'"):
+        enable_pcp(model, layout="ragged")
+    with pytest.raises(TypeError, match="enable_pcp: group must be a ProcessGroup, a PlayedGroup or None, got int"):
+        enable_pcp(model, 2)
+    enable_pcp(model)
+    with pytest.raises(ValueError, match="model must not be under PCP already"):
+        enable_pcp(model)
+    with pytest.raises(ValueError, match=r"got a direct call"):
+        model(torch.tensor([[1]]))
+    with pytest.raises(ValueError, match=r"prefill: requests must hold token ids in 0\.\.49, got 50 in request 1"):
+        prefill(model, [[1], [2, 50]])
+    with pytest.raises(TypeError, match="prefill: requests must be a list with a list of token ids per request, got str"):
+        prefill(model, "text")
+    with pytest.raises(TypeError, match="requests must be a list"):
+        prefill(model, [1, 2])
+    with pytest.raises(ValueError, match="requests must hold at least one token, got none"):
+        prefill(model, [[], []])
+    with pytest.raises(ValueError, match="generate: n must be at least 1, got 0"):
+        generate(model, [[1]], 0)
+    with pytest.raises(ValueError, match="prompts must not be empty, got no tokens for prompt 1"):
+        generate(model, [[1], []], 2)
+    prefill(model, [[1], [2]])
+    with pytest.raises(
+        ValueError, match="decode: tokens must have one entry for each of the 2 requests of the last prefill, got 1"
+    ):
+        decode(model, [1])
+    with pytest.raises(
+        ValueError, match="extend: requests must have one entry for each of the 2 requests of the last prefill, got 3"
+    ):
+        extend(model, [[1], [2], [3]])
