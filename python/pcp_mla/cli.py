@@ -1,0 +1,69 @@
+"""``python -m pcp_mla``: env, demo."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from . import __version__, demo, native
+from .backends import SCHEMAS, availability
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _nvcc() -> str:
+    path = shutil.which("nvcc")
+    if path is None:
+        return "not on PATH"
+    lines = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.strip().splitlines()
+    return f"{lines[-1] if lines else 'no version'} ({path})"
+
+
+def print_env() -> int:
+    """What a bug report needs: versions, GPUs, native libraries, and which backends each op has here."""
+    print(f"pcp-mla      {__version__} ({native.__file__.rsplit('/', 1)[0]})")
+    print(f"python       {platform.python_version()} on {platform.platform()}")
+    print(f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
+    print(f"numpy        {np.__version__}")
+    for package in ("triton", "transformers", "flash-attn", "fa3-fwd", "vllm"):
+        print(f"{package:12} {_version(package)}")
+    print(f"nvcc         {_nvcc()}")
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        print(f"gpu {i}        {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        print("gpu          none visible to torch")
+    for name, reason in native.status.items():
+        print(f"{name:12} {reason or 'loaded'}")
+    print()
+    for op in SCHEMAS:
+        print(f"pcp_{op}")
+        for backend, reason in availability(op).items():
+            print(f"  {backend:10} {'no: ' + reason if reason else 'yes'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="pcp_mla", description="Prefill context parallelism for MLA models")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="print versions, GPUs, native libraries and backends")
+    demo.add_arguments(commands.add_parser("demo", help="run a DeepSeek model stock and under PCP, and compare the logits"))
+    args = parser.parse_args(argv)
+    return print_env() if args.command == "env" else demo.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

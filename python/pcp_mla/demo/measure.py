@@ -1,0 +1,156 @@
+"""Launches and time of one layer's PCP part: from this rank's q and latents to its output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..exchange import Group, group_rank, group_world_size
+from ..metadata import PCPMetadata
+from ..pipeline import MLADims, pcp_layer
+from ..played import PlayedGroup
+from ..seed_path import seed_layer
+
+WARM_UP = 2
+REPEATS = 7
+
+
+@dataclass
+class LayerCost:
+    """``launches``: kernels, copies and memsets on a GPU, op calls on a CPU. ``milliseconds``: median."""
+
+    launches: int
+    milliseconds: float
+
+
+@dataclass
+class LayerCosts:
+    """Both ways through the layer, and the largest ``difference`` between their outputs."""
+
+    ours: LayerCost
+    seed: LayerCost
+    difference: float
+
+
+class ReplayedGroup:
+    """A played rank's end of a group whose collectives, from the second run of a function on, give again what they gave in the
+    first, by a copy. So one rank can be measured without the other ranks' turns."""
+
+    def __init__(self, group: PlayedGroup) -> None:
+        self._group = group
+        self._gathered: list[torch.Tensor] = []
+        self._next = 0
+
+    @property
+    def rank(self) -> int:
+        return self._group.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._group.world_size
+
+    def rewind(self) -> None:
+        """The function is about to run again."""
+        self._next = 0
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._next == len(self._gathered):
+            self._gathered.append(self._group.all_gather(tensor))
+        self._next += 1
+        return self._gathered[self._next - 1].clone()
+
+
+# Ops that only allocate, or only look at memory in another shape without saying so in their schema.
+_NO_WORK = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+    torch.ops.aten._unsafe_view.default,
+}
+
+
+class _OpCounter(TorchDispatchMode):
+    """Counts op calls that do something: neither pure views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aliases = [result.alias_info for result in func._schema.returns]
+        view = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+        if not view and func not in _NO_WORK:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_launches(fn: Callable[[], Any], device: torch.device) -> int:
+    """Kernels, copies and memsets that ``fn`` launches on a GPU; op calls other than views and allocations on a CPU."""
+    if device.type != "cuda":
+        with _OpCounter() as counter:
+            fn()
+        return counter.count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fn()
+        torch.cuda.synchronize(device)
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # Ranges that a library marks (NCCL its collectives) are shown on the device as well, over the kernels that they cover.
+    return sum(not event.is_user_annotation for event in on_device)
+
+
+def _milliseconds(fn: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, to the end of its work on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    fn()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+@torch.no_grad()
+def measure_layers(
+    tokens: int, kv_b_proj: torch.nn.Module, dims: MLADims, softmax_scale: float, group: Group, device: torch.device
+) -> LayerCosts:
+    """Cost of our layer and of the seed path for a prompt of ``tokens``, on the same random inputs, called in turn."""
+    rank = group_rank(group)
+    meta = PCPMetadata.build([tokens], world_size=group_world_size(group), rank=rank, device=device)
+    generator = torch.Generator().manual_seed(rank)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(meta.num_tokens, *shape, generator=generator).to(device)
+
+    q, kv_c, k_pe = random(dims.num_heads, dims.qk_head_dim), random(dims.kv_lora_rank), random(dims.qk_rope_head_dim)
+
+    def runner(layer: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
+        replayed = ReplayedGroup(group) if isinstance(group, PlayedGroup) else None
+
+        def run() -> torch.Tensor:
+            if replayed is not None:
+                replayed.rewind()
+            return layer(q, kv_c, k_pe, kv_b_proj, meta, replayed or group, dims, softmax_scale)
+
+        return run
+
+    ours, seed = runner(pcp_layer), runner(seed_layer)
+    difference = (ours() - seed()).abs()
+    times: dict[Callable[[], torch.Tensor], list[float]] = {ours: [], seed: []}
+    for _ in range(WARM_UP + REPEATS):
+        for run, taken in times.items():
+            if isinstance(group, dist.ProcessGroup):
+                dist.barrier(group)
+            taken.append(_milliseconds(run, device))
+    return LayerCosts(
+        ours=LayerCost(count_launches(ours, device), median(times[ours][WARM_UP:])),
+        seed=LayerCost(count_launches(seed, device), median(times[seed][WARM_UP:])),
+        difference=float(difference.max()) if difference.numel() else 0.0,
+    )

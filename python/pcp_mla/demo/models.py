@@ -1,0 +1,120 @@
+"""The demo's models: transformers' own classes, published shapes cut in depth, seeded random weights, a vocabulary of bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+VOCABULARY = 256  # one token a byte
+MODELS = ("tiny", "v2-lite", "v3")
+
+# V3's classes with small widths. Value heads are narrower than query heads, as in the real models.
+_TINY: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+# DeepSeek-V2-Lite with 3 of its 27 layers.
+_V2_LITE: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "max_position_embeddings": 163840,
+}
+# DeepSeek-V3 with 2 of its 61 layers and 8 of its 256 experts.
+_V3: dict[str, Any] = {
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "max_position_embeddings": 163840,
+}
+# As published: V2-Lite has 0.707 for both mscale values, V3 has 1.
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+
+# Logits must depend on what attention reads, or a wrong order of the keys would hardly show: these gains make scores differ by a
+# few units instead of nearly none, and what attention adds as large as the residual stream.
+_QUERY_GAIN = 3.0
+_OUTPUT_GAIN = 3.0
+
+
+def make_config(name: str) -> Any:
+    """Configuration of one of ``MODELS``; ImportError without transformers."""
+    from transformers import DeepseekV2Config, DeepseekV3Config
+
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
+    if name == "tiny":
+        return DeepseekV3Config(**common, **_TINY)
+    if name == "v2-lite":
+        return DeepseekV2Config(**common, **_V2_LITE, rope_parameters=_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707})
+    if name == "v3":
+        return DeepseekV3Config(**common, **_V3, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0})
+    raise ValueError(f"demo: model must be one of {', '.join(MODELS)}, got {name!r}")
+
+
+def build_model(name: str) -> Any:
+    """The model in float32 on the CPU, in eval mode, always with the same weights."""
+    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+
+    config = make_config(name)
+    # Keeps the scale of what passes through a projection.
+    config.initializer_range = config.hidden_size**-0.5
+    kind = DeepseekV2ForCausalLM if config.model_type == "deepseek_v2" else DeepseekV3ForCausalLM
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1776)
+        model = kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            (attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj).weight.mul_(_QUERY_GAIN)
+            attention.o_proj.weight.mul_(_OUTPUT_GAIN)
+    return model

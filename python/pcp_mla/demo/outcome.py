@@ -1,0 +1,131 @@
+"""What a run of a model gives, stock or under PCP, and how two runs compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..exchange import Group, all_gather_rows, group_rank, group_world_size
+from ..metadata import PCPMetadata
+
+
+@dataclass
+class Outcome:
+    """``logits`` [T, vocabulary] of the prompt; ``tokens`` [n] its greedy continuation; ``step_logits`` [n, vocabulary] that each
+    was chosen from; ``experts`` [T, choices of all MoE layers], sorted within a layer. On the CPU."""
+
+    logits: torch.Tensor
+    tokens: list[int]
+    step_logits: torch.Tensor
+    experts: torch.Tensor
+
+
+@dataclass
+class Comparison:
+    """One run against the stock one.
+
+    ``logit_difference``: largest over the prompt and the continuation's steps, up to where it parts. ``same_argmax``: share of
+    the prompt's tokens. ``parts_at``: first token of the continuation that differs, None if none does. ``parting_margin``: how far
+    apart the stock logits of the two tokens are there. ``expert_changes``: expert choices for the prompt's tokens that differ.
+    ``continuation``: the run's own.
+    """
+
+    logit_difference: float
+    same_argmax: float
+    parts_at: int | None
+    parting_margin: float | None
+    expert_changes: int
+    continuation: list[int]
+
+
+class ExpertChoices(AbstractContextManager["ExpertChoices"]):
+    """Records which experts every router of a model chooses while the context lasts."""
+
+    def __init__(self, model: Any) -> None:
+        self._routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+        self._chosen: list[torch.Tensor] = []
+        self._hooks: list[Any] = []
+
+    def _record(self, _module: Any, _inputs: Any, output: Any) -> None:
+        self._chosen.append(output[2].sort(dim=-1).values)
+
+    def __enter__(self) -> ExpertChoices:
+        self._hooks = [router.register_forward_hook(self._record) for router in self._routers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def choices(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """[tokens, choices of all layers] for the first ``tokens`` tokens of each router's call."""
+        if not self._chosen:
+            return torch.empty(tokens, 0, dtype=torch.int64, device=device)
+        return torch.cat([chosen[:tokens] for chosen in self._chosen], dim=1)
+
+
+def _continue(logits: torch.Tensor, count: int, step: Callable[[int], torch.Tensor]) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens after the last row of ``logits``; ``step(token)`` gives the next row [vocabulary]."""
+    rows = [logits[-1]]
+    tokens = [int(rows[-1].argmax())]
+    while len(tokens) < count:
+        rows.append(step(tokens[-1]))
+        tokens.append(int(rows[-1].argmax()))
+    return tokens, torch.stack(rows).cpu()
+
+
+@torch.no_grad()
+def run_stock(model: Any, prompt: list[int], count: int) -> Outcome:
+    """The model as it is, in one process, with transformers' own cache."""
+    device = model.lm_head.weight.device
+    with ExpertChoices(model) as router:
+        first = model(torch.tensor([prompt], device=device), use_cache=True)
+    cache = first.past_key_values
+
+    def step(token: int) -> torch.Tensor:
+        return model(torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True).logits[0, -1]
+
+    tokens, rows = _continue(first.logits[0], count, step)
+    return Outcome(first.logits[0].cpu(), tokens, rows, router.choices(len(prompt), device).cpu())
+
+
+@torch.no_grad()
+def run_pcp(model: Any, group: Group, prompt: list[int], count: int) -> Outcome:
+    """The same under PCP; every rank gets the whole outcome. ``model`` is put under PCP and left so."""
+    from ..integrations.transformers import decode, enable_pcp, prefill
+
+    enable_pcp(model, group)
+    device = model.lm_head.weight.device
+    with ExpertChoices(model) as router:
+        logits = prefill(model, [prompt])
+    meta = PCPMetadata.build([len(prompt)], world_size=group_world_size(group), rank=group_rank(group), device=device)
+    local = router.choices(meta.num_tokens, device)
+    padded = local.new_zeros(meta.num_tokens_padded, local.shape[1])
+    padded[: meta.num_tokens] = local
+    experts = all_gather_rows(padded, group).index_select(0, meta.hidden_restore_idx)
+    tokens, rows = _continue(logits, count, lambda token: decode(model, [token])[0])
+    return Outcome(logits.cpu(), tokens, rows, experts.cpu())
+
+
+def compare(stock: Outcome, other: Outcome) -> Comparison:
+    parts_at = next((i for i, (a, b) in enumerate(zip(stock.tokens, other.tokens, strict=True)) if a != b), None)
+    # Past the parting the two continue different texts; the step where they part still has the same text before it.
+    steps = len(stock.tokens) if parts_at is None else parts_at + 1
+    difference = torch.cat([other.logits - stock.logits, other.step_logits[:steps] - stock.step_logits[:steps]]).abs()
+    margin = None
+    if parts_at is not None:
+        row = stock.step_logits[parts_at]
+        margin = float(row[stock.tokens[parts_at]] - row[other.tokens[parts_at]])
+    return Comparison(
+        # A NaN anywhere must not look like agreement.
+        logit_difference=float(difference.nan_to_num(nan=float("inf")).max()),
+        same_argmax=float((other.logits.argmax(-1) == stock.logits.argmax(-1)).double().mean()),
+        parts_at=parts_at,
+        parting_margin=margin,
+        expert_changes=int((other.experts != stock.experts).sum()),
+        continuation=other.tokens,
+    )

@@ -1,0 +1,123 @@
+"""The demo's result as numbers, as a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .outcome import Comparison, Outcome, compare
+from .ranks import RankResult
+
+# Largest disagreement allowed, in units of the float32 rounding error that a model is expected to make.
+TOLERANCE_FACTOR = 8.0
+
+
+@dataclass
+class Tolerance:
+    """``value`` = factor * eps * sqrt(layers * hidden) * largest logit.
+
+    Every layer adds up ``hidden`` products per number, in an order that depends on how many tokens are computed at once;
+    independent rounding errors grow with the square root of the additions.
+    """
+
+    value: float
+    derivation: str
+
+
+def make_tolerance(stock: Outcome, layers: int, hidden: int) -> Tolerance:
+    eps, largest = torch.finfo(torch.float32).eps, float(stock.logits.abs().max())
+    value = TOLERANCE_FACTOR * eps * math.sqrt(layers * hidden) * largest
+    terms = [
+        f"{TOLERANCE_FACTOR:g}",
+        f"float32 eps {eps:.2e}",
+        f"sqrt({layers} layers x {hidden} hidden)",
+        f"largest logit {largest:.3f}",
+    ]
+    return Tolerance(value, " x ".join(terms))
+
+
+@dataclass
+class PCPRow:
+    """One line of the table. Launches and times are those of the rank with the most."""
+
+    pcp: int
+    backend: str
+    tokens_per_rank: list[int]
+    comparison: Comparison
+    seed_launches: int
+    our_launches: int
+    seed_milliseconds: float
+    our_milliseconds: float
+    layer_difference: float
+    agrees: bool
+
+
+def make_row(stock: Outcome, results: list[RankResult], backend: str, tokens_per_rank: list[int], tolerance: Tolerance) -> PCPRow:
+    # Every rank holds all logits: the row shows the rank that is furthest off.
+    comparison = max((compare(stock, result.outcome) for result in results), key=lambda c: c.logit_difference)
+    return PCPRow(
+        pcp=len(results),
+        backend=backend,
+        tokens_per_rank=tokens_per_rank,
+        comparison=comparison,
+        seed_launches=max(result.costs.seed.launches for result in results),
+        our_launches=max(result.costs.ours.launches for result in results),
+        seed_milliseconds=max(result.costs.seed.milliseconds for result in results),
+        our_milliseconds=max(result.costs.ours.milliseconds for result in results),
+        layer_difference=max(result.costs.difference for result in results),
+        agrees=comparison.logit_difference <= tolerance.value,
+    )
+
+
+def _continuation(row: PCPRow, count: int) -> str:
+    c = row.comparison
+    return f"{count} of {count} equal" if c.parts_at is None else f"parts at {c.parts_at + 1} of {count}"
+
+
+def format_table(rows: list[PCPRow], count: int, on_gpu: bool) -> str:
+    """``count``: tokens of the greedy continuation."""
+    launches = "launches/layer" if on_gpu else "op calls/layer"
+    header = ["P", "backend", "tokens/rank", "largest logit diff", "same argmax", "continuation"]
+    header += [f"{launches} seed", "ours", "ms/layer seed", "ours", "verdict"]
+    lines = [header]
+    for row in rows:
+        low, high = min(row.tokens_per_rank), max(row.tokens_per_rank)
+        cells = [
+            str(row.pcp),
+            row.backend,
+            str(low) if low == high else f"{low} to {high}",
+            f"{row.comparison.logit_difference:.2e}",
+            f"{row.comparison.same_argmax:.2%}",
+            _continuation(row, count),
+            str(row.seed_launches),
+            str(row.our_launches),
+            f"{row.seed_milliseconds:.2f}",
+            f"{row.our_milliseconds:.2f}",
+            "agrees" if row.agrees else "DIFFERS",
+        ]
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def notes(rows: list[PCPRow], tolerance: Tolerance) -> list[str]:
+    """Lines that explain what the table cannot: where texts part, and experts chosen differently."""
+    lines = []
+    for row in rows:
+        c = row.comparison
+        if c.parts_at is not None and c.parting_margin is not None:
+            near = "a tie within the tolerance" if c.parting_margin <= 2 * tolerance.value else "no tie"
+            lines.append(f"P={row.pcp}: at the parting the stock logits of the two tokens are {c.parting_margin:.2e} apart: {near}")
+        if c.expert_changes:
+            lines.append(
+                f"P={row.pcp}: {c.expert_changes} expert choices differ. A tie between two experts' scores can fall either way in "
+                "float32 and changes the logits from there on; many of them mean an error"
+            )
+    return lines
+
+
+def as_json(facts: dict[str, Any], rows: list[PCPRow], tolerance: Tolerance) -> dict[str, Any]:
+    return {**facts, "tolerance": asdict(tolerance), "rows": [asdict(row) for row in rows], "agrees": all(r.agrees for r in rows)}

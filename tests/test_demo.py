@@ -1,0 +1,252 @@
+"""The demo as a command: what it prints and writes, its exit codes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+
+from pcp_mla import demo
+from pcp_mla.demo import measure, outcome, ranks, report
+from pcp_mla.launch import RankError
+from pcp_mla.partition import Partition
+from pcp_mla.played import play
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks in this process, so that what a test changes holds for them."""
+    monkeypatch.setattr(ranks, "choose_backend", lambda world_size: "played")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def table_rows(text: str) -> list[list[str]]:
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if re.match(r"P\s+backend", line))
+    return [re.split(r"\s{2,}", line.strip()) for line in lines[start + 1 : lines.index("", start)]]
+
+
+@pytest.mark.timeout(120)
+def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text, result = tmp_path / "text.txt", tmp_path / "result.json"
+    text.write_text("Süße Früchte, " * 10)
+    assert demo.run(arguments("--pcp", "2", "--max-tokens", "61", "--text", str(text), "--json", str(result))) == 0
+    out, err = capfd.readouterr()
+    backend = ranks.choose_backend(2)
+    row = table_rows(out)[0]
+    assert row[:3] == ["2", backend, "29 to 32"]
+    assert float(row[3]) < 1e-4
+    assert row[4:6] == ["100.00%", "16 of 16 equal"]
+    assert row[-1] == "agrees"
+    assert str(text) in out
+    assert "61 tokens" in out
+    assert "PASS" in out
+    assert "the model under PCP, P = 2: done" in err
+    written = json.loads(result.read_text())
+    assert written["agrees"] is True
+    assert written["tokens"] == 61
+    assert written["class"] == "DeepseekV3ForCausalLM"
+    [line] = written["rows"]
+    assert line["tokens_per_rank"] == [29, 32]
+    assert f"{line['comparison']['logit_difference']:.2e}" == row[3]
+    assert line["comparison"]["logit_difference"] <= written["tolerance"]["value"]
+    assert line["comparison"]["continuation"] == written["continuation"]
+    assert [str(line["seed_launches"]), str(line["our_launches"])] == row[6:8]
+    assert line["seed_launches"] > line["our_launches"] > 5
+
+
+@pytest.mark.timeout(120)
+def test_several_world_sizes(played: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.run(arguments("--pcp", "1", "3", "--max-tokens", "40")) == 0
+    assert [row[:3] for row in table_rows(capsys.readouterr().out)] == [["1", "played", "40"], ["3", "played", "12 to 14"]]
+
+
+def swap_two(order: Any) -> Any:
+    def swapped(self: Partition) -> Any:
+        index = order(self).copy()
+        if len(index) > 20:  # the prompt's, not a decode step's
+            index[[3, 20]] = index[[20, 3]]
+        return index
+
+    return swapped
+
+
+@pytest.mark.timeout(120)
+def test_wrong_restore_index_fails(played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # Two latents in the wrong place, the hidden states in the right one.
+    right = Partition.__dict__["allgather_restore_idx"].func
+    wrong = cached_property(swap_two(right))
+    wrong.__set_name__(Partition, "allgather_restore_idx")
+    hidden = cached_property(lambda self: right(self)[self.unpad_mask])
+    hidden.__set_name__(Partition, "hidden_restore_idx")
+    monkeypatch.setattr(Partition, "allgather_restore_idx", wrong)
+    monkeypatch.setattr(Partition, "hidden_restore_idx", hidden)
+    assert demo.run(arguments("--pcp", "2", "--max-tokens", "64")) == 1
+    out = capsys.readouterr().out
+    row = table_rows(out)[0]
+    tolerance = float(re.search(r"tolerance\s+(\S+)", out).group(1))
+    assert row[-1] == "DIFFERS"
+    assert float(row[3]) > 100 * tolerance
+    assert "FAIL: logits beyond the tolerance, P = 2" in out
+    assert "expert choices differ" in out
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RankError("rank 1 of 2 failed:\nKeyError: 'broken'")
+
+
+def test_failed_rank_ends_the_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "run_ranks", broken)
+    assert demo.run(arguments("--pcp", "2", "--max-tokens", "8")) == 1
+    assert "error: rank 1 of 2 failed:\nKeyError: 'broken'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backends"), [(0, ["gloo"] * 3), (1, ["nccl", "played", "played"]), (2, ["nccl", "nccl", "played"])]
+)
+def test_backend_by_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int, backends: list[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert [ranks.choose_backend(p) for p in (1, 2, 4)] == backends
+
+
+@pytest.mark.parametrize("size", [1, 2, 99])
+def test_default_text(size: int) -> None:
+    name, prompt = demo.check_arguments(arguments("--max-tokens", str(size), "--pcp", "1"))
+    assert (
+        bytes(prompt)
+        == b"In Congress, July 4, 1776\n\nThe unanimous Declaration of the thirteen united States of America\n\nWhen"[:size]
+    )
+    assert name.startswith("declaration.txt")
+
+
+# Bad input: exit code 2 and one line.
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "message"),
+    [
+        (["--max-tokens", "0"], None, "--max-tokens must be at least 1, got 0"),
+        (["--max-tokens", "-5"], None, "--max-tokens must be at least 1, got -5"),
+        (["--pcp", "2", "0"], None, "--pcp must be at least 1, got 0"),
+        (["--pcp", "-1"], None, "--pcp must be at least 1, got -1"),
+        (["--pcp", "2", "9", "--max-tokens", "8"], None, "--pcp must not be more than the tokens, got 9 processes for 8 tokens"),
+        (["--pcp", "4", "--text", "FILE"], b"abc", "--pcp must not be more than the tokens, got 4 processes for 3 tokens"),
+        (["--text", "FILE"], b"", "--text must not be empty, got 0 bytes in FILE"),
+        (["--text", "FILE"], b"ab\xff", "--text must be UTF-8, got invalid start byte at byte 2 of FILE"),
+        (["--text", "FILE"], None, "--text must be a readable file, got FILE (No such file or directory)"),
+        (["--text", "."], None, "--text must be a readable file, got . (Is a directory)"),
+        (["--json", "FILE/out.json"], None, "--json must be a file in a folder that exists, got FILE/out.json"),
+    ],
+)
+def test_bad_input(
+    words: list[str], content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert demo.run(arguments(*(word.replace("FILE", str(file)) for word in words))) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: demo: {message.replace('FILE', str(file))}\n"
+
+
+def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments("--model", "v9")
+    assert "invalid choice: 'v9'" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_without_transformers() -> None:
+    code = "import sys, argparse; sys.modules['transformers'] = None\nfrom pcp_mla import demo\np = argparse.ArgumentParser()\n"
+    code += "demo.add_arguments(p)\nsys.exit(demo.run(p.parse_args([])))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert 'pip install "pcp-mla[demo]"' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# The parts that judge and measure.
+
+
+def an_outcome(tokens: list[int], logits: torch.Tensor, steps: torch.Tensor, experts: list[int]) -> outcome.Outcome:
+    return outcome.Outcome(logits, tokens, steps, torch.tensor([experts]))
+
+
+def test_comparison_stops_where_the_texts_part() -> None:
+    logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    steps = torch.tensor([[1.0, 0.0], [0.5, 0.25], [9.0, 0.0]])
+    stock = an_outcome([0, 0, 0], logits, steps, [1, 2, 3])
+    moved = an_outcome(
+        [0, 1, 1], torch.tensor([[0.0, 1.0], [0.75, 1.0]]), torch.tensor([[1.0, 0.0], [0.5, 3.0], [0.0, 99.0]]), [1, 4, 3]
+    )
+    result = outcome.compare(stock, moved)
+    assert result.logit_difference == 2.75  # the step after the parting differs by 99, of another text
+    assert (result.same_argmax, result.parts_at, result.parting_margin, result.expert_changes) == (0.5, 1, 0.25, 1)
+
+
+def test_nan_never_agrees() -> None:
+    stock = an_outcome([0], torch.zeros(1, 2), torch.zeros(1, 2), [])
+    broken = an_outcome([0], torch.tensor([[0.0, float("nan")]]), torch.zeros(1, 2), [])
+    assert outcome.compare(stock, broken).logit_difference == float("inf")
+
+
+def test_note_on_a_tie() -> None:
+    def row(margin: float) -> report.PCPRow:
+        comparison = outcome.Comparison(1e-5, 1.0, 3, margin, 0, [])
+        return report.PCPRow(2, "gloo", [4, 4], comparison, 9, 5, 1.0, 1.0, 0.0, True)
+
+    tolerance = report.Tolerance(1e-4, "")
+    assert "a tie within the tolerance" in report.notes([row(1e-4)], tolerance)[0]
+    assert "no tie" in report.notes([row(1e-3)], tolerance)[0]
+
+
+def test_op_calls_count_work_only() -> None:
+    x = torch.randn(4, 6)
+
+    def work() -> None:
+        y = torch.empty(6, 4)  # allocation
+        y.copy_(x.t())  # a view and a copy
+        y.view(24)[None].expand(2, 24).split(1)  # views
+        torch.add(y, 1.0)
+
+    assert measure.count_launches(work, torch.device("cpu")) == 2
+
+
+@pytest.mark.gpu
+def test_launches_count_kernels() -> None:
+    x = torch.randn(1000, device="cuda")
+    assert measure.count_launches(lambda: (x + 1).view(10, 100).mul_(2), x.device) == 2
+
+
+def test_replayed_group_gives_the_first_run_again() -> None:
+    def rank(group: Any) -> list[list[float]]:
+        replayed = measure.ReplayedGroup(group)
+        mine, runs = torch.tensor([float(group.rank)]), []
+        for _ in range(2):
+            replayed.rewind()
+            first, second = replayed.all_gather(mine), replayed.all_gather(mine + 10)
+            runs.append(torch.cat([first, second]).tolist())
+            first.zero_()
+        return runs
+
+    assert play(2, rank) == [[[0.0, 1.0, 10.0, 11.0]] * 2] * 2
