@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU in one run, with the torch that the interpreter has:
+#   bench/gpu.sh [FOLDER]      builds in place, GPU tests, sanitizer, benchmarks and the demo; logs and JSON go to FOLDER
+# PYTHON chooses the interpreter. STEPS picks some of: build test sanitize bench demo.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-bench/results}
+python=${PYTHON:-python3}
+export PYTHONPATH=python PYTHONUNBUFFERED=1
+mkdir -p "$out"
+failed=()
+
+step() {  # step NAME COMMAND...: run it if wanted, log it, remember a failure
+  local name=$1
+  shift
+  [[ " ${STEPS:-build test sanitize bench demo} " == *" ${name%%-*} "* ]] || return 0
+  echo "== $name: $*"
+  local begin=$SECONDS
+  "$@" 2>&1 | tee "$out/$name.log" | tail -n "${TAIL:-25}" || failed+=("$name")
+  echo "== $name: $((SECONDS - begin)) s"
+}
+
+sanitizer() {  # one small pass over each CUDA kernel, with every access width
+  compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m pytest -q -m gpu -k 'cuda and (unaligned or empty or identity)' tests
+}
+
+step build env PCP_MLA_CUDA="${PCP_MLA_CUDA:-1}" "$python" setup.py -q build_ext --inplace
+step test "$python" -m pytest -q -m gpu tests
+step sanitize-memcheck sanitizer memcheck
+step sanitize-racecheck sanitizer racecheck
+step bench "$python" -m bench --out "$out"
+step demo "$python" -m pcp_mla demo --model v2-lite --pcp 1 2 --json "$out/demo.json"
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all steps passed"

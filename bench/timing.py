@@ -1,0 +1,75 @@
+"""How everything here is timed: device events around the call, cold L2, the launches queued behind a running kernel so that CPU
+time does not count as GPU time, median of many. CPU time is what the host takes to issue a call. All in inference mode, as engines
+run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+_FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far
+_HEAD_START_CYCLES = 1_500_000  # about 1 ms: longer than any path here takes to issue its launches
+
+
+def gpu_us(call: Call, repeats: int = 30) -> float:
+    """Median GPU time of ``call`` in microseconds, L2 cold."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        call()
+    pairs = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        torch.cuda._sleep(_HEAD_START_CYCLES)
+        begin.record()
+        call()
+        end.record()
+        pairs.append((begin, end))
+        torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
+
+
+def cpu_us(call: Call, repeats: int = 15, calls: int = 20) -> float:
+    """Median host time of one ``call`` in microseconds: what it costs to issue on a GPU, what it takes on the CPU."""
+    gpu = torch.cuda.is_available()
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        if gpu:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - begin) / calls)
+    if gpu:
+        torch.cuda.synchronize()
+    return statistics.median(times) * 1e6
+
+
+def launches(call: Call) -> int:
+    """Kernels, copies and fills that one ``call`` puts on the GPU, counted by the profiler."""
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def copy_us(moved: int) -> float:
+    """Time of a plain device copy that moves ``moved`` bytes, those read and those written both counted."""
+    source = torch.randint(0, 256, (moved // 2,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return gpu_us(lambda: target.copy_(source))
+
+
+def copy_gbps(moved: int = 4 << 30) -> float:
+    """Measured copy bandwidth in GB/s of a copy so large that its start and end do not count."""
+    return moved / copy_us(moved) / 1e3
