@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pcp_mla import PCPMetadata, pcp_fused_gather, pcp_fused_restore
+from pcp_mla import GatheredRows, PCPMetadata, pcp_fused_gather, pcp_fused_restore
 from pcp_mla.backends import availability
 
 from . import timing
@@ -22,6 +22,14 @@ WIDTHS = (192, 192, 128)
 GPU_SHAPES = [([128] * 4, 16), ([4096], 16), ([16384], 16), ([131072], 16), ([32768], 128)]
 CPU_SHAPES = [([128] * 4, 16), ([4096], 16)]
 Paths = dict[str, Callable[[], Any]]
+
+
+def check(paths: Paths) -> None:
+    """A wrong result has no time."""
+    wanted = paths["seed"]()
+    for name, call in paths.items():
+        for a, b in zip(call(), wanted, strict=True):
+            assert torch.equal(a, b), f"{name} differs from the seed"
 
 
 def gather_paths(meta: PCPMetadata, heads: int, backends: list[str]) -> tuple[Paths, int]:
@@ -39,8 +47,9 @@ def gather_paths(meta: PCPMetadata, heads: int, backends: list[str]) -> tuple[Pa
     paths: Paths = {"seed": seed}
     for backend in backends:
         paths[backend] = lambda backend=backend: pcp_fused_gather(q, k, v, meta, backend=backend)
-        for got, wanted in zip(paths[backend](), seed(), strict=True):
-            assert torch.equal(got, wanted), f"pcp_fused_gather: backend {backend} differs from index_select"
+        given = GatheredRows(*(torch.full_like(x, torch.nan) for x in seed()))
+        paths[f"{backend} out="] = lambda backend=backend, given=given: pcp_fused_gather(q, k, v, meta, out=given, backend=backend)
+    check(paths)
     used = int(meta.partition.seqused_k.reshape(-1, 2).max(axis=1).sum())
     key_rows = used + meta.num_head_kv + meta.num_tail_kv
     return paths, 2 * heads * (2 * meta.num_tokens * WIDTHS[0] + key_rows * (WIDTHS[1] + WIDTHS[2]))
@@ -58,8 +67,11 @@ def restore_paths(meta: PCPMetadata, heads: int, backends: list[str]) -> tuple[P
     paths: Paths = {"seed": seed}
     for backend in backends:
         paths[backend] = lambda backend=backend: pcp_fused_restore(*outs, *lses, meta, backend=backend)
-        for got, wanted in zip(paths[backend](), seed(), strict=True):
-            assert torch.equal(got, wanted), f"pcp_fused_restore: backend {backend} differs from cat + index_select"
+        given = tuple(torch.full_like(x, torch.nan) for x in seed())
+        paths[f"{backend} out="] = lambda backend=backend, given=given: pcp_fused_restore(
+            *outs, *lses, meta, out=given, backend=backend
+        )
+    check(paths)
     return paths, 2 * meta.num_tokens * heads * (2 * WIDTHS[2] + 4)
 
 
@@ -68,8 +80,9 @@ def run(device: str) -> Iterator[dict[str, Any]]:
     the bandwidth of a very large copy."""
     gpu = device == "cuda"
     bandwidth = timing.copy_gbps() if gpu else 0.0
-    candidates = ("cuda", "triton") if gpu else ("cpu",)
-    backends = [name for name in candidates if not availability("fused_gather")[name]]
+    reasons = availability("fused_gather")
+    # "auto" is what users call: the CUDA or the C++ kernel where it is built.
+    backends = ["auto", "triton"] if gpu and not reasons["triton"] else ["auto"]
     for lengths, heads in GPU_SHAPES if gpu else CPU_SHAPES:
         for world in (2, 8):
             meta = PCPMetadata.build(np.array(lengths), world_size=world, rank=0, device=device)

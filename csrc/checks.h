@@ -46,6 +46,8 @@ inline Ragged ragged(const char* op, const char* name, const Tensor& t) {
   check(t.dim() == 3, op, ": ", name, " must have 3 dimensions [tokens, heads, dim], got ", t.dim());
   const int64_t item = t.element_size();
   const auto sizes = t.sizes(), strides = t.strides();
+  check(sizes[1] > 0 && sizes[2] > 0, op, ": ", name, " must have at least one head and a width of at least 1");
+  check(item <= 8, op, ": ", name, " must have a dtype of at most 8 bytes, got ", item);
   check(strides[2] == 1 || sizes[2] <= 1, op, ": ", name, " must have a contiguous last dimension, got stride ", strides[2]);
   return {static_cast<char*>(t.data_ptr()),
           sizes[0],
@@ -55,6 +57,14 @@ inline Ragged ragged(const char* op, const char* name, const Tensor& t) {
           strides[0] * item,
           strides[1] * item,
           kind_of(t)};
+}
+
+// An output must be contiguous, with the heads, width, dtype and device of the rows that it receives.
+inline void check_output(const char* op, const char* name, const Tensor& t, int64_t rows, const Ragged& of) {
+  const Kind k = kind_of(t);
+  check(k.same_device(of.kind) && k.dtype == of.kind.dtype && t.dim() == 3 && t.size(0) == rows && t.size(1) == of.heads &&
+            t.size(2) == of.dim && t.is_contiguous(),
+        op, ": an output of ", name, " must be contiguous [", rows, ", ", of.heads, ", ", of.dim, "] of its dtype, on its device");
 }
 
 inline RowTable row_table_of(const char* op, const Tensor& t, const Kind& beside) {

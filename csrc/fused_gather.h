@@ -8,40 +8,54 @@
 
 namespace pcp_mla {
 
-using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // q, k, v of the heads, then of the tails
 
-struct GatherSide {  // one of q, k, v and its two outputs
+struct GatherSide {  // one of q, k, v and its two contiguous outputs
   Ragged in;
-  Tensor head, tail;
+  char *head, *tail;
+  int64_t head_rows, tail_rows;
 };
 
 struct FusedGather {
+  static constexpr const char* op = "pcp_fused_gather";
   RowTable rows;
   GatherSide q, k, v;
   int64_t num_tokens;  // local rows of q that are read
 
   FusedGather(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& row_table, int64_t num_head_tokens,
-              int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv)
-      : q{side("q", q_in, num_head_tokens, num_tail_tokens)},
-        k{side("k", k_in, num_head_kv, num_tail_kv)},
-        v{side("v", v_in, num_head_kv, num_tail_kv)},
+              int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv, const Tensor& q_head, const Tensor& k_head,
+              const Tensor& v_head, const Tensor& q_tail, const Tensor& k_tail, const Tensor& v_tail)
+      : q(side("q", q_in, q_head, num_head_tokens, q_tail, num_tail_tokens)),
+        k(side("k", k_in, k_head, num_head_kv, k_tail, num_tail_kv)),
+        v(side("v", v_in, v_head, num_head_kv, v_tail, num_tail_kv)),
         num_tokens(num_head_tokens + num_tail_tokens) {
     const Kind &a = q.in.kind, &b = k.in.kind, &c = v.in.kind;
-    check(a.same_device(b) && a.same_device(c), "pcp_fused_gather: q, k and v must be on one device");
-    check(a.dtype == b.dtype && a.dtype == c.dtype, "pcp_fused_gather: q, k and v must have one dtype");
-    check(k.in.tokens == v.in.tokens, "pcp_fused_gather: v must have the ", k.in.tokens, " rows of k, got ", v.in.tokens);
-    check(q.in.tokens >= num_tokens, "pcp_fused_gather: q must have at least ", num_tokens, " rows, got ", q.in.tokens);
-    check(k.in.tokens <= INT32_MAX && q.in.tokens <= INT32_MAX, "pcp_fused_gather: row counts must be less than 2**31");
-    rows = row_table_of("pcp_fused_gather", row_table, a);
+    check(a.same_device(b) && a.same_device(c), op, ": q, k and v must be on one device");
+    check(a.dtype == b.dtype && a.dtype == c.dtype, op, ": q, k and v must have one dtype");
+    check(k.in.tokens == v.in.tokens, op, ": v must have the ", k.in.tokens, " rows of k, got ", v.in.tokens);
+    check(q.in.tokens >= num_tokens, op, ": q must have at least ", num_tokens, " rows, got ", q.in.tokens);
+    check(k.in.tokens <= INT32_MAX && q.in.tokens <= INT32_MAX, op, ": row counts must be less than 2**31");
+    rows = row_table_of(op, row_table, a);
   }
 
-  SixTensors outputs() const { return {q.head, k.head, v.head, q.tail, k.tail, v.tail}; }
+  static SixTensors allocate(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_head_tokens, int64_t num_tail_tokens,
+                             int64_t num_head_kv, int64_t num_tail_kv) {
+    check(num_head_tokens >= 0 && num_tail_tokens >= 0 && num_head_kv >= 0 && num_tail_kv >= 0, op,
+          ": row counts must not be negative");
+    const Ragged a = ragged(op, "q", q), b = ragged(op, "k", k), c = ragged(op, "v", v);
+    return {rows_like(a, num_head_tokens), rows_like(b, num_head_kv), rows_like(c, num_head_kv),
+            rows_like(a, num_tail_tokens), rows_like(b, num_tail_kv), rows_like(c, num_tail_kv)};
+  }
 
  private:
-  static GatherSide side(const char* name, const Tensor& t, int64_t head, int64_t tail) {
-    const Ragged in = ragged("pcp_fused_gather", name, t);
-    check(head >= 0 && tail >= 0, "pcp_fused_gather: row counts must not be negative");
-    return {in, empty<3>({head, in.heads, in.dim}, in.kind), empty<3>({tail, in.heads, in.dim}, in.kind)};
+  static Tensor rows_like(const Ragged& of, int64_t rows) { return empty<3>({rows, of.heads, of.dim}, of.kind); }
+
+  static GatherSide side(const char* name, const Tensor& t, const Tensor& head, int64_t head_rows, const Tensor& tail,
+                         int64_t tail_rows) {
+    const Ragged in = ragged(op, name, t);
+    check_output(op, name, head, head_rows, in);
+    check_output(op, name, tail, tail_rows, in);
+    return {in, static_cast<char*>(head.data_ptr()), static_cast<char*>(tail.data_ptr()), head_rows, tail_rows};
   }
 };
 

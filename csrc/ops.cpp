@@ -7,5 +7,12 @@ STABLE_TORCH_LIBRARY(pcp_mla, m) {
       "fused_gather(Tensor q, Tensor k, Tensor v, Tensor row_table, SymInt num_head_tokens, SymInt num_tail_tokens, "
       "SymInt num_head_kv, SymInt num_tail_kv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "fused_gather_out(Tensor q, Tensor k, Tensor v, Tensor row_table, SymInt num_head_tokens, SymInt num_tail_tokens, "
+      "SymInt num_head_kv, SymInt num_tail_kv, Tensor(a!) q_head, Tensor(b!) k_head, Tensor(c!) v_head, Tensor(d!) q_tail, "
+      "Tensor(e!) k_tail, Tensor(f!) v_tail) -> ()");
+  m.def(
       "fused_restore(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table) -> (Tensor, Tensor)");
+  m.def(
+      "fused_restore_out(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table, Tensor(a!) out, "
+      "Tensor(b!)? lse) -> ()");
 }

@@ -24,7 +24,7 @@ IMPLEMENTATIONS = [
     pytest.param("cuda", "reference", id="reference-cuda", marks=pytest.mark.gpu),
 ]
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8]
 
 
 @st.composite

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batches import DTYPES, IMPLEMENTATIONS, as_bytes, batches, poison, random_bytes, same_bits
-from pcp_mla import PCPMetadata, pcp_fused_gather
+from pcp_mla import GatheredRows, PCPMetadata, pcp_fused_gather
 
 NAMES = ("q_head", "k_head", "v_head", "q_tail", "k_tail", "v_tail")
 
@@ -44,6 +44,10 @@ def check(q, k, v, meta, backend):
     for name, a, b in zip(NAMES, got, wanted, strict=True):
         assert same_bits(a, b), name
         assert a.is_contiguous()
+    given = GatheredRows(*(random_bytes(x.shape, x.dtype, x.device, torch.Generator().manual_seed(9)) for x in wanted))
+    assert pcp_fused_gather(q, k, v, meta, out=given, backend=backend) is given
+    for name, a, b in zip(NAMES, given, wanted, strict=True):
+        assert same_bits(a, b), f"out.{name}"
 
 
 @pytest.mark.parametrize(("device", "backend"), IMPLEMENTATIONS)
@@ -104,7 +108,7 @@ def good():
         (lambda g: {"q": g["q"][0]}, ValueError, "q must have 3 dimensions .* got 2"),
         (lambda g: {"k": g["k"][None]}, ValueError, "k must have 3 dimensions .* got 4"),
         (lambda g: {"v": g["v"].float()}, TypeError, "v must have dtype bfloat16 .* got float32"),
-        (lambda g: {"q": g["q"].to(torch.complex64)}, TypeError, "q must be one of bfloat16.* got complex64"),
+        (lambda g: {"q": g["q"].to(torch.complex128)}, TypeError, "q must have a dtype of at most 8 bytes, got complex128"),
         (lambda g: {"v": g["v"].transpose(1, 2)}, ValueError, "v must have a contiguous last dimension, got strides"),
         (lambda g: {"k": g["k"][:, :0]}, ValueError, "k must have at least one head"),
         (lambda g: {"q": g["q"][1:]}, ValueError, "q must have the 5 local tokens .* got 4"),
@@ -120,6 +124,28 @@ def test_bad_arguments(good, change, error, words):
     pcp_fused_gather(**good)
     with pytest.raises(error, match=words):
         pcp_fused_gather(**{**good, **change(good)})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda o: o._replace(q_tail=o.q_tail[1:]), ValueError, r"out.q_tail must have shape \(1, 3, 24\), got \(0, 3, 24\)"),
+        (lambda o: o._replace(k_head=o.k_head.half()), TypeError, "out.k_head must have dtype bfloat16, got float16"),
+        (lambda o: o._replace(v_head=o.v_head.repeat(1, 1, 2)[..., ::2]), ValueError, "out.v_head must be contiguous, got strides"),
+        (lambda o: o._replace(v_tail=o.v_tail[:, :2]), ValueError, "out.v_tail must have shape"),
+        (lambda o: tuple(o), TypeError, "out must be GatheredRows, got tuple"),
+    ],
+)
+def test_bad_outputs_are_not_touched(good, backend, change, error, words):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton is not interpreted here")
+    out = pcp_fused_gather(**good)
+    for x in out:
+        x.zero_()
+    with pytest.raises(error, match=words):
+        pcp_fused_gather(**good, out=change(out), backend=backend)
+    assert not any(x.any() for x in out)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CUDA backend is there")
@@ -159,6 +185,8 @@ def test_opcheck(device):
     q, k, v = (torch.randn(n, 3, 16, device=device) for n in (meta.num_tokens, meta.num_kv_tokens, meta.num_kv_tokens))
     counts = (meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv)
     torch.library.opcheck(torch.ops.pcp_mla.fused_gather.default, (q, k, v, meta.row_table, *counts))
+    out = pcp_fused_gather(q, k, v, meta)
+    torch.library.opcheck(torch.ops.pcp_mla.fused_gather_out.default, (q, k, v, meta.row_table, *counts, *out))
 
 
 @pytest.mark.gpu

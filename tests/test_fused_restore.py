@@ -35,6 +35,11 @@ def check(meta, backend, out_head, out_tail, lse_head, lse_tail):
     got, got_lse = pcp_fused_restore(out_head, out_tail, None, None, meta, backend=backend)
     assert same_bits(got, out)
     assert got_lse is None
+    generator = torch.Generator().manual_seed(9)
+    given = (random_bytes(out.shape, out.dtype, out.device, generator), random_bytes(lse.shape, lse.dtype, lse.device, generator))
+    assert pcp_fused_restore(out_head, out_tail, lse_head, lse_tail, meta, out=given, backend=backend) is given
+    assert same_bits(given[0], out)
+    assert same_bits(given[1], lse)
 
 
 @pytest.mark.parametrize(("device", "backend"), IMPLEMENTATIONS)
@@ -96,6 +101,27 @@ def test_bad_arguments(good, change, error, words):
         pcp_fused_restore(**{**good, **change(good)})
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda out, lse: (out[1:], lse), ValueError, r"out\[0\] must have shape \(5, 3, 16\), got \(4, 3, 16\)"),
+        (lambda out, lse: (out.float(), lse), TypeError, r"out\[0\] must have dtype bfloat16, got float32"),
+        (lambda out, lse: (out, lse.T.contiguous().T), ValueError, r"out\[1\] must be contiguous, got strides"),
+        (lambda out, lse: (out, lse.double()), TypeError, r"out\[1\] must have dtype float32, got float64"),
+        (lambda out, lse: (out, None), TypeError, "out must be a pair"),
+        (lambda out, lse: out, TypeError, "out must be a pair"),
+    ],
+)
+def test_bad_outputs_are_not_touched(good, change, error, words):
+    out, lse = pcp_fused_restore(**good)
+    out.zero_()
+    lse.zero_()
+    with pytest.raises(error, match=words):
+        pcp_fused_restore(**good, out=change(out, lse))
+    assert not out.any()
+    assert not lse.any()
+
+
 def test_the_native_op_refuses_a_wrong_table(good):
     meta = good["meta"]
     tensors = [good[name] for name in ("out_head", "out_tail", "lse_head", "lse_tail")]
@@ -111,7 +137,10 @@ def test_opcheck(device):
     out_head, out_tail = (torch.randn(n, 3, 16, device=device) for n in (meta.num_head_tokens, meta.num_tail_tokens))
     lse_head, lse_tail = (torch.randn(3, n, device=device).T for n in (meta.num_head_tokens, meta.num_tail_tokens))
     for lses in ((lse_head, lse_tail), (None, None)):
-        torch.library.opcheck(torch.ops.pcp_mla.fused_restore.default, (out_head, out_tail, *lses, meta.row_table))
+        inputs_ = (out_head, out_tail, *lses, meta.row_table)
+        torch.library.opcheck(torch.ops.pcp_mla.fused_restore.default, inputs_)
+        out = pcp_fused_restore(out_head, out_tail, *lses, meta)
+        torch.library.opcheck(torch.ops.pcp_mla.fused_restore_out.default, (*inputs_, *out))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -126,6 +155,21 @@ def test_compiles_without_graph_breaks(device):
         q = torch.randn(meta.num_tokens, 2, 24, device=device)
         keys = torch.randn(meta.num_kv_tokens, 2, 24, device=device)
         assert torch.equal(there_and_back(q, keys, meta), q * 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiles_with_given_outputs(device):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def there_and_back(q, keys, meta, rows, out):
+        pcp_fused_gather(q * 2, keys, keys, meta, out=rows)
+        return pcp_fused_restore(rows.q_head, rows.q_tail, None, None, meta, out=(out, None))[0] + 1
+
+    meta = PCPMetadata.build([9, 4], world_size=2, rank=1, device=device)
+    q = torch.randn(meta.num_tokens, 2, 24, device=device)
+    keys = torch.randn(meta.num_kv_tokens, 2, 24, device=device)
+    rows, out = pcp_fused_gather(q, keys, keys, meta), torch.empty_like(q)
+    assert torch.equal(there_and_back(q, keys, meta, rows, out), q * 2 + 1)
+    assert torch.equal(out, q * 2)
 
 
 @pytest.mark.gpu

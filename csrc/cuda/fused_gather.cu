@@ -71,19 +71,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_gather_kernel(co
 
 Side side_of(const GatherSide& from, int64_t rows, int vec_bytes) {
   const int64_t row_bytes = from.in.heads * from.in.width;
-  return {Rows(from.in, vec_bytes),
-          static_cast<char*>(from.head.data_ptr()),
-          static_cast<char*>(from.tail.data_ptr()),
-          row_bytes,
-          static_cast<int32_t>(rows),
-          tile_rows(row_bytes, rows)};
+  return {Rows(from.in, vec_bytes), from.head, from.tail, row_bytes, static_cast<int32_t>(rows), tile_rows(row_bytes, rows)};
 }
 
-SixTensors fused_gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_table, int64_t num_head_tokens,
-                        int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv) {
-  const FusedGather g(q, k, v, row_table, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv);
-  if (g.rows.requests == 0) return g.outputs();
-  const int bytes = access_bytes({&g.q.in, &g.k.in, &g.v.in});
+void run(const FusedGather& g) {
+  if (g.rows.requests == 0) return;
+  const uintptr_t outputs = reinterpret_cast<uintptr_t>(g.q.head) | reinterpret_cast<uintptr_t>(g.q.tail) |
+                            reinterpret_cast<uintptr_t>(g.k.head) | reinterpret_cast<uintptr_t>(g.k.tail) |
+                            reinterpret_cast<uintptr_t>(g.v.head) | reinterpret_cast<uintptr_t>(g.v.tail);
+  const int bytes = access_bytes({&g.q.in, &g.k.in, &g.v.in}, outputs);
   Params p{};
   p.table = g.rows;
   p.q = side_of(g.q, g.num_tokens, bytes);
@@ -91,20 +87,40 @@ SixTensors fused_gather(const Tensor& q, const Tensor& k, const Tensor& v, const
   p.v = side_of(g.v, g.v.in.tokens, bytes);
   p.q_blocks = blocks(p.q.rows, p.q.tile);
   p.qk_blocks = p.q_blocks + blocks(p.k.rows, p.k.tile);
-  p.q_rows[0] = static_cast<int32_t>(num_head_tokens);
-  p.q_rows[1] = static_cast<int32_t>(num_tail_tokens);
-  p.kv_rows[0] = static_cast<int32_t>(num_head_kv);
-  p.kv_rows[1] = static_cast<int32_t>(num_tail_kv);
+  p.q_rows[0] = static_cast<int32_t>(g.q.head_rows);
+  p.q_rows[1] = static_cast<int32_t>(g.q.tail_rows);
+  p.kv_rows[0] = static_cast<int32_t>(g.k.head_rows);
+  p.kv_rows[1] = static_cast<int32_t>(g.k.tail_rows);
   const unsigned grid = p.qk_blocks + blocks(p.v.rows, p.v.tile);
-  if (grid == 0) return g.outputs();
+  if (grid == 0) return;
   const DeviceGuard guard(g.q.in.kind);
   const cudaStream_t stream = current_stream(g.q.in.kind);
   with_access(bytes, [&](auto vec) { fused_gather_kernel<decltype(vec)><<<grid, kThreads, 0, stream>>>(p); });
   check_cuda(cudaGetLastError());
-  return g.outputs();
+}
+
+void fused_gather_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_table, int64_t num_head_tokens,
+                      int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv, const Tensor& q_head, const Tensor& k_head,
+                      const Tensor& v_head, const Tensor& q_tail, const Tensor& k_tail, const Tensor& v_tail) {
+  run(FusedGather(q, k, v, row_table, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv, q_head, k_head, v_head, q_tail,
+                  k_tail, v_tail));
+}
+
+SixTensors fused_gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_table, int64_t num_head_tokens,
+                        int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv) {
+  SixTensors out = FusedGather::allocate(q, k, v, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv);
+  std::apply(
+      [&](const auto&... to) {
+        fused_gather_out(q, k, v, row_table, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv, to...);
+      },
+      out);
+  return out;
 }
 
 }  // namespace
 }  // namespace pcp_mla::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) { m.impl("fused_gather", TORCH_BOX(&pcp_mla::cuda::fused_gather)); }
+STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) {
+  m.impl("fused_gather", TORCH_BOX(&pcp_mla::cuda::fused_gather));
+  m.impl("fused_gather_out", TORCH_BOX(&pcp_mla::cuda::fused_gather_out));
+}

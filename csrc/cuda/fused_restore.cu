@@ -74,35 +74,47 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_restore_kernel(c
   }
 }
 
-std::tuple<Tensor, Tensor> fused_restore(const Tensor& out_head, const Tensor& out_tail, const std::optional<Tensor>& lse_head,
-                                         const std::optional<Tensor>& lse_tail, const Tensor& row_table) {
-  const FusedRestore r(out_head, out_tail, lse_head, lse_tail, row_table);
-  if (r.rows.requests == 0 || r.num_tokens() == 0) return {r.out, r.lse};
-  const int bytes = access_bytes({&r.head, &r.tail});
+void run(const FusedRestore& r) {
+  if (r.rows.requests == 0 || r.num_tokens() == 0) return;
+  const int bytes = access_bytes({&r.head, &r.tail}, reinterpret_cast<uintptr_t>(r.out));
   Params p{};
   p.table = r.rows;
   p.head = Rows(r.head, bytes);
   p.tail = Rows(r.tail, bytes);
   p.lse_head = r.lse_head;
   p.lse_tail = r.lse_tail;
-  p.out = static_cast<char*>(r.out.data_ptr());
-  p.lse = static_cast<float*>(r.lse.data_ptr());
+  p.out = r.out;
+  p.lse = r.lse;
   p.row_bytes = r.head.heads * r.head.width;
   p.rows = static_cast<int32_t>(r.num_tokens());
   p.tile = tile_rows(p.row_bytes, p.rows);
   p.heads = static_cast<int32_t>(r.head.heads);
   p.head_rows = static_cast<int32_t>(r.head.tokens);
   p.tail_rows = static_cast<int32_t>(r.tail.tokens);
-  p.lse_blocks = r.has_lse() ? blocks(p.rows, kMaxTileRows) : 0;
+  p.lse_blocks = r.lse != nullptr ? blocks(p.rows, kMaxTileRows) : 0;
   const unsigned grid = p.lse_blocks + blocks(p.rows, p.tile);
   const DeviceGuard guard(r.head.kind);
   const cudaStream_t stream = current_stream(r.head.kind);
   with_access(bytes, [&](auto vec) { fused_restore_kernel<decltype(vec)><<<grid, kThreads, 0, stream>>>(p); });
   check_cuda(cudaGetLastError());
-  return {r.out, r.lse};
+}
+
+void fused_restore_out(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head,
+                       const OptionalTensor& lse_tail, const Tensor& row_table, const Tensor& out, const OptionalTensor& lse) {
+  run(FusedRestore(out_head, out_tail, lse_head, lse_tail, row_table, out, lse ? &*lse : nullptr));
+}
+
+std::tuple<Tensor, Tensor> fused_restore(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head,
+                                         const OptionalTensor& lse_tail, const Tensor& row_table) {
+  auto [out, lse] = FusedRestore::allocate(out_head, out_tail, lse_head.has_value());
+  run(FusedRestore(out_head, out_tail, lse_head, lse_tail, row_table, out, &lse));
+  return {out, lse};
 }
 
 }  // namespace
 }  // namespace pcp_mla::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) { m.impl("fused_restore", TORCH_BOX(&pcp_mla::cuda::fused_restore)); }
+STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) {
+  m.impl("fused_restore", TORCH_BOX(&pcp_mla::cuda::fused_restore));
+  m.impl("fused_restore_out", TORCH_BOX(&pcp_mla::cuda::fused_restore_out));
+}

@@ -83,9 +83,9 @@ struct Rows {
   }
 };
 
-// The widest access, 1 to 16 bytes, that every address and stride of these tensors allows.
-inline int access_bytes(std::initializer_list<const Ragged*> tensors) {
-  uint64_t bits = 16;
+// The widest access, 1 to 16 bytes, that every address and stride of these tensors, and the outputs' addresses, allow.
+inline int access_bytes(std::initializer_list<const Ragged*> tensors, uintptr_t outputs) {
+  uint64_t bits = 16 | outputs;
   for (const Ragged* t : tensors) {
     bits |= reinterpret_cast<uintptr_t>(t->data) | t->width;
     if (t->tokens > 1) bits |= t->token_stride;

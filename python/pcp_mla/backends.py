@@ -21,10 +21,22 @@ SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor row_table, SymInt num_head_tokens, SymInt num_tail_tokens, "
         "SymInt num_head_kv, SymInt num_tail_kv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "fused_gather_out": (
+        "(Tensor q, Tensor k, Tensor v, Tensor row_table, SymInt num_head_tokens, SymInt num_tail_tokens, "
+        "SymInt num_head_kv, SymInt num_tail_kv, Tensor(a!) q_head, Tensor(b!) k_head, Tensor(c!) v_head, Tensor(d!) q_tail, "
+        "Tensor(e!) k_tail, Tensor(f!) v_tail) -> ()"
+    ),
     "fused_restore": (
         "(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table) -> (Tensor, Tensor)"
     ),
+    "fused_restore_out": (
+        "(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table, Tensor(a!) out, "
+        "Tensor(b!)? lse) -> ()"
+    ),
 }
+
+# Whether "auto" means a native kernel on every device that this torch has.
+ALL_NATIVE = not native.status["_native"] and not (torch.version.cuda and native.status["_native_cuda"])
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _library = torch.library.Library("pcp_mla", "FRAGMENT")
@@ -32,9 +44,10 @@ _library = torch.library.Library("pcp_mla", "FRAGMENT")
 
 def _triton(op: str) -> Callable[..., Any]:
     """The Triton implementation, imported when it is first called: importing Triton takes longer than all the rest."""
+    module = f"pcp_mla.triton.{op.removesuffix('_out')}"
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"pcp_mla.triton.{op}"), op)(*args)
+        return getattr(importlib.import_module(module), op)(*args)
 
     return call
 
@@ -42,14 +55,15 @@ def _triton(op: str) -> Callable[..., Any]:
 def availability(op: str) -> dict[str, str]:
     """Every backend of ``op`` with the reason why it cannot be used here; the empty string where it can."""
     gpu = "" if torch.cuda.is_available() else "no CUDA GPU is visible to torch"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not _HAS_TRITON:
+        triton = "triton is not installed: pip install triton"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        triton = ""
+    else:
+        triton = gpu
     return {
         "cuda": native.status["_native_cuda"] or gpu,
-        "triton": ""
-        if _HAS_TRITON and (interpreted or not gpu)
-        else gpu
-        if _HAS_TRITON
-        else "triton is not installed: pip install triton",
+        "triton": triton,
         "cpu": native.status["_native"],
         "reference": "",
     }
@@ -76,14 +90,15 @@ def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     """
     if backend == "reference":
         return getattr(reference, op)
+    name = f"pcp_{op.removesuffix('_out')}"
     if backend not in BACKENDS:
-        raise ValueError(f"pcp_{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"{name}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reasons = availability(op)
     if reasons[backend]:
-        usable = ", ".join(name for name, reason in reasons.items() if not reason)
-        raise RuntimeError(f"pcp_{op}: backend {backend!r} is not available: {reasons[backend]}; available here: {usable}")
+        usable = ", ".join(other for other, reason in reasons.items() if not reason)
+        raise RuntimeError(f"{name}: backend {backend!r} is not available: {reasons[backend]}; available here: {usable}")
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     wanted = "cpu" if backend == "cpu" else "cuda"
     if device_type != wanted and not interpreted:
-        raise ValueError(f"pcp_{op}: backend {backend!r} needs tensors on a {wanted} device, got {device_type}")
+        raise ValueError(f"{name}: backend {backend!r} needs tensors on a {wanted} device, got {device_type}")
     return _triton(op) if backend == "triton" else getattr(torch.ops.pcp_mla, op).default

@@ -49,7 +49,7 @@ def print_env() -> int:
     for name, reason in native.status.items():
         print(f"{name:12} {reason or 'loaded'}")
     print()
-    for op in SCHEMAS:
+    for op in (name for name in SCHEMAS if not name.endswith("_out")):
         print(f"pcp_{op}")
         for backend, reason in availability(op).items():
             print(f"  {backend:10} {'no: ' + reason if reason else 'yes'}")

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends import register, select
+from .backends import ALL_NATIVE, register, select
+from .checks import check_gather, check_gathered, check_restore, check_restored, gathered_shapes
 from .metadata import PCPMetadata
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
 
 
 class GatheredRows(NamedTuple):
@@ -23,31 +22,6 @@ class GatheredRows(NamedTuple):
     v_tail: torch.Tensor
 
 
-def _check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dtype | None) -> torch.Size:
-    """The shape of ``x``, read once: an attribute of a tensor costs some 100 ns, and all this is on the way to every launch."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    shape = x.shape
-    if len(shape) != 3:
-        raise ValueError(f"{op}: {name} must have 3 dimensions [tokens, heads, dim], got {len(shape)}: {tuple(shape)}")
-    if shape[1] == 0 or shape[2] == 0:
-        raise ValueError(f"{op}: {name} must have at least one head and a width of at least 1, got {tuple(shape)}")
-    if x.stride(2) != 1 and shape[2] > 1:
-        raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
-    if dtype is None and x.dtype not in _DTYPES:
-        raise TypeError(f"{op}: {name} must be one of {', '.join(str(d)[6:] for d in _DTYPES)}, got {str(x.dtype)[6:]}")
-    if dtype is not None and x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must have dtype {str(dtype)[6:]} as the tensors before it, got {str(x.dtype)[6:]}")
-    if x.device != meta.device:
-        raise ValueError(f"{op}: {name} must be on {meta.device}, where the metadata is, got {x.device}")
-    return shape
-
-
-def _check_meta(op: str, meta: Any) -> None:
-    if not isinstance(meta, PCPMetadata):
-        raise TypeError(f"{op}: meta must be a PCPMetadata, got {type(meta).__name__}")
-
-
 def _fused_gather_fake(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -58,21 +32,26 @@ def _fused_gather_fake(
     num_head_kv: int,
     num_tail_kv: int,
 ) -> tuple[torch.Tensor, ...]:
-    return (
-        q.new_empty(num_head_tokens, *q.shape[1:]),
-        k.new_empty(num_head_kv, *k.shape[1:]),
-        v.new_empty(num_head_kv, *v.shape[1:]),
-        q.new_empty(num_tail_tokens, *q.shape[1:]),
-        k.new_empty(num_tail_kv, *k.shape[1:]),
-        v.new_empty(num_tail_kv, *v.shape[1:]),
-    )
+    shapes = gathered_shapes(q, k, v, (num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv))
+    return tuple(q.new_empty(shape) for shape in shapes)
+
+
+def _out_fake(*args: Any) -> None:
+    """Ops that write into given tensors return nothing."""
 
 
 _fused_gather = register("fused_gather", _fused_gather_fake)
+_fused_gather_out = register("fused_gather_out", _out_fake)
 
 
 def pcp_fused_gather(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata, *, backend: str = "auto"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    meta: PCPMetadata,
+    *,
+    out: GatheredRows | None = None,
+    backend: str = "auto",
 ) -> GatheredRows:
     """Copy q, k and v to where two separate attention calls, one over the heads and one over the tails, want them: one launch.
 
@@ -86,9 +65,11 @@ def pcp_fused_gather(
         k: [N, H, Dk] in key order, N = ``meta.num_kv_tokens``.
         v: [N, H, Dv].
         meta: of this rank and step, on the same device.
+        out: tensors to write and return, contiguous, such as an earlier call of the same step returned: the layers of a model can
+            share them, and six allocations are most of what the call costs on the host. Must not overlap the inputs.
         backend: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
 
-    Tensors are bf16, fp16, fp32, fp64, fp8 (e4m3fn, e5m2) or uint8, one dtype for all three, any row and head strides with a
+    Tensors are of any dtype up to 8 bytes (bf16, fp16, fp32, fp8, ...), one for all three, with any row and head strides and a
     contiguous last dimension; widths and head counts may differ. Not differentiable.
 
     Returns:
@@ -98,20 +79,34 @@ def pcp_fused_gather(
         ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
         RuntimeError: the named backend is not available.
     """
-    op = "pcp_fused_gather"
-    _check_meta(op, meta)
-    rows = _check_ragged(op, "q", q, meta, None)[0]
-    k_rows = _check_ragged(op, "k", k, meta, q.dtype)[0]
-    v_rows = _check_ragged(op, "v", v, meta, q.dtype)[0]
-    if rows != meta.num_tokens and rows != meta.num_tokens_padded:
-        counts = f"{meta.num_tokens} local tokens of the metadata (or {meta.num_tokens_padded} with pads)"
-        raise ValueError(f"{op}: q must have the {counts}, got {rows}")
-    for name, given in (("k", k_rows), ("v", v_rows)):
-        if given != meta.num_kv_tokens:
-            raise ValueError(f"{op}: {name} must have the {meta.num_kv_tokens} rows of the metadata's key order, got {given}")
-    call = _fused_gather if backend == "auto" else select("fused_gather", backend, q.device.type)
-    out = call(q, k, v, meta.row_table, meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv)
-    return GatheredRows(*out)
+    if out is not None and not isinstance(out, GatheredRows):
+        raise TypeError(f"pcp_fused_gather: out must be GatheredRows, got {type(out).__name__}")
+    native = backend == "auto" and ALL_NATIVE
+    if not (native and _gather_rows_fit(q, k, v, meta)):
+        check_gather(q, k, v, meta)
+    counts = (meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv)
+    try:
+        if out is None:
+            call = _fused_gather if backend == "auto" else select("fused_gather", backend, q.device.type)
+            return GatheredRows(*call(q, k, v, meta.row_table, *counts))
+        call = _fused_gather_out if backend == "auto" else select("fused_gather_out", backend, q.device.type)
+        call(q, k, v, meta.row_table, *counts, *out)
+        return out
+    except RuntimeError:
+        check_gather(q, k, v, meta)
+        if out is not None:
+            check_gathered(q, k, v, counts, out)
+        raise
+
+
+def _gather_rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata) -> bool:
+    """What the native op cannot check: it does not see the metadata, and a tensor elsewhere may lead to another kernel."""
+    try:
+        kv_rows, rows = meta.num_kv_tokens, q.shape[0]
+        same_device = q.device == k.device == v.device == meta.device
+        return same_device and k.shape[0] == kv_rows == v.shape[0] and (rows == meta.num_tokens or rows == meta.num_tokens_padded)
+    except (AttributeError, IndexError):
+        return False
 
 
 def _fused_restore_fake(
@@ -127,6 +122,7 @@ def _fused_restore_fake(
 
 
 _fused_restore = register("fused_restore", _fused_restore_fake)
+_fused_restore_out = register("fused_restore_out", _out_fake)
 
 
 def pcp_fused_restore(
@@ -136,6 +132,7 @@ def pcp_fused_restore(
     lse_tail: torch.Tensor | None,
     meta: PCPMetadata,
     *,
+    out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Put the outputs of two attention calls back in local order, with their LSEs: one launch. The way back of
@@ -146,6 +143,7 @@ def pcp_fused_restore(
         out_tail: [num_tail_tokens, H, Dv], the same dtype.
         lse_head, lse_tail: float32 [num_head_tokens, H] and [num_tail_tokens, H], any strides (FlashAttention's [H, tokens] is
             passed as ``lse.T``), or both None.
+        out: tensors to write and return, out and lse (None without LSEs), contiguous; must not overlap the inputs.
         meta, backend: as for :func:`pcp_fused_gather`. Dtypes of the outputs likewise.
 
     Returns:
@@ -155,28 +153,37 @@ def pcp_fused_restore(
         ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
         RuntimeError: the named backend is not available.
     """
-    op = "pcp_fused_restore"
-    _check_meta(op, meta)
-    head = _check_ragged(op, "out_head", out_head, meta, None)
-    tail = _check_ragged(op, "out_tail", out_tail, meta, out_head.dtype)
-    if head[1:] != tail[1:]:
-        raise ValueError(f"{op}: out_tail must have the heads and width of out_head, {tuple(head[1:])}, got {tuple(tail[1:])}")
-    for name, given, rows in (("out_head", head[0], meta.num_head_tokens), ("out_tail", tail[0], meta.num_tail_tokens)):
-        if given != rows:
-            raise ValueError(f"{op}: {name} must have the {rows} rows of the metadata, got {given}")
-    if (lse_head is None) != (lse_tail is None):
-        raise ValueError(f"{op}: lse_head and lse_tail must both be given or both be None")
-    for name, lse, shape in (("lse_head", lse_head, head[:2]), ("lse_tail", lse_tail, tail[:2])):
-        if lse is None:
-            continue
-        if not isinstance(lse, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(lse).__name__}")
-        if lse.dtype != torch.float32:
-            raise TypeError(f"{op}: {name} must be float32, got {str(lse.dtype)[6:]}")
-        if lse.shape != shape:
-            raise ValueError(f"{op}: {name} must have shape [tokens, heads] = {tuple(shape)}, got {tuple(lse.shape)}")
-        if lse.device != meta.device:
-            raise ValueError(f"{op}: {name} must be on {meta.device}, got {lse.device}")
-    call = _fused_restore if backend == "auto" else select("fused_restore", backend, out_head.device.type)
-    out, lse_out = call(out_head, out_tail, lse_head, lse_tail, meta.row_table)
-    return out, None if lse_head is None else lse_out
+    if out is not None and (not isinstance(out, tuple) or len(out) != 2 or (lse_head is None) != (out[1] is None)):
+        raise TypeError("pcp_fused_restore: out must be a pair of a tensor and an LSE, the latter None where no LSE is given")
+    native = backend == "auto" and ALL_NATIVE
+    if not (native and _restore_rows_fit(out_head, out_tail, lse_head, lse_tail, meta)):
+        check_restore(out_head, out_tail, lse_head, lse_tail, meta)
+    try:
+        if out is None:
+            call = _fused_restore if backend == "auto" else select("fused_restore", backend, out_head.device.type)
+            restored, restored_lse = call(out_head, out_tail, lse_head, lse_tail, meta.row_table)
+            return restored, None if lse_head is None else restored_lse
+        call = _fused_restore_out if backend == "auto" else select("fused_restore_out", backend, out_head.device.type)
+        call(out_head, out_tail, lse_head, lse_tail, meta.row_table, *out)
+        return out
+    except RuntimeError:
+        check_restore(out_head, out_tail, lse_head, lse_tail, meta)
+        if out is not None:
+            check_restored(out_head, out_tail, lse_head, *out)
+        raise
+
+
+def _restore_rows_fit(
+    out_head: torch.Tensor,
+    out_tail: torch.Tensor,
+    lse_head: torch.Tensor | None,
+    lse_tail: torch.Tensor | None,
+    meta: PCPMetadata,
+) -> bool:
+    try:
+        same_device = out_head.device == out_tail.device == meta.device
+        if lse_head is not None and lse_tail is not None:
+            same_device = same_device and lse_head.device == lse_tail.device == meta.device
+        return same_device and out_head.shape[0] == meta.num_head_tokens and out_tail.shape[0] == meta.num_tail_tokens
+    except (AttributeError, IndexError):
+        return False

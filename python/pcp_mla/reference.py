@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .checks import check_gathered, check_restored
+
 
 def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """[start, ..., start+length-1] for every pair, one after another."""
@@ -40,6 +42,24 @@ def fused_gather(
     return q[heads], k[head_keys], v[head_keys], q[tails], k[tail_keys], v[tail_keys]
 
 
+def fused_gather_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row_table: torch.Tensor,
+    num_head_tokens: int,
+    num_tail_tokens: int,
+    num_head_kv: int,
+    num_tail_kv: int,
+    *out: torch.Tensor,
+) -> None:
+    """The same into six given tensors."""
+    counts = (num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv)
+    check_gathered(q, k, v, counts, out)
+    for to, rows in zip(out, fused_gather(q, k, v, row_table, *counts), strict=True):
+        to.copy_(rows)
+
+
 def fused_restore(
     out_head: torch.Tensor,
     out_tail: torch.Tensor,
@@ -56,3 +76,20 @@ def fused_restore(
     lse = lse_head.new_empty(len(out), lse_head.shape[1])
     lse[heads], lse[tails] = lse_head, lse_tail
     return out, lse
+
+
+def fused_restore_out(
+    out_head: torch.Tensor,
+    out_tail: torch.Tensor,
+    lse_head: torch.Tensor | None,
+    lse_tail: torch.Tensor | None,
+    row_table: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """The same into given tensors."""
+    check_restored(out_head, out_tail, lse_head, out, lse)
+    restored, restored_lse = fused_restore(out_head, out_tail, lse_head, lse_tail, row_table)
+    out.copy_(restored)
+    if lse is not None and lse_head is not None:
+        lse.copy_(restored_lse)

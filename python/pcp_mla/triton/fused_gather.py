@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..checks import check_gathered, gathered_shapes
 from .rows import ROWS, copy_shape, copy_view, place_key, place_query
 
 
@@ -70,26 +71,43 @@ def fused_gather(
     num_tail_kv: int,
 ) -> tuple[torch.Tensor, ...]:
     """Arguments and results as :func:`pcp_mla.reference.fused_gather`."""
+    counts = (num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv)
+    out = tuple(q.new_empty(shape) for shape in gathered_shapes(q, k, v, counts))
+    fused_gather_out(q, k, v, row_table, *counts, *out)
+    return out
+
+
+def fused_gather_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row_table: torch.Tensor,
+    num_head_tokens: int,
+    num_tail_tokens: int,
+    num_head_kv: int,
+    num_tail_kv: int,
+    *out: torch.Tensor,
+) -> None:
+    """Arguments as :func:`pcp_mla.reference.fused_gather_out`."""
     inputs = (q, k, v)
-    heads_out = [x.new_empty(n, *x.shape[1:]) for x, n in zip(inputs, (num_head_tokens, num_head_kv, num_head_kv), strict=True)]
-    tails_out = [x.new_empty(n, *x.shape[1:]) for x, n in zip(inputs, (num_tail_tokens, num_tail_kv, num_tail_kv), strict=True)]
+    check_gathered(q, k, v, (num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv), out)
     rows = (num_head_tokens + num_tail_tokens, k.shape[0], k.shape[0])
     shapes = [copy_shape(x) for x in inputs]
     programs = [triton.cdiv(n, ROWS) * heads * triton.cdiv(dim, block) for n, (heads, dim, block) in zip(rows, shapes, strict=True)]
     requests = row_table.shape[1] - 1
-    if requests > 0 and sum(programs) > 0:
-        sides = [(x.stride(0), x.stride(1), heads, dim) for x, (heads, dim, _) in zip(inputs, shapes, strict=True)]
-        fused_gather_kernel[(sum(programs),)](
-            *(copy_view(x) for x in (*inputs, *heads_out, *tails_out)),
-            row_table,
-            requests,
-            requests.bit_length(),
-            rows[0],
-            rows[1],
-            programs[0],
-            programs[0] + programs[1],
-            *(number for side in sides for number in side),
-            ROWS,
-            *(block for _, _, block in shapes),
-        )
-    return (*heads_out, *tails_out)
+    if requests == 0 or sum(programs) == 0:
+        return
+    sides = [(x.stride(0), x.stride(1), heads, dim) for x, (heads, dim, _) in zip(inputs, shapes, strict=True)]
+    fused_gather_kernel[(sum(programs),)](
+        *(copy_view(x) for x in (*inputs, *out)),
+        row_table,
+        requests,
+        requests.bit_length(),
+        rows[0],
+        rows[1],
+        programs[0],
+        programs[0] + programs[1],
+        *(number for side in sides for number in side),
+        ROWS,
+        *(block for _, _, block in shapes),
+    )

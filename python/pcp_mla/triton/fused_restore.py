@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..checks import check_restored
 from .rows import ROWS, copy_shape, copy_view, place_query
 
 
@@ -52,35 +53,52 @@ def fused_restore(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as :func:`pcp_mla.reference.fused_restore`."""
     rows = out_head.shape[0] + out_tail.shape[0]
-    lse_heads = out_head.shape[1]
     out = out_head.new_empty(rows, *out_head.shape[1:])
-    lse = out_head.new_empty((0,) if lse_head is None else (rows, lse_heads), dtype=torch.float32)
+    lse = out_head.new_empty((0,) if lse_head is None else (rows, out_head.shape[1]), dtype=torch.float32)
+    fused_restore_out(out_head, out_tail, lse_head, lse_tail, row_table, out, lse)
+    return out, lse
+
+
+def fused_restore_out(
+    out_head: torch.Tensor,
+    out_tail: torch.Tensor,
+    lse_head: torch.Tensor | None,
+    lse_tail: torch.Tensor | None,
+    row_table: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Arguments as :func:`pcp_mla.reference.fused_restore_out`."""
+    check_restored(out_head, out_tail, lse_head, out, lse)
+    rows, lse_heads = out.shape[:2]
     heads, dim, block = copy_shape(out_head, out_tail)
     requests = row_table.shape[1] - 1
-    if requests > 0 and rows > 0:
-        # Without LSEs the kernel still wants pointers; it reads none of them.
-        lse_pair = (lse, lse) if lse_head is None or lse_tail is None else (lse_head, lse_tail)
-        lse_strides = (0, 0, 0, 0) if lse_head is None else (*lse_pair[0].stride(), *lse_pair[1].stride())
-        fused_restore_kernel[(triton.cdiv(rows, ROWS) * heads * triton.cdiv(dim, block),)](
-            copy_view(out_head),
-            copy_view(out_tail),
-            *lse_pair,
-            copy_view(out),
-            lse,
-            row_table,
-            requests,
-            requests.bit_length(),
-            rows,
-            out_head.stride(0),
-            out_head.stride(1),
-            out_tail.stride(0),
-            out_tail.stride(1),
-            heads,
-            dim,
-            *lse_strides,
-            lse_heads,
-            ROWS,
-            block,
-            0 if lse_head is None else triton.next_power_of_2(lse_heads),
-        )
-    return out, lse
+    if requests == 0 or rows == 0:
+        return
+    # Without LSEs the kernel still wants pointers to float32; it touches none of them.
+    block_lse, lses, lse_strides = 0, [row_table.view(torch.float32)] * 3, [0, 0, 0, 0]
+    if lse_head is not None and lse_tail is not None and lse is not None:
+        block_lse, lses = triton.next_power_of_2(lse_heads), [lse_head, lse_tail, lse]
+        lse_strides = [*lse_head.stride(), *lse_tail.stride()]
+    fused_restore_kernel[(triton.cdiv(rows, ROWS) * heads * triton.cdiv(dim, block),)](
+        copy_view(out_head),
+        copy_view(out_tail),
+        *lses[:2],
+        copy_view(out),
+        lses[2],
+        row_table,
+        requests,
+        requests.bit_length(),
+        rows,
+        out_head.stride(0),
+        out_head.stride(1),
+        out_tail.stride(0),
+        out_tail.stride(1),
+        heads,
+        dim,
+        *lse_strides,
+        lse_heads,
+        ROWS,
+        block,
+        block_lse,
+    )

@@ -9,9 +9,13 @@ import triton.language as tl
 ROWS = 8  # rows of a program
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
 def copy_view(x: torch.Tensor) -> torch.Tensor:
-    """Bytes are bytes: fp8 is copied as uint8, since not every GPU has a register type for it."""
-    return x.view(torch.uint8) if x.element_size() == 1 else x
+    """Bytes are bytes: types that Triton has not on every GPU (fp8, complex) are copied as integers."""
+    return x if x.dtype in _FLOATS else x.view(_INTEGERS[x.element_size()])
 
 
 def copy_shape(*tensors: torch.Tensor) -> tuple[int, int, int]:
