@@ -213,10 +213,11 @@ def test_nan_never_agrees() -> None:
 def test_note_on_a_tie() -> None:
     def row(margin: float) -> report.PCPRow:
         comparison = outcome.Comparison(1e-5, 1.0, 3, margin, 0, [])
-        return report.PCPRow(2, "gloo", [4, 4], comparison, 9, 5, 1.0, 1.0, 0.0, True)
+        return report.PCPRow(2, "gloo", [4, 4], comparison, 9, 5, 1.0, 1.0, 0.0, 3, True)
 
     tolerance = report.Tolerance(1e-4, "")
     assert "a tie within the tolerance" in report.notes([row(1e-4)], tolerance)[0]
+    assert "3 routings were ties" in report.notes([row(1e-4)], tolerance)[1]
     assert "no tie" in report.notes([row(1e-3)], tolerance)[0]
 
 

@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
         with Progress("saving it for the ranks"):
             torch.save(model, model_file)
         with Progress("stock model, one process"):
-            stock = run_stock(model.to("cuda") if facts["on_gpu"] else model, prompt, CONTINUATION)
+            stock, routing = run_stock(model.to("cuda") if facts["on_gpu"] else model, prompt, CONTINUATION)
         facts["continuation"] = stock.tokens
         tolerance = make_tolerance(stock, facts["layers"], facts["hidden"])
         # The ranks map the file; this copy would be one too many.
@@ -130,7 +130,7 @@ def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
         rows = []
         for world_size in args.pcp:
             with Progress(f"the model under PCP, P = {world_size}"):
-                backend, results = run_ranks(world_size, model_file, prompt, CONTINUATION)
+                backend, results = run_ranks(world_size, model_file, prompt, CONTINUATION, routing)
             tokens = partition([len(prompt)], world_size=world_size, rank=0).tokens_per_rank.tolist()
             rows.append(make_row(stock, results, backend, tokens, tolerance))
     agrees = all(row.agrees for row in rows)

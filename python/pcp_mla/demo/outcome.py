@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +10,20 @@ import torch
 
 from ..exchange import Group, all_gather_rows, group_rank, group_world_size
 from ..metadata import PCPMetadata
+from .routing import RecordRouting, Routing, rounding_share
 
 
 @dataclass
 class Outcome:
     """``logits`` [T, vocabulary] of the prompt; ``tokens`` [n] its greedy continuation; ``step_logits`` [n, vocabulary] that each
-    was chosen from; ``experts`` [T, choices of all MoE layers], sorted within a layer. On the CPU."""
+    was chosen from; ``experts`` [T, choices of all MoE layers], sorted within a layer; ``ties``: choices for this rank's tokens
+    that were broken as the stock model broke them. On the CPU."""
 
     logits: torch.Tensor
     tokens: list[int]
     step_logits: torch.Tensor
     experts: torch.Tensor
+    ties: int = 0
 
 
 @dataclass
@@ -42,32 +44,6 @@ class Comparison:
     continuation: list[int]
 
 
-class ExpertChoices(AbstractContextManager["ExpertChoices"]):
-    """Records which experts every router of a model chooses while the context lasts."""
-
-    def __init__(self, model: Any) -> None:
-        self._routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-        self._chosen: list[torch.Tensor] = []
-        self._hooks: list[Any] = []
-
-    def _record(self, _module: Any, _inputs: Any, output: Any) -> None:
-        self._chosen.append(output[2].sort(dim=-1).values)
-
-    def __enter__(self) -> ExpertChoices:
-        self._hooks = [router.register_forward_hook(self._record) for router in self._routers]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def choices(self, tokens: int, device: torch.device) -> torch.Tensor:
-        """[tokens, choices of all layers] for the first ``tokens`` tokens of each router's call."""
-        if not self._chosen:
-            return torch.empty(tokens, 0, dtype=torch.int64, device=device)
-        return torch.cat([chosen[:tokens] for chosen in self._chosen], dim=1)
-
-
 def _continue(logits: torch.Tensor, count: int, step: Callable[[int], torch.Tensor]) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens after the last row of ``logits``; ``step(token)`` gives the next row [vocabulary]."""
     rows = [logits[-1]]
@@ -78,11 +54,17 @@ def _continue(logits: torch.Tensor, count: int, step: Callable[[int], torch.Tens
     return tokens, torch.stack(rows).cpu()
 
 
+def _sorted_experts(routing: Routing, tokens: int, device: torch.device) -> torch.Tensor:
+    """[tokens, choices of all layers], sorted within a layer."""
+    layers = [experts[:tokens].sort(dim=-1).values for experts in routing.experts]
+    return torch.cat(layers, dim=1) if layers else torch.empty(tokens, 0, dtype=torch.int64, device=device)
+
+
 @torch.no_grad()
-def run_stock(model: Any, prompt: list[int], count: int) -> Outcome:
-    """The model as it is, in one process, with transformers' own cache."""
+def run_stock(model: Any, prompt: list[int], count: int) -> tuple[Outcome, Routing]:
+    """The model as it is, in one process, with transformers' own cache. Also how it routed the prompt, on the CPU."""
     device = model.lm_head.weight.device
-    with ExpertChoices(model) as router:
+    with RecordRouting(model) as record:
         first = model(torch.tensor([prompt], device=device), use_cache=True)
     cache = first.past_key_values
 
@@ -90,25 +72,29 @@ def run_stock(model: Any, prompt: list[int], count: int) -> Outcome:
         return model(torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True).logits[0, -1]
 
     tokens, rows = _continue(first.logits[0], count, step)
-    return Outcome(first.logits[0].cpu(), tokens, rows, router.choices(len(prompt), device).cpu())
+    experts = _sorted_experts(record.routing, len(prompt), device)
+    everything = torch.arange(len(prompt))
+    return Outcome(first.logits[0].cpu(), tokens, rows, experts.cpu()), record.routing.rows(everything)
 
 
 @torch.no_grad()
-def run_pcp(model: Any, group: Group, prompt: list[int], count: int) -> Outcome:
-    """The same under PCP; every rank gets the whole outcome. ``model`` is put under PCP and left so."""
+def run_pcp(model: Any, group: Group, prompt: list[int], count: int, stock: Routing) -> Outcome:
+    """The same under PCP; every rank gets the whole outcome. ``model`` is put under PCP and left so. Routing ties are broken as in
+    ``stock``."""
     from ..integrations.transformers import decode, enable_pcp, prefill
 
     enable_pcp(model, group)
     device = model.lm_head.weight.device
-    with ExpertChoices(model) as router:
-        logits = prefill(model, [prompt])
     meta = PCPMetadata.build([len(prompt)], world_size=group_world_size(group), rank=group_rank(group), device=device)
-    local = router.choices(meta.num_tokens, device)
+    tie = rounding_share(model.config.num_hidden_layers, model.config.hidden_size)
+    with RecordRouting(model, stock.rows(meta.local_token_indices), tie) as record:
+        logits = prefill(model, [prompt])
+    local = _sorted_experts(record.routing, meta.num_tokens, device)
     padded = local.new_zeros(meta.num_tokens_padded, local.shape[1])
     padded[: meta.num_tokens] = local
     experts = all_gather_rows(padded, group).index_select(0, meta.hidden_restore_idx)
     tokens, rows = _continue(logits, count, lambda token: decode(model, [token])[0])
-    return Outcome(logits.cpu(), tokens, rows, experts.cpu())
+    return Outcome(logits.cpu(), tokens, rows, experts.cpu(), record.ties)
 
 
 def compare(stock: Outcome, other: Outcome) -> Comparison:

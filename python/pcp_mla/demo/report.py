@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,18 +9,12 @@ import torch
 
 from .outcome import Comparison, Outcome, compare
 from .ranks import RankResult
-
-# Largest disagreement allowed, in units of the float32 rounding error that a model is expected to make.
-TOLERANCE_FACTOR = 8.0
+from .routing import rounding_share
 
 
 @dataclass
 class Tolerance:
-    """``value`` = factor * eps * sqrt(layers * hidden) * largest logit.
-
-    Every layer adds up ``hidden`` products per number, in an order that depends on how many tokens are computed at once;
-    independent rounding errors grow with the square root of the additions.
-    """
+    """``value``: the largest logit's share that float32 rounding may move; see :func:`rounding_share`."""
 
     value: float
     derivation: str
@@ -29,14 +22,8 @@ class Tolerance:
 
 def make_tolerance(stock: Outcome, layers: int, hidden: int) -> Tolerance:
     eps, largest = torch.finfo(torch.float32).eps, float(stock.logits.abs().max())
-    value = TOLERANCE_FACTOR * eps * math.sqrt(layers * hidden) * largest
-    terms = [
-        f"{TOLERANCE_FACTOR:g}",
-        f"float32 eps {eps:.2e}",
-        f"sqrt({layers} layers x {hidden} hidden)",
-        f"largest logit {largest:.3f}",
-    ]
-    return Tolerance(value, " x ".join(terms))
+    derivation = f"8 x float32 eps {eps:.2e} x sqrt({layers} layers x {hidden} hidden) x largest logit {largest:.3f}"
+    return Tolerance(rounding_share(layers, hidden) * largest, derivation)
 
 
 @dataclass
@@ -52,6 +39,7 @@ class PCPRow:
     seed_milliseconds: float
     our_milliseconds: float
     layer_difference: float
+    routing_ties: int
     agrees: bool
 
 
@@ -68,6 +56,7 @@ def make_row(stock: Outcome, results: list[RankResult], backend: str, tokens_per
         seed_milliseconds=max(result.costs.seed.milliseconds for result in results),
         our_milliseconds=max(result.costs.ours.milliseconds for result in results),
         layer_difference=max(result.costs.difference for result in results),
+        routing_ties=sum(result.outcome.ties for result in results),
         agrees=comparison.logit_difference <= tolerance.value,
     )
 
@@ -111,10 +100,13 @@ def notes(rows: list[PCPRow], tolerance: Tolerance) -> list[str]:
         if c.parts_at is not None and c.parting_margin is not None:
             near = "a tie within the tolerance" if c.parting_margin <= 2 * tolerance.value else "no tie"
             lines.append(f"P={row.pcp}: at the parting the stock logits of the two tokens are {c.parting_margin:.2e} apart: {near}")
+        if row.routing_ties:
+            lines.append(
+                f"P={row.pcp}: {row.routing_ties} routings were ties within float32 rounding, broken as in the stock model"
+            )
         if c.expert_changes:
             lines.append(
-                f"P={row.pcp}: {c.expert_changes} expert choices differ. A tie between two experts' scores can fall either way in "
-                "float32 and changes the logits from there on; many of them mean an error"
+                f"P={row.pcp}: {c.expert_changes} expert choices differ by more than a tie, and change the logits from there on"
             )
     return lines
 
