@@ -59,4 +59,24 @@ struct FusedGather {
   }
 };
 
+// Both forms of the op around a device's kernel.
+template <void (*run)(const FusedGather&)>
+struct FusedGatherOp {
+  static void write(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_table, int64_t num_head_tokens,
+                    int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv, const Tensor& q_head, const Tensor& k_head,
+                    const Tensor& v_head, const Tensor& q_tail, const Tensor& k_tail, const Tensor& v_tail) {
+    run(FusedGather(q, k, v, row_table, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv, q_head, k_head, v_head, q_tail,
+                    k_tail, v_tail));
+  }
+
+  static SixTensors allocate(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_table, int64_t num_head_tokens,
+                             int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv) {
+    SixTensors out = FusedGather::allocate(q, k, v, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv);
+    std::apply(
+        [&](const auto&... to) { write(q, k, v, row_table, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv, to...); },
+        out);
+    return out;
+  }
+};
+
 }  // namespace pcp_mla

@@ -63,4 +63,20 @@ struct FusedRestore {
   }
 };
 
+// Both forms of the op around a device's kernel.
+template <void (*run)(const FusedRestore&)>
+struct FusedRestoreOp {
+  static void write(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head, const OptionalTensor& lse_tail,
+                    const Tensor& row_table, const Tensor& out, const OptionalTensor& lse) {
+    run(FusedRestore(out_head, out_tail, lse_head, lse_tail, row_table, out, lse ? &*lse : nullptr));
+  }
+
+  static std::tuple<Tensor, Tensor> allocate(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head,
+                                             const OptionalTensor& lse_tail, const Tensor& row_table) {
+    auto [out, lse] = FusedRestore::allocate(out_head, out_tail, lse_head.has_value());
+    run(FusedRestore(out_head, out_tail, lse_head, lse_tail, row_table, out, &lse));
+    return {out, lse};
+  }
+};
+
 }  // namespace pcp_mla

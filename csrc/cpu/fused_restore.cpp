@@ -26,22 +26,10 @@ void run(const FusedRestore& r) {
   });
 }
 
-void fused_restore_out(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head,
-                       const OptionalTensor& lse_tail, const Tensor& row_table, const Tensor& out, const OptionalTensor& lse) {
-  run(FusedRestore(out_head, out_tail, lse_head, lse_tail, row_table, out, lse ? &*lse : nullptr));
-}
-
-std::tuple<Tensor, Tensor> fused_restore(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head,
-                                         const OptionalTensor& lse_tail, const Tensor& row_table) {
-  auto [out, lse] = FusedRestore::allocate(out_head, out_tail, lse_head.has_value());
-  run(FusedRestore(out_head, out_tail, lse_head, lse_tail, row_table, out, &lse));
-  return {out, lse};
-}
-
 }  // namespace
 }  // namespace pcp_mla::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CPU, m) {
-  m.impl("fused_restore", TORCH_BOX(&pcp_mla::cpu::fused_restore));
-  m.impl("fused_restore_out", TORCH_BOX(&pcp_mla::cpu::fused_restore_out));
+  m.impl("fused_restore", TORCH_BOX(&pcp_mla::FusedRestoreOp<pcp_mla::cpu::run>::allocate));
+  m.impl("fused_restore_out", TORCH_BOX(&pcp_mla::FusedRestoreOp<pcp_mla::cpu::run>::write));
 }

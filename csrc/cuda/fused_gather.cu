@@ -99,28 +99,10 @@ void run(const FusedGather& g) {
   check_cuda(cudaGetLastError());
 }
 
-void fused_gather_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_table, int64_t num_head_tokens,
-                      int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv, const Tensor& q_head, const Tensor& k_head,
-                      const Tensor& v_head, const Tensor& q_tail, const Tensor& k_tail, const Tensor& v_tail) {
-  run(FusedGather(q, k, v, row_table, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv, q_head, k_head, v_head, q_tail,
-                  k_tail, v_tail));
-}
-
-SixTensors fused_gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_table, int64_t num_head_tokens,
-                        int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv) {
-  SixTensors out = FusedGather::allocate(q, k, v, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv);
-  std::apply(
-      [&](const auto&... to) {
-        fused_gather_out(q, k, v, row_table, num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv, to...);
-      },
-      out);
-  return out;
-}
-
 }  // namespace
 }  // namespace pcp_mla::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) {
-  m.impl("fused_gather", TORCH_BOX(&pcp_mla::cuda::fused_gather));
-  m.impl("fused_gather_out", TORCH_BOX(&pcp_mla::cuda::fused_gather_out));
+  m.impl("fused_gather", TORCH_BOX(&pcp_mla::FusedGatherOp<pcp_mla::cuda::run>::allocate));
+  m.impl("fused_gather_out", TORCH_BOX(&pcp_mla::FusedGatherOp<pcp_mla::cuda::run>::write));
 }

@@ -99,22 +99,10 @@ void run(const FusedRestore& r) {
   check_cuda(cudaGetLastError());
 }
 
-void fused_restore_out(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head,
-                       const OptionalTensor& lse_tail, const Tensor& row_table, const Tensor& out, const OptionalTensor& lse) {
-  run(FusedRestore(out_head, out_tail, lse_head, lse_tail, row_table, out, lse ? &*lse : nullptr));
-}
-
-std::tuple<Tensor, Tensor> fused_restore(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head,
-                                         const OptionalTensor& lse_tail, const Tensor& row_table) {
-  auto [out, lse] = FusedRestore::allocate(out_head, out_tail, lse_head.has_value());
-  run(FusedRestore(out_head, out_tail, lse_head, lse_tail, row_table, out, &lse));
-  return {out, lse};
-}
-
 }  // namespace
 }  // namespace pcp_mla::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) {
-  m.impl("fused_restore", TORCH_BOX(&pcp_mla::cuda::fused_restore));
-  m.impl("fused_restore_out", TORCH_BOX(&pcp_mla::cuda::fused_restore_out));
+  m.impl("fused_restore", TORCH_BOX(&pcp_mla::FusedRestoreOp<pcp_mla::cuda::run>::allocate));
+  m.impl("fused_restore_out", TORCH_BOX(&pcp_mla::FusedRestoreOp<pcp_mla::cuda::run>::write));
 }
