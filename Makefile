@@ -18,17 +18,20 @@ bench: build
 
 build: $(VENV)/built
 
-# A torch with CUDA that the starting interpreter has is kept, and so is everything beside it; else the pinned CPU versions are installed.
+# A torch with CUDA that the starting interpreter has is kept, and so is everything beside it; else the pinned versions are installed.
 # The .pth file shows the packages of that interpreter to the new environment, also where it lives in a virtual environment itself.
+# A torch that was built with CUDA brings a Triton of its own.
+HAS_TORCH = import sys, torch; v = tuple(map(int, torch.__version__.split(".")[:2])); sys.exit(torch.version.cuda is None or v < (2, 10))
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 $(VENV)/ready: requirements-test.txt constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	if $(PYTHON) -c 'import torch, sys; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \
-	    $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	        > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth" && \
+	if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+	    $(PYTHON) -c '$(SITE); import torch; print(torch.__path__[0] + "/..")' > "$$($(RUN) -c '$(SITE)')/outer.pth" && \
 	    $(RUN) -m pip install -q -r requirements-test.txt; \
 	else \
 	    $(RUN) -m pip install -q torch -c constraints.txt && \
-	    $(RUN) -m pip install -q -r requirements-test.txt -c constraints.txt; \
+	    $(RUN) -m pip install -q -r requirements-test.txt -c constraints.txt && \
+	    { $(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install -q triton==3.6.0; }; \
 	fi
 	touch $@
 

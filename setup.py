@@ -3,6 +3,7 @@
 Environment:
     PCP_MLA_NATIVE=0        install pure Python: no compiler needed, ops run through Triton or torch
     PCP_MLA_CUDA=auto|1|0   build the CUDA library if nvcc is found (auto, the default), always, or never
+    PCP_MLA_WERROR=1        warnings of the compilers are errors
     MAX_JOBS=N              compile jobs at a time
 """
 
@@ -83,6 +84,8 @@ class CMakeBuild(build_ext):
         nvcc = wants_cuda()
         package = HERE / "python" / "pcp_mla" if self.inplace else Path(self.build_lib).resolve() / "pcp_mla"
         package.mkdir(parents=True, exist_ok=True)
+        for stale in package.glob("_native*.so"):  # what this build leaves out must not be loaded
+            stale.unlink()
         build = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -97,13 +100,21 @@ class CMakeBuild(build_ext):
             f"-DPCP_MLA_TORCH_LIB={lib}",
             f"-DPCP_MLA_OUTPUT={package}",
             f"-DPCP_MLA_BUILD_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DPCP_MLA_WERROR={'ON' if os.environ.get('PCP_MLA_WERROR') == '1' else 'OFF'}",
         ]
         if nvcc:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         for command in (configure, ["cmake", "--build", str(build), *jobs]):
-            if subprocess.run(command, check=False).returncode != 0:
-                raise SystemExit(f"pcp-mla: native build failed in: {' '.join(command)}")
+            try:
+                failed = subprocess.run(command, check=False).returncode != 0
+            except FileNotFoundError:
+                raise SystemExit(
+                    "pcp-mla: cmake must be installed to build the native libraries: pip install cmake ninja"
+                ) from None
+            if failed:
+                hint = " (PCP_MLA_CUDA=0 builds without CUDA)" if nvcc else ""
+                raise SystemExit(f"pcp-mla: native build failed in: {' '.join(command)}{hint}")
 
 
 if os.environ.get("PCP_MLA_NATIVE", "1") == "0":

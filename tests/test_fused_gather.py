@@ -115,6 +115,7 @@ def good():
         (lambda g: {"k": g["k"][1:]}, ValueError, "k must have the 13 rows .* got 12"),
         (lambda g: {"v": g["v"][:5]}, ValueError, "v must have the 13 rows .* got 5"),
         (lambda g: {"v": g["v"].to("meta")}, ValueError, "v must be on cpu, where the metadata is, got meta"),
+        (lambda g: {"k": g["k"].clone().requires_grad_()}, NotImplementedError, "k must not require gradients"),
         (lambda g: {"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
         (lambda g: {"meta": None}, TypeError, "meta must be a PCPMetadata, got NoneType"),
         (lambda g: {"backend": "fast"}, ValueError, "backend must be one of auto, cuda, triton, cpu, reference, got 'fast'"),

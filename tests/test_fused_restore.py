@@ -83,6 +83,11 @@ def good():
         (lambda g: {"out_tail": g["out_tail"].transpose(1, 2)}, ValueError, "out_tail must have a contiguous last dimension"),
         (lambda g: {"out_head": g["out_head"][1:]}, ValueError, "out_head must have the 4 rows of the metadata, got 3"),
         (lambda g: {"out_tail": g["out_tail"].to("meta")}, ValueError, "out_tail must be on cpu.* got meta"),
+        (
+            lambda g: {"out_tail": g["out_tail"].clone().requires_grad_()},
+            NotImplementedError,
+            "out_tail must not require gradients",
+        ),
         (lambda g: {"lse_head": None}, ValueError, "must both be given or both be None"),
         (lambda g: {"lse_tail": g["lse_tail"].double()}, TypeError, "lse_tail must be float32, got float64"),
         (

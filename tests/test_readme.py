@@ -15,6 +15,13 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 CODE_SPANS = re.findall(r"`(python -m [^`]+|make [^`]+)`", README)
 
 
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
 def test_length():
     assert len(README.splitlines()) <= 200
     assert PYTHON

@@ -47,7 +47,9 @@ def _triton(op: str) -> Callable[..., Any]:
     module = f"pcp_mla.triton.{op.removesuffix('_out')}"
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), op)(*args)
+        # Triton launches on the current device, whatever its arguments' device is.
+        with torch.cuda.device_of(args[0]):
+            return getattr(importlib.import_module(module), op)(*args)
 
     return call
 

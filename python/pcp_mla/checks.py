@@ -34,6 +34,8 @@ def check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dty
         raise TypeError(f"{op}: {name} must have dtype {_name(dtype)} as the tensors before it, got {_name(x.dtype)}")
     if x.device != meta.device:
         raise ValueError(f"{op}: {name} must be on {meta.device}, where the metadata is, got {x.device}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
 
 
 def check_meta(op: str, meta: Any) -> None:

@@ -77,6 +77,7 @@ def pcp_fused_gather(
 
     Raises:
         ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
+        NotImplementedError: an input requires gradients.
         RuntimeError: the named backend is not available.
     """
     if out is not None and not isinstance(out, GatheredRows):
@@ -103,6 +104,8 @@ def _gather_rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PC
     """What the native op cannot check: it does not see the metadata, and a tensor elsewhere may lead to another kernel."""
     try:
         kv_rows, rows = meta.num_kv_tokens, q.shape[0]
+        if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+            return False
         same_device = q.device == k.device == v.device == meta.device
         return same_device and k.shape[0] == kv_rows == v.shape[0] and (rows == meta.num_tokens or rows == meta.num_tokens_padded)
     except (AttributeError, IndexError):
@@ -151,6 +154,7 @@ def pcp_fused_restore(
 
     Raises:
         ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
+        NotImplementedError: an input requires gradients.
         RuntimeError: the named backend is not available.
     """
     if out is not None and (not isinstance(out, tuple) or len(out) != 2 or (lse_head is None) != (out[1] is None)):
@@ -181,6 +185,8 @@ def _restore_rows_fit(
     meta: PCPMetadata,
 ) -> bool:
     try:
+        if (out_head.requires_grad or out_tail.requires_grad) and torch.is_grad_enabled():
+            return False
         same_device = out_head.device == out_tail.device == meta.device
         if lse_head is not None and lse_tail is not None:
             same_device = same_device and lse_head.device == lse_tail.device == meta.device

@@ -256,8 +256,9 @@ def _lengths(name: str, values: npt.ArrayLike, count: int | None = None) -> IntA
     if (given < 0).any():
         i = int(np.argmax(given < 0))
         raise ValueError(f"partition: {name} must not be negative, got {given[i]} for request {i}")
-    if given.astype(np.int64).sum() > np.iinfo(np.int32).max:
-        raise ValueError(f"partition: {name} must add up to less than 2**31, got {given.astype(np.int64).sum()}")
+    total = sum(given.tolist())  # Python's integers do not overflow
+    if total > np.iinfo(np.int32).max:
+        raise ValueError(f"partition: {name} must add up to less than 2**31, got {total}")
     return given.astype(np.int32)
 
 
@@ -316,18 +317,19 @@ def partition(
     reached = contexts + queries
     prompts = reached if prompt_lens is None else _lengths("prompt_lens", np.asarray(prompt_lens), count)
 
-    chunk = -(-queries // (2 * world_size))
-    padded = queries.copy()
+    chunk = -(-queries.astype(np.int64) // (2 * world_size))
+    padded = queries.astype(np.int64)
     if layout == "padded":
-        padded = np.where(prefill, chunk * 2 * world_size, queries * world_size).astype(np.int32)
-    if contexts.astype(np.int64).sum() + padded.astype(np.int64).sum() > np.iinfo(np.int32).max:
-        raise ValueError("partition: context_lens and query_lens together must add up to less than 2**31")
+        padded = np.where(prefill, chunk * 2 * world_size, padded * world_size)
+    total = int(contexts.sum(dtype=np.int64) + padded.sum())
+    if total > np.iinfo(np.int32).max:
+        raise ValueError(f"partition: context_lens and padded query_lens together must add up to less than 2**31, got {total}")
 
     ranks = np.arange(world_size)
     number = np.stack([ranks, 2 * world_size - 1 - ranks], axis=1)[:, None, :]  # [P, 1, 2] chunk numbers of each rank
-    cut = padded[None, :, None].astype(np.int64)
-    starts = np.minimum(number * chunk[None, :, None].astype(np.int64), cut)
-    ends = np.minimum((number + 1) * chunk[None, :, None].astype(np.int64), cut)
+    cut = padded[None, :, None]
+    starts = np.minimum(number * chunk[None, :, None], cut)
+    ends = np.minimum((number + 1) * chunk[None, :, None], cut)
     lens = ends - starts
     decodes = np.flatnonzero(~prefill)
     starts[:, decodes, :] = 0
@@ -345,7 +347,7 @@ def partition(
         context_lens=contexts,
         is_prefill=prefill,
         discard_request_mask=(reached < prompts) | (queries == 0),
-        padded_lens=padded,
+        padded_lens=padded.astype(np.int32),
         chunk_starts=starts.astype(np.int32),
         chunk_lens=lens.astype(np.int32),
     )

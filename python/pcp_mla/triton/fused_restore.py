@@ -37,7 +37,7 @@ def fused_restore_kernel(
 
     if BLOCK_LSE > 0:  # noqa: SIM102 - one condition is of compile time, the other is not
         if unit == 0:
-            n = tl.arange(0, BLOCK_LSE)[None, :]
+            n = tl.arange(0, BLOCK_LSE).to(tl.int64)[None, :]
             is_head = n < lse_heads
             a = tl.load(lse_head + head * lse_head_stride_t + n * lse_head_stride_h, mask=in_head & is_head)
             b = tl.load(lse_tail + tail * lse_tail_stride_t + n * lse_tail_stride_h, mask=in_tail & is_head)
