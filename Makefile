@@ -1,10 +1,10 @@
-# make demo | test | lint | bench: everything is set up in .venv first. PYTHON=... chooses the interpreter to start from.
+# make demo | test | test-asan | lint | bench: everything is set up in .venv first. PYTHON=... chooses the interpreter to start from.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
-.PHONY: demo test lint format bench build clean
+.PHONY: demo test test-asan lint format bench build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -12,6 +12,18 @@ demo: build
 
 test: build
 	$(RUN) -m pytest
+
+# The planner's tests with libraries that have the address sanitizer in them, in a copy of the package. Python itself leaks by design.
+# A report goes straight to stderr: the sanitizer ends the process before pytest could show what it captured.
+ASAN := build/asan
+ASAN_TESTS := tests/test_planner.py tests/test_planner_errors.py tests/test_planner_fuzz.py tests/test_plan_expand.py
+
+test-asan: $(VENV)/ready
+	rm -rf $(ASAN)/pcp_mla && mkdir -p $(ASAN) && cp -r python/pcp_mla $(ASAN) && rm -f $(ASAN)/pcp_mla/*.so
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PCP_MLA_SANITIZE=1 PCP_MLA_CUDA=0 \
+	    $(RUN) setup.py -q build_ext --build-lib $(ASAN) --build-temp $(ASAN)/temp
+	PYTHONPATH=$(ASAN) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -p no:cacheprovider --capture=sys -k "not triton" $(ASAN_TESTS)
 
 bench: build
 	$(RUN) -m bench

@@ -4,6 +4,7 @@ Environment:
     PCP_MLA_NATIVE=0        install pure Python: no compiler needed, ops run through Triton or torch
     PCP_MLA_CUDA=auto|1|0   build the CUDA library if nvcc is found (auto, the default), always, or never
     PCP_MLA_WERROR=1        warnings of the compilers are errors
+    PCP_MLA_SANITIZE=1      build with the address sanitizer; `make test-asan` does, and preloads its runtime
     MAX_JOBS=N              compile jobs at a time
 """
 
@@ -12,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,15 +73,19 @@ def wants_cuda() -> str | None:
 
 
 class CMakeBuild(build_ext):
-    """Both libraries in one CMake run. They load through torch.ops.load_library and carry no Python ABI."""
+    """All in one CMake run. The op libraries load through torch.ops.load_library and carry no Python ABI; the planner does."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_planner"):
+            return super().get_ext_filename(fullname)
         return fullname.replace(".", os.sep) + ".so"
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
     def run(self) -> None:
+        import pybind11  # a build requirement: not there for a pure Python installation
+
         include, lib = target_torch()
         nvcc = wants_cuda()
         package = HERE / "python" / "pcp_mla" if self.inplace else Path(self.build_lib).resolve() / "pcp_mla"
@@ -98,7 +104,11 @@ class CMakeBuild(build_ext):
             str(build),
             f"-DPCP_MLA_TORCH_INCLUDE={include}",
             f"-DPCP_MLA_TORCH_LIB={lib}",
+            f"-DPCP_MLA_PYTHON_INCLUDE={sysconfig.get_path('include')}",
+            f"-DPCP_MLA_PYBIND11_INCLUDE={pybind11.get_include()}",
+            f"-DPCP_MLA_PYTHON_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DPCP_MLA_OUTPUT={package}",
+            f"-DPCP_MLA_SANITIZE={'ON' if os.environ.get('PCP_MLA_SANITIZE') == '1' else 'OFF'}",
             f"-DPCP_MLA_BUILD_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DPCP_MLA_WERROR={'ON' if os.environ.get('PCP_MLA_WERROR') == '1' else 'OFF'}",
         ]
@@ -120,6 +130,7 @@ class CMakeBuild(build_ext):
 if os.environ.get("PCP_MLA_NATIVE", "1") == "0":
     native: dict = {}
 else:
-    native = {"ext_modules": [Extension("pcp_mla._native", sources=[])], "cmdclass": {"build_ext": CMakeBuild}}
+    extensions = [Extension(f"pcp_mla.{name}", sources=[]) for name in ("_native", "_planner")]
+    native = {"ext_modules": extensions, "cmdclass": {"build_ext": CMakeBuild}}
 
 setup(**native)

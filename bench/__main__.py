@@ -16,7 +16,7 @@ import torch
 
 import pcp_mla
 
-BENCHMARKS = ("fused_gather",)
+BENCHMARKS = ("fused_gather", "planner")
 HERE = Path(__file__).resolve().parent
 
 
@@ -42,11 +42,11 @@ def line(result: dict[str, Any]) -> str:
     return what + " | " + " | ".join(parts)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     unknown = [name for name in args.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
@@ -57,9 +57,11 @@ def main() -> int:
         print("shares: of a plain copy that moves the same bytes / of the copy bandwidth of 4 GiB")
     for name in args.names or BENCHMARKS:
         results = []
+        benchmark = importlib.import_module(f"bench.{name}")
+        show = getattr(benchmark, "line", line)  # a benchmark that moves no bytes has its own
         with torch.inference_mode():
-            for result in importlib.import_module(f"bench.{name}").run(device):
-                print(line(result), flush=True)
+            for result in benchmark.run(device):
+                print(show(result), flush=True)
                 results.append(result)
         report = {
             "benchmark": name,

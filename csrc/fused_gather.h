@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
@@ -20,7 +21,7 @@ struct FusedGather {
   static constexpr const char* op = "pcp_fused_gather";
   RowTable rows;
   GatherSide q, k, v;
-  int64_t num_tokens;  // local rows of q that are read
+  int64_t num_tokens;  // local rows of q that may be read; the counts may be larger than the table's, for a captured graph
 
   FusedGather(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& row_table, int64_t num_head_tokens,
               int64_t num_tail_tokens, int64_t num_head_kv, int64_t num_tail_kv, const Tensor& q_head, const Tensor& k_head,
@@ -28,12 +29,11 @@ struct FusedGather {
       : q(side("q", q_in, q_head, num_head_tokens, q_tail, num_tail_tokens)),
         k(side("k", k_in, k_head, num_head_kv, k_tail, num_tail_kv)),
         v(side("v", v_in, v_head, num_head_kv, v_tail, num_tail_kv)),
-        num_tokens(num_head_tokens + num_tail_tokens) {
+        num_tokens(std::min(num_head_tokens + num_tail_tokens, q.in.tokens)) {
     const Kind &a = q.in.kind, &b = k.in.kind, &c = v.in.kind;
     check(a.same_device(b) && a.same_device(c), op, ": q, k and v must be on one device");
     check(a.dtype == b.dtype && a.dtype == c.dtype, op, ": q, k and v must have one dtype");
     check(k.in.tokens == v.in.tokens, op, ": v must have the ", k.in.tokens, " rows of k, got ", v.in.tokens);
-    check(q.in.tokens >= num_tokens, op, ": q must have at least ", num_tokens, " rows, got ", q.in.tokens);
     check(k.in.tokens <= INT32_MAX && q.in.tokens <= INT32_MAX, op, ": row counts must be less than 2**31");
     rows = row_table_of(op, row_table, a);
   }

@@ -8,21 +8,27 @@ from triton.compiler import ASTSource
 
 from pcp_mla.triton.fused_gather import fused_gather_kernel
 from pcp_mla.triton.fused_restore import fused_restore_kernel
+from pcp_mla.triton.plan_expand import plan_expand_kernel
 
 # Arguments that point to something; all others that are no constants are sizes and strides.
 POINTERS = {
     fused_gather_kernel: {"data": "q k v q_head k_head v_head q_tail k_tail v_tail", "*i32": "table"},
     fused_restore_kernel: {"data": "out_head out_tail out", "*fp32": "lse_head lse_tail lse", "*i32": "table"},
+    plan_expand_kernel: {
+        "*i32": "table blocks local_out positions_out restore_out hidden_out kv_out",
+        "*i64": "slots_out",
+    },
 }
 CONSTANTS = {
     fused_gather_kernel: {"ROWS": 8, "BLOCK_Q": 1024, "BLOCK_K": 256, "BLOCK_V": 128},
     fused_restore_kernel: {"ROWS": 8, "BLOCK": 1024, "BLOCK_LSE": 16},
+    plan_expand_kernel: {"HAS_BLOCKS": True, "SPLIT": True, "BLOCK": 256},
 }
 
 
 def main():
     for kernel, pointers in POINTERS.items():
-        for data in ("*bf16", "*fp32", "*u8"):
+        for data in ("*bf16", "*fp32", "*u8") if "data" in pointers else ("indices",):
             types = {name: data if kind == "data" else kind for kind, names in pointers.items() for name in names.split()}
             constants = CONSTANTS[kernel]
             names = list(inspect.signature(kernel.fn).parameters)

@@ -24,6 +24,8 @@ rows = pcp_mla.pcp_fused_gather(q, kv, kv, meta)
 assert torch.equal(rows.k_tail, kv[meta.kv_tail_indices])
 assert torch.equal(pcp_mla.pcp_fused_restore(rows.q_head, rows.q_tail, None, None, meta)[0], q)
 torch.library.opcheck(torch.ops.pcp_mla.fused_restore.default, (rows.q_head, rows.q_tail, None, None, meta.row_table))
+assert native.status["_planner"].startswith("not built"), native.status
+assert pcp_mla.PCPPlanner(2, 9, 2, 0).plan([4]).positions.tolist() == [0, 3]
 try:
     pcp_mla.pcp_fused_gather(q, kv, kv, meta, backend="cpu")
 except RuntimeError as error:
@@ -37,6 +39,8 @@ import pcp_mla
 from pcp_mla import native
 assert native.status["_native"] == "", native.status
 assert native.status["_native_cuda"] != ""
+assert native.status["_planner"] == ""
+assert pcp_mla.PCPPlanner(2, 9, 2, 0).plan([4]).positions.tolist() == [0, 3]
 """
 
 
@@ -129,7 +133,8 @@ def test_pure_python_wheel(source, tmp_path):
 
 def test_native_wheel(source, tmp_path):
     path = wheel(source, tmp_path, PCP_MLA_CUDA="0")
-    assert [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")] == ["pcp_mla/_native.so"]
+    built = {name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")}
+    assert built == {"pcp_mla/_native.so", f"pcp_mla/_planner{sysconfig.get_config_var('EXT_SUFFIX')}"}
     run_from_wheel(path, tmp_path, NATIVE)
 
 

@@ -132,7 +132,7 @@ def test_the_native_op_refuses_a_wrong_table(good):
     tensors = [good[name] for name in ("out_head", "out_tail", "lse_head", "lse_tail")]
     wrong = meta.row_table.clone()
     wrong[0, 1] -= 100
-    with pytest.raises(RuntimeError, match="row_table must hold queries of heads that rise from 0 to 4"):
+    with pytest.raises(RuntimeError, match="row_table must hold queries of heads that rise from 0 to at most 4"):
         torch.ops.pcp_mla.fused_restore(*tensors, wrong)
 
 

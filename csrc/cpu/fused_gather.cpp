@@ -30,9 +30,12 @@ void run(const FusedGather& g) {
     check(rows.k_head()[i + 1] - rows.k_head()[i] <= here && rows.k_tail()[i + 1] - rows.k_tail()[i] <= here, g.op,
           ": row_table must not give request ", i, " more than its ", here, " keys");
   }
-  scatter(g.q, g.num_tokens, [&](int64_t t) { return rows.place_query(t); });
-  scatter(g.k, g.k.in.tokens, [&](int64_t n) { return rows.place_key(n); });
-  scatter(g.v, g.v.in.tokens, [&](int64_t n) { return rows.place_key(n); });
+  const int64_t tokens = int64_t{rows.q_head()[rows.requests]} + rows.q_tail()[rows.requests];
+  check(g.q.in.tokens >= tokens, g.op, ": q must have at least ", tokens, " rows, got ", g.q.in.tokens);
+  const int64_t keys = rows.keys()[rows.requests];
+  scatter(g.q, tokens, [&](int64_t t) { return rows.place_query(t); });
+  scatter(g.k, keys, [&](int64_t n) { return rows.place_key(n); });
+  scatter(g.v, keys, [&](int64_t n) { return rows.place_key(n); });
 }
 
 }  // namespace

@@ -11,7 +11,8 @@ void run(const FusedRestore& r) {
   check_rows(r.op, "queries of heads", rows.q_head(), rows.requests, r.head.tokens);
   check_rows(r.op, "queries of tails", rows.q_tail(), rows.requests, r.tail.tokens);
   const int64_t heads = r.head.heads, row = heads * r.head.width;
-  torch::stable::parallel_for(0, r.num_tokens(), grain(row), [&](int64_t begin, int64_t end) {
+  const int64_t tokens = int64_t{rows.q_head()[rows.requests]} + rows.q_tail()[rows.requests];  // what follows are pads
+  torch::stable::parallel_for(0, tokens, grain(row), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const Place place = rows.place_query(t);
       const bool from_head = place.head >= 0;

@@ -33,6 +33,12 @@ SCHEMAS = {
         "(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table, Tensor(a!) out, "
         "Tensor(b!)? lse) -> ()"
     ),
+    "plan_expand": (
+        "(Tensor request_table, Tensor? block_tables, Tensor(a!) local_token_indices, Tensor(b!) positions, "
+        "Tensor(c!) allgather_restore_idx, Tensor(d!) hidden_restore_idx, Tensor(e!) slot_mapping, Tensor(f!) kv_rows, "
+        "SymInt num_requests, SymInt world_size, SymInt rank, SymInt num_tokens_padded, SymInt num_kv_rows, bool split, "
+        "SymInt block_size, SymInt dcp_world_size, SymInt dcp_rank, SymInt cp_interleave) -> ()"
+    ),
 }
 
 # Whether "auto" means a native kernel on every device that this torch has.

@@ -126,7 +126,7 @@ class PCPMetadata:
     def rank(self) -> int:
         return self.partition.rank
 
-    @property
+    @cached_property
     def num_requests(self) -> int:
         return self.partition.num_requests
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,3 +30,10 @@ status["_native_cuda"] = _load(
     "_native_cuda",
     "needs _native, which is missing" if status["_native"] else "" if torch.version.cuda else "this torch is a build without CUDA",
 )
+
+planner: Any = None  # the module _planner, where it is built
+try:
+    planner = importlib.import_module("pcp_mla._planner")
+    status["_planner"] = ""
+except ImportError as error:
+    status["_planner"] = f"not built ({error})"

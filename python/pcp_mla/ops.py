@@ -150,7 +150,8 @@ def pcp_fused_restore(
         meta, backend: as for :func:`pcp_fused_gather`. Dtypes of the outputs likewise.
 
     Returns:
-        out [T, H, Dv] and lse [T, H], both contiguous; lse is None if none was given.
+        out [T, H, Dv] and lse [T, H], both contiguous; lse is None if none was given. With the metadata of a padded plan,
+        [Np, ...]: rows from T on are undefined.
 
     Raises:
         ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
@@ -166,6 +167,8 @@ def pcp_fused_restore(
         if out is None:
             call = _fused_restore if backend == "auto" else select("fused_restore", backend, out_head.device.type)
             restored, restored_lse = call(out_head, out_tail, lse_head, lse_tail, meta.row_table)
+            if len(restored) > meta.num_tokens_padded:  # counts of a padded plan are limits of heads and of tails, not of both
+                restored, restored_lse = restored[: meta.num_tokens_padded], restored_lse[: meta.num_tokens_padded]
             return restored, None if lse_head is None else restored_lse
         call = _fused_restore_out if backend == "auto" else select("fused_restore_out", backend, out_head.device.type)
         call(out_head, out_tail, lse_head, lse_tail, meta.row_table, *out)

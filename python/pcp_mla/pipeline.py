@@ -64,8 +64,8 @@ def restore_to_key_order(gathered: torch.Tensor, meta: PCPMetadata, context: tor
     Raises:
         ValueError: ``context`` has not as many rows as ``meta`` counts, or another width.
     """
-    new = gathered.index_select(0, meta.allgather_restore_idx)
     part = meta.partition
+    new = gathered.index_select(0, meta.allgather_restore_idx[: int(part.padded_lens.sum())])  # a padded plan's index has more
     cached = int(part.context_lens.sum())
     shape = (0, gathered.shape[1]) if context is None else tuple(context.shape)
     if shape != (cached, gathered.shape[1]):

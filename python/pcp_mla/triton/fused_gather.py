@@ -26,9 +26,10 @@ def _copy(source, to_head, to_tail, row, head, tail, unit, stride_t, stride_h, h
     tl.store(to_tail + tail.to(tl.int64)[:, None] * width + within[None, :], value, mask=in_tail)
 
 
-@triton.jit(do_not_specialize=["requests", "steps", "q_rows", "kv_rows", "q_programs", "qk_programs"])
+@triton.jit(do_not_specialize=["requests", "steps", "q_rows", "kv_rows", "q_programs", "qk_programs", "head_rows", "tail_rows"])
 def fused_gather_kernel(
     q, k, v, q_head, k_head, v_head, q_tail, k_tail, v_tail, table, requests, steps, q_rows, kv_rows, q_programs, qk_programs,
+    head_rows, tail_rows,
     q_stride_t, q_stride_h, q_heads, q_dim, k_stride_t, k_stride_h, k_heads, k_dim, v_stride_t, v_stride_h, v_heads, v_dim,
     ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -38,8 +39,8 @@ def fused_gather_kernel(
         units = q_heads * tl.cdiv(q_dim, BLOCK_Q)
         row = (program // units) * ROWS + lane
         head, tail = place_query(table, requests, steps, row)
-        head = tl.where(row < q_rows, head, -1)
-        tail = tl.where(row < q_rows, tail, -1)
+        head = tl.where((row < q_rows) & (head < head_rows), head, -1)
+        tail = tl.where((row < q_rows) & (tail < tail_rows), tail, -1)  # pad rows of q count on past the last tail
         _copy(q, q_head, q_tail, row, head, tail, program % units, q_stride_t, q_stride_h, q_heads, q_dim, BLOCK_Q)
     else:
         if program < qk_programs:
@@ -91,7 +92,7 @@ def fused_gather_out(
     """Arguments as :func:`pcp_mla.reference.fused_gather_out`."""
     inputs = (q, k, v)
     check_gathered(q, k, v, (num_head_tokens, num_tail_tokens, num_head_kv, num_tail_kv), out)
-    rows = (num_head_tokens + num_tail_tokens, k.shape[0], k.shape[0])
+    rows = (min(num_head_tokens + num_tail_tokens, q.shape[0]), k.shape[0], k.shape[0])
     shapes = [copy_shape(x) for x in inputs]
     programs = [triton.cdiv(n, ROWS) * heads * triton.cdiv(dim, block) for n, (heads, dim, block) in zip(rows, shapes, strict=True)]
     requests = row_table.shape[1] - 1
@@ -107,6 +108,8 @@ def fused_gather_out(
         rows[1],
         programs[0],
         programs[0] + programs[1],
+        num_head_tokens,
+        num_tail_tokens,
         *(number for side in sides for number in side),
         ROWS,
         *(block for _, _, block in shapes),

@@ -10,9 +10,9 @@ from ..checks import check_restored
 from .rows import ROWS, copy_shape, copy_view, place_query
 
 
-@triton.jit(do_not_specialize=["requests", "steps", "rows"])
+@triton.jit(do_not_specialize=["requests", "steps", "rows", "head_rows", "tail_rows"])
 def fused_restore_kernel(
-    out_head, out_tail, lse_head, lse_tail, out, lse, table, requests, steps, rows,
+    out_head, out_tail, lse_head, lse_tail, out, lse, table, requests, steps, rows, head_rows, tail_rows,
     head_stride_t, head_stride_h, tail_stride_t, tail_stride_h, heads, dim,
     lse_head_stride_t, lse_head_stride_h, lse_tail_stride_t, lse_tail_stride_h, lse_heads,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LSE: tl.constexpr,
@@ -22,8 +22,8 @@ def fused_restore_kernel(
     unit = program % (heads * blocks)
     row = (program // (heads * blocks)) * ROWS + tl.arange(0, ROWS)
     head, tail = place_query(table, requests, steps, row)
-    in_head = ((row < rows) & (head >= 0))[:, None]
-    in_tail = ((row < rows) & (tail >= 0))[:, None]
+    in_head = ((row < rows) & (head >= 0) & (head < head_rows))[:, None]
+    in_tail = ((row < rows) & (tail >= 0) & (tail < tail_rows))[:, None]
     head = head.to(tl.int64)[:, None]
     tail = tail.to(tl.int64)[:, None]
     to = row.to(tl.int64)[:, None]
@@ -90,6 +90,8 @@ def fused_restore_out(
         requests,
         requests.bit_length(),
         rows,
+        out_head.shape[0],
+        out_tail.shape[0],
         out_head.stride(0),
         out_head.stride(1),
         out_tail.stride(0),

@@ -1,0 +1,101 @@
+// plan_expand: one launch, a thread for each gathered row and for each row of K and V.
+#include <cuda_runtime.h>
+
+#include "../plan_expand.h"
+#include "vec.cuh"
+
+namespace pcp_mla::cuda {
+namespace {
+
+struct Params {
+  RequestTable table;
+  PagedCache cache;
+  int32_t rank, rows, gathered, kv_rows;
+  bool has_slots, split;
+  int32_t *local, *positions, *restore, *hidden;
+  int64_t* slots;
+  int32_t* kv;
+};
+
+__device__ void expand_gathered(const Params& p, int32_t g) {
+  const RequestTable& table = p.table;
+  if (g >= table.restored_start(table.requests)) p.restore[g] = -1;
+  if (g >= table.natural()[table.requests]) p.hidden[g] = -1;
+  const int32_t rank = g / p.rows, t = g - rank * p.rows;
+  const int32_t* local = table.local(rank);
+  int32_t index = -1, position = 0;
+  int64_t slot = -1;
+  if (t < local[table.requests]) {
+    const int32_t i = table.find(t, [=](int32_t n) { return local[n]; });
+    const int32_t offset = t - local[i];
+    const bool prefill = table.owner()[i] < 0;
+    const int32_t head = table.head_len(i, rank);
+    const bool in_head = !prefill || offset < head;
+    const int32_t token = in_head ? table.head_start(i, rank) + offset : table.tail_start(i, rank) + offset - head;
+    position = table.context_len(i) + token;
+    const bool real = token < table.query_len(i);
+    if (real) index = table.natural()[i] + token;
+    const int32_t shifted = table.restored_shift(i, rank) + token;
+    if (shifted >= 0 && shifted < table.restored_len(i)) p.restore[table.restored_start(i) + shifted] = g;
+    if (real && table.is_first_copy(i, rank)) {
+      p.hidden[index] = g;
+      if (p.has_slots) slot = p.cache.slot(i, position);
+    }
+  }
+  if (p.has_slots) p.slots[g] = slot;
+  if (rank == p.rank) {
+    p.local[t] = index;
+    p.positions[t] = position;
+  }
+}
+
+__device__ int32_t kv_row(const Params& p, int32_t n) {
+  const RequestTable& table = p.table;
+  if (n >= table.keys()[table.requests]) return -1;
+  const int32_t contexts = table.context()[table.requests];
+  int32_t i, position;
+  if (!p.split) {
+    i = table.find(n, [&](int32_t m) { return table.keys()[m]; });
+    position = n - table.keys()[i];
+  } else if (n < contexts) {
+    i = table.find(n, [&](int32_t m) { return table.context()[m]; });
+    position = n - table.context()[i];
+  } else {
+    i = table.find(n - contexts, [&](int32_t m) { return table.restored_start(m); });
+    position = table.context_len(i) + n - contexts - table.restored_start(i);
+  }
+  const bool real = position < table.context_len(i) + table.query_len(i);
+  return real ? static_cast<int32_t>(p.cache.slot(i, position)) : -1;
+}
+
+__global__ void __launch_bounds__(kThreads) plan_expand_kernel(const __grid_constant__ Params p) {
+  const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (n < p.gathered) {
+    expand_gathered(p, static_cast<int32_t>(n));
+  } else if (n - p.gathered < p.kv_rows) {
+    p.kv[n - p.gathered] = kv_row(p, static_cast<int32_t>(n - p.gathered));
+  }
+}
+
+void plan_expand(const Tensor& request_table, const std::optional<Tensor>& block_tables, const Tensor& local_token_indices,
+                 const Tensor& positions, const Tensor& allgather_restore_idx, const Tensor& hidden_restore_idx,
+                 const Tensor& slot_mapping, const Tensor& kv_rows, int64_t num_requests, int64_t world_size, int64_t rank,
+                 int64_t num_tokens_padded, int64_t num_kv_rows, bool split, int64_t block_size, int64_t dcp_world_size,
+                 int64_t dcp_rank, int64_t cp_interleave) {
+  const PlanExpand e(request_table, block_tables, local_token_indices, positions, allgather_restore_idx, hidden_restore_idx,
+                     slot_mapping, kv_rows, num_requests, world_size, rank, num_tokens_padded, num_kv_rows, split, block_size,
+                     dcp_world_size, dcp_rank, cp_interleave);
+  const int32_t gathered = e.table.world * e.rows;
+  const int64_t total = int64_t{gathered} + e.kv_rows;
+  if (total == 0) return;
+  const Params p{e.table, e.cache, e.rank,      e.rows,    gathered, e.kv_rows, e.has_slots,
+                 e.split, e.local, e.positions, e.restore, e.hidden, e.slots,   e.kv};
+  const DeviceGuard guard(e.kind);
+  plan_expand_kernel<<<static_cast<unsigned>((total + kThreads - 1) / kThreads), kThreads, 0, current_stream(e.kind)>>>(p);
+  check_cuda(cudaGetLastError());
+}
+
+}  // namespace
+}  // namespace pcp_mla::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) { m.impl("plan_expand", TORCH_BOX(&pcp_mla::cuda::plan_expand)); }

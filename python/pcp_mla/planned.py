@@ -1,0 +1,182 @@
+"""The metadata that a planner hands out: views of its buffers, made when somebody asks."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .metadata import PCPMetadata
+from .partition import Partition, partition
+from .slots import KeyChunk
+
+if TYPE_CHECKING:
+    from .planner import PCPPlanner
+
+
+class PlannedMetadata(PCPMetadata):
+    """A :class:`PCPMetadata` in a planner's buffers. Its tensors hold the planner's *last* plan: the next one overwrites them.
+
+    Beside the fields of PCPMetadata:
+
+    Attributes:
+        num_requests: R, with those that pad the batch.
+        slot_mapping: [P * Np] int64 in gathered order, -1 for pads and further copies of a decode; None without block tables.
+        kv_rows: int32 slot of every key, for the key chunks one after another; None without block tables.
+        key_chunks: the attention calls over these rows; see :func:`pcp_mla.slots.key_chunks`.
+        discard_request_mask: [R] bool.
+
+    In a plan that was padded (``num_tokens_padded=``) the per-token arrays have the sizes that a captured graph needs: [Np] the
+    local ones, [P * Np] the restore indices, pads -1 (positions 0). The four counts of the two-call ops are upper limits there.
+    """
+
+    num_new_tokens: int
+    num_restored: int
+    num_context_tokens: int
+    num_key_tokens: int
+    chunk_max_seqlens: tuple[int, ...]
+    batch: bytes
+    _planner: PCPPlanner
+    _block_tables: torch.Tensor | None
+    _asked: tuple[int | None, int | None, bool]
+
+    def __init__(
+        self,
+        planner: PCPPlanner,
+        counts: dict[str, Any],
+        block_tables: torch.Tensor | None,
+        asked: tuple[int | None, int | None, bool],
+    ) -> None:
+        counts["device"] = planner.device
+        counts["_planner"] = planner
+        counts["_block_tables"] = block_tables
+        counts["_asked"] = asked  # num_tokens_padded, workspace_tokens, whether there were prompt_lens
+        if asked[0] is not None:
+            # A chunk's tail is never longer than its head.
+            tokens, keys = counts["num_tokens_padded"], counts["num_kv_tokens"]
+            counts.update(num_head_tokens=tokens, num_tail_tokens=tokens // 2, num_head_kv=keys, num_tail_kv=keys)
+        object.__setattr__(self, "__dict__", counts)  # the base class is frozen
+
+    @property
+    def world_size(self) -> int:
+        return self._planner.world_size
+
+    @property
+    def rank(self) -> int:
+        return self._planner.rank
+
+    @cached_property
+    def partition(self) -> Partition:
+        """The specification of this plan's batch, built anew: for looking things up on the host, not for every step."""
+        lengths = np.frombuffer(self.batch, np.int32, 3 * self.num_requests).reshape(3, -1)
+        return partition(
+            lengths[0],
+            lengths[1],
+            np.frombuffer(self.batch, np.bool_, offset=lengths.nbytes),
+            world_size=self.world_size,
+            rank=self.rank,
+            layout=self._planner.layout,
+            decode_policy=self._planner.decode_policy,
+            prompt_lens=lengths[2] if self._asked[2] else None,
+        )
+
+    # Arrays of the step buffer.
+
+    def _step(self, name: str, count: int) -> torch.Tensor:
+        return self._planner.step.narrow(0, self._planner.step_layout.offsets[name], count)
+
+    @cached_property
+    def row_table(self) -> torch.Tensor:
+        return self._step("row_table", 5 * (self.num_requests + 1)).view(5, -1)
+
+    @cached_property
+    def cu_seqlens_q(self) -> torch.Tensor:
+        return self._step("cu_seqlens_q", 2 * self.num_requests + 1)
+
+    @cached_property
+    def cu_seqlens_k(self) -> torch.Tensor:
+        return self._step("cu_seqlens_k", 2 * self.num_requests + 1)
+
+    @cached_property
+    def seqused_k(self) -> torch.Tensor:
+        return self._step("seqused_k", 2 * self.num_requests)
+
+    @cached_property
+    def logits_indices(self) -> torch.Tensor:
+        return self._step("logits_indices", self.num_requests)
+
+    @cached_property
+    def discard_request_mask(self) -> torch.Tensor:
+        words = self._step("discard_request_mask", -(-self.num_requests // 4))
+        return words.view(torch.bool)[: self.num_requests]
+
+    @cached_property
+    def key_chunks(self) -> tuple[KeyChunk, ...]:
+        planner, rows, window = self._planner, 2 * self.num_requests, self._asked[1] or 0
+        offsets, step, last = planner.step_layout.offsets, planner.step, len(self.chunk_max_seqlens) - 1
+        chunks, first = [], 0
+        for number, longest in enumerate(self.chunk_max_seqlens):
+            start = planner.step_layout.chunk(number)
+            count = min(window, self.num_context_tokens - first) if number < last else self.num_key_tokens - first
+            tables = (
+                step.narrow(0, start + offsets["chunk_starts"], self.num_requests),
+                step.narrow(0, start + offsets["chunk_cu_seqlens_k"], rows + 1),
+                step.narrow(0, start + offsets["chunk_seqused_k"], rows),
+            )
+            chunks.append(KeyChunk(first, count, number == last, longest, *tables))
+            first += count
+        return tuple(chunks)
+
+    # Arrays over tokens.
+
+    def _token_rows(self, name: str, count: int, padded_count: int) -> torch.Tensor:
+        return self._planner.expanded_tokens(name).narrow(0, 0, count if self._asked[0] is None else padded_count)
+
+    @cached_property
+    def local_token_indices(self) -> torch.Tensor:
+        return self._token_rows("_local_token_indices", self.num_tokens, self.num_tokens_padded)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        return self._token_rows("_positions", self.num_tokens, self.num_tokens_padded)
+
+    @cached_property
+    def allgather_restore_idx(self) -> torch.Tensor:
+        return self._token_rows("_allgather_restore_idx", self.num_restored, self.world_size * self.num_tokens_padded)
+
+    @cached_property
+    def hidden_restore_idx(self) -> torch.Tensor:
+        return self._token_rows("_hidden_restore_idx", self.num_new_tokens, self.world_size * self.num_tokens_padded)
+
+    @cached_property
+    def slot_mapping(self) -> torch.Tensor | None:
+        if self._block_tables is None:
+            return None
+        gathered = self.world_size * self.num_tokens_padded
+        return self._token_rows("_slot_mapping", gathered, gathered)
+
+    @cached_property
+    def kv_rows(self) -> torch.Tensor | None:
+        if self._block_tables is None:
+            return None
+        return self._planner.expanded_kv_rows().narrow(0, 0, self.num_kv_tokens)
+
+    def shared_fields(self) -> dict[str, Any]:
+        """What all ranks must have equal, by the names of :data:`pcp_mla.consistency.FIELDS`."""
+        words, planner = 4 * self.num_requests, self._planner
+        return {
+            "query_lens": self.batch[:words],
+            "context_lens": self.batch[words : 2 * words],
+            "is_prefill": self.batch[3 * words :],
+            "prompt_lens": (self._asked[2], self.batch[2 * words : 3 * words]),
+            "world_size": planner.world_size,
+            "layout": planner.layout,
+            "decode_policy": planner.decode_policy,
+            "block_size": planner.cache.block_size,
+            "dcp_world_size": planner.cache.dcp_world_size,
+            "cp_interleave": planner.cache.cp_interleave,
+            "num_tokens_padded": self._asked[0],
+            "workspace_tokens": self._asked[1],
+        }

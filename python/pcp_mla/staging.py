@@ -1,0 +1,30 @@
+"""The host's side of the copy that carries a plan to a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from .step_buffer import StepLayout
+
+
+class Staging:
+    """A host buffer beside the device's ``step`` buffer. ``sent`` is when the last copy out of it is over: write only after
+    that."""
+
+    def __init__(self, step: torch.Tensor, usual: int, pin_memory: bool | None) -> None:
+        pinned = step.is_cuda if pin_memory is None else pin_memory
+        self._host = torch.zeros(step.shape, dtype=step.dtype, pin_memory=pinned)
+        self._step, self._device = step, step.device
+        self.array = self._host.numpy()
+        self.sent = torch.cuda.Event()
+        # Views cost as much as the copy's launch: those of a plan with one key chunk are made once.
+        self._usual = (step[:usual], self._host[:usual])
+
+    def send(self, num_chunks: int, layout: StepLayout) -> None:
+        """Copy what a plan with so many key chunks has written, on the current stream."""
+        to, source = self._usual
+        if num_chunks > 1:
+            stop = layout.chunk(num_chunks)
+            to, source = self._step[:stop], self._host[:stop]
+        to.copy_(source, non_blocking=True)
+        self.sent.record(torch.cuda.current_stream(self._device))
