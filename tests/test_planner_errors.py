@@ -30,7 +30,7 @@ CASES = [
     ({"query_lens": [2**40, 5]}, ValueError, r"query_lens must add up to less than 2\*\*31, got 10995116277"),
     ({"context_lens": [1]}, ValueError, "context_lens must have one entry for each of the 2 requests, got 1"),
     ({"context_lens": np.array([0, -1], np.int32)}, ValueError, "context_lens must not be negative, got -1 for request 1"),
-    ({"context_lens": [2**31 - 5, 0]}, ValueError, "context_lens and query_lens together must add up to less than"),
+    ({"context_lens": [2**31 - 5, 0]}, ValueError, "context_lens and padded query_lens together must add up to less than"),
     ({"is_prefill": [True]}, ValueError, "is_prefill must have one entry for each of the 2 requests, got"),
     ({"is_prefill": [1, 0]}, TypeError, "is_prefill must be bool, got int64"),
     ({"prompt_lens": [3, 4, 5]}, ValueError, "prompt_lens must have one entry for each of the 2 requests, got 3"),

@@ -123,7 +123,8 @@ void Planner::check_block_tables(const Batch& batch, const Sizes& sizes) const {
 }
 
 void Planner::check_sizes(const Batch& batch, const Sizes& sizes, Counts& n) const {
-  require(n.kv_tokens <= INT32_MAX, "context_lens and query_lens together must add up to less than 2**31");
+  require(n.kv_tokens <= INT32_MAX, "context_lens and padded query_lens together must add up to less than 2**31, got ",
+          n.kv_tokens);
   if (sizes.requests >= 0) {
     require(sizes.requests >= batch.count && sizes.requests <= config_.max_requests, "num_requests_padded must be ", batch.count,
             " (the requests) to ", config_.max_requests, ", got ", sizes.requests);
