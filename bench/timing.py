@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pcp_mla.demo.measure import count_launches
+
 Call = Callable[[], Any]
 _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far
 _HEAD_START_CYCLES = 1_500_000  # about 1 ms: longer than any path here takes to issue its launches
@@ -56,11 +58,7 @@ def launches(call: Call) -> int:
     """Kernels, copies and fills that one ``call`` puts on the GPU, counted by the profiler."""
     call()
     torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return count_launches(call, torch.device("cuda", torch.cuda.current_device()))
 
 
 def copy_us(moved: int) -> float:

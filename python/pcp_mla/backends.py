@@ -50,12 +50,15 @@ _library = torch.library.Library("pcp_mla", "FRAGMENT")
 
 def _triton(op: str) -> Callable[..., Any]:
     """The Triton implementation, imported when it is first called: importing Triton takes longer than all the rest."""
-    module = f"pcp_mla.triton.{op.removesuffix('_out')}"
+
+    @functools.cache
+    def implementation() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"pcp_mla.triton.{op.removesuffix('_out')}"), op)
 
     def call(*args: Any) -> Any:
         # Triton launches on the current device, whatever its arguments' device is.
         with torch.cuda.device_of(args[0]):
-            return getattr(importlib.import_module(module), op)(*args)
+            return implementation()(*args)
 
     return call
 

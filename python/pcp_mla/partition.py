@@ -245,6 +245,16 @@ class Partition:
         return slots
 
 
+def check_layout(op: str, layout: str, decode_policy: str) -> None:
+    """Raise unless the two are known (ValueError) and go together (NotImplementedError)."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"{op}: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if decode_policy not in DECODE_POLICIES:
+        raise ValueError(f"{op}: decode_policy must be one of {', '.join(DECODE_POLICIES)}, got {decode_policy!r}")
+    if layout == "padded" and decode_policy == "round_robin":
+        raise NotImplementedError(f"{op}: the padded layout supports decode_policy 'replicate' only, got 'round_robin'")
+
+
 def _lengths(name: str, values: npt.ArrayLike, count: int | None = None) -> IntArray:
     given = np.asarray(values)
     if given.ndim != 1:
@@ -300,12 +310,7 @@ def partition(
         raise TypeError(f"partition: rank must be an int, got {rank!r}")
     if not 0 <= rank < world_size:
         raise ValueError(f"partition: rank must be in 0..{world_size - 1}, got {rank}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"partition: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if decode_policy not in DECODE_POLICIES:
-        raise ValueError(f"partition: decode_policy must be one of {', '.join(DECODE_POLICIES)}, got {decode_policy!r}")
-    if layout == "padded" and decode_policy == "round_robin":
-        raise NotImplementedError("partition: the padded layout supports decode_policy 'replicate' only, got 'round_robin'")
+    check_layout("partition", layout, decode_policy)
     queries = _lengths("query_lens", np.asarray(query_lens))
     count = len(queries)
     contexts = _lengths("context_lens", np.zeros(count, np.int32) if context_lens is None else np.asarray(context_lens), count)

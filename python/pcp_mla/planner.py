@@ -12,7 +12,7 @@ from .backends import register
 from .consistency import check_same
 from .exchange import Group, group_rank, group_world_size
 from .host_plan import make_host_plan
-from .partition import DECODE_POLICIES, LAYOUTS
+from .partition import check_layout
 from .planned import PlannedMetadata
 from .slots import PagedCache
 from .staging import Staging
@@ -75,12 +75,7 @@ class PCPPlanner:
     ) -> None:
         self.world_size = _checked_int("world_size", world_size, 1)
         self.rank = _checked_int("rank", rank, 0, self.world_size - 1)
-        if layout not in LAYOUTS:
-            raise ValueError(f"PCPPlanner: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-        if decode_policy not in DECODE_POLICIES:
-            raise ValueError(f"PCPPlanner: decode_policy must be one of {', '.join(DECODE_POLICIES)}, got {decode_policy!r}")
-        if layout == "padded" and decode_policy == "round_robin":
-            raise NotImplementedError("PCPPlanner: the padded layout supports decode_policy 'replicate' only, got 'round_robin'")
+        check_layout("PCPPlanner", layout, decode_policy)
         self.layout, self.decode_policy, self.group = layout, decode_policy, group
         self.max_requests = _checked_int("max_requests", max_requests, 0)
         self.max_tokens = _checked_int("max_tokens", max_tokens, 0, 2**31 - 1)

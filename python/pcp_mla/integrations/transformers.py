@@ -19,7 +19,7 @@ import torch
 
 from ..exchange import Group, all_gather_rows, group_rank, group_world_size
 from ..metadata import PCPMetadata
-from ..partition import LAYOUTS
+from ..partition import check_layout
 from ..pipeline import MLADims, attend_latents, check_layer_inputs, exchange_latents
 from .deepseek import check_model, copy_sharing_weights, model_dims, project_inputs
 
@@ -87,8 +87,7 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCP
         NotImplementedError: rope frequencies that depend on the length of the input.
     """
     check_model("enable_pcp", model)
-    if layout not in LAYOUTS:
-        raise ValueError(f"enable_pcp: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_layout("enable_pcp", layout, "replicate")
     if "_pcp" in model.__dict__:
         raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
     dims = model_dims(model)
