@@ -6,9 +6,7 @@ On a GPU plan() issues all of it, a copy and a launch, and its ``cpu_us`` is all
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,16 +56,6 @@ def specification(lengths: dict[str, Any], tables: np.ndarray, world: int) -> Ca
     return call
 
 
-def median_us(call: Callable[[], Any], calls: int = 2000) -> float:
-    """Median of single calls: what one step waits for, with whatever the machine does beside it."""
-    times = []
-    for _ in range(calls):
-        begin = time.perf_counter_ns()
-        call()
-        times.append(time.perf_counter_ns() - begin)
-    return statistics.median(times) / 1e3
-
-
 def run(device: str) -> Iterator[dict[str, Any]]:
     """One result a batch and world size."""
     for name, (prefills, decodes, limit) in BATCHES.items():
@@ -96,13 +84,13 @@ def run(device: str) -> Iterator[dict[str, Any]]:
                 "requests": len(part.query_lens),
                 "P": world,
             }
-            result |= {"bytes": 0, "flops": 0, "limit_us": limit, "plan": {"cpu_us": median_us(plan)}}
+            result |= {"bytes": 0, "flops": 0, "limit_us": limit, "plan": {"cpu_us": timing.cpu_us(plan, 100)}}
             if device == "cpu":
-                result["expand"] = {"cpu_us": median_us(expand, 200)}
+                result["expand"] = {"cpu_us": timing.cpu_us(expand)}
             else:
                 torch.cuda.synchronize()
                 result["plan"] |= {"gpu_us": timing.gpu_us(plan), "launches": timing.launches(plan)}
-            result["numpy"] = {"cpu_us": median_us(specification(lengths, tables, world), 20)}
+            result["numpy"] = {"cpu_us": timing.cpu_us(specification(lengths, tables, world), 5, 4)}
             yield result
 
 

@@ -26,7 +26,7 @@ def outcomes_of_plans(group, steps, switch):
                 if not switch:
                     planner.check_consistency()
                 outcomes.append("")
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, TypeError) as error:
                 outcomes.append(f"{type(error).__name__}: {error}")
     return outcomes
 
@@ -57,15 +57,17 @@ def test_the_switch_finds_a_difference_in_plan_itself():
         {1: ({"decode_policy": "round_robin"}, {})},
         {1: ({}, {"query_lens": [9, 1, 400]})},
         {1: ({}, {"block_tables": [[0]]})},
+        {1: ({}, {"block_tables": [[0.5] * 20] * 3})},
         {},
     ]
     first, second = run_distributed(2, outcomes_of_plans, steps, True)
-    assert first[0] == second[0] == first[4] == second[4] == ""
+    assert first[0] == second[0] == first[5] == second[5] == ""
     assert "decode_policy of rank 0 and of rank 1" in first[1]
     assert first[1] == second[1]
-    assert first[2] == first[3] == "RuntimeError: PCPPlanner.check_consistency: plan() failed on rank 1"
+    assert first[2] == first[3] == first[4] == "RuntimeError: PCPPlanner.check_consistency: plan() failed on rank 1"
     assert second[2].startswith("ValueError: PCPPlanner.plan: query_lens must add up to at most 100 tokens")
     assert second[3].startswith("ValueError: PCPPlanner.plan: block_tables must have a row for each of the 3 requests")
+    assert second[4].startswith("TypeError: PCPPlanner.plan: block_tables must be integers")
 
 
 def test_wrong_group():

@@ -2,22 +2,13 @@
 #include <cuda_runtime.h>
 
 #include "../plan_expand.h"
+#include "../plan_transport.h"
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
 namespace {
 
-struct Params {
-  RequestTable table;
-  PagedCache cache;
-  int32_t rank, rows, gathered, kv_rows;
-  bool has_slots, split;
-  int32_t *local, *positions, *restore, *hidden;
-  int64_t* slots;
-  int32_t* kv;
-};
-
-__device__ void expand_gathered(const Params& p, int32_t g) {
+__device__ void expand_gathered(const ExpandJob& p, int32_t g) {
   const RequestTable& table = p.table;
   if (g >= table.restored_start(table.requests)) p.restore[g] = -1;
   if (g >= table.natural()[table.requests]) p.hidden[g] = -1;
@@ -49,7 +40,7 @@ __device__ void expand_gathered(const Params& p, int32_t g) {
   }
 }
 
-__device__ int32_t kv_row(const Params& p, int32_t n) {
+__device__ int32_t kv_row(const ExpandJob& p, int32_t n) {
   const RequestTable& table = p.table;
   if (n >= table.keys()[table.requests]) return -1;
   const int32_t contexts = table.context()[table.requests];
@@ -68,13 +59,21 @@ __device__ int32_t kv_row(const Params& p, int32_t n) {
   return real ? static_cast<int32_t>(p.cache.slot(i, position)) : -1;
 }
 
-__global__ void __launch_bounds__(kThreads) plan_expand_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads) plan_expand_kernel(const __grid_constant__ ExpandJob p) {
   const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (n < p.gathered) {
+  const int32_t gathered = p.table.world * p.rows;
+  if (n < gathered) {
     expand_gathered(p, static_cast<int32_t>(n));
-  } else if (n - p.gathered < p.kv_rows) {
-    p.kv[n - p.gathered] = kv_row(p, static_cast<int32_t>(n - p.gathered));
+  } else if (n - gathered < p.kv_rows) {
+    p.kv[n - gathered] = kv_row(p, static_cast<int32_t>(n - gathered));
   }
+}
+
+cudaError_t launch(const ExpandJob& job, cudaStream_t stream) {
+  const int64_t total = int64_t{job.table.world} * job.rows + job.kv_rows;
+  if (total == 0) return cudaSuccess;
+  plan_expand_kernel<<<static_cast<unsigned>((total + kThreads - 1) / kThreads), kThreads, 0, stream>>>(job);
+  return cudaGetLastError();
 }
 
 void plan_expand(const Tensor& request_table, const std::optional<Tensor>& block_tables, const Tensor& local_token_indices,
@@ -85,17 +84,34 @@ void plan_expand(const Tensor& request_table, const std::optional<Tensor>& block
   const PlanExpand e(request_table, block_tables, local_token_indices, positions, allgather_restore_idx, hidden_restore_idx,
                      slot_mapping, kv_rows, num_requests, world_size, rank, num_tokens_padded, num_kv_rows, split, block_size,
                      dcp_world_size, dcp_rank, cp_interleave);
-  const int32_t gathered = e.table.world * e.rows;
-  const int64_t total = int64_t{gathered} + e.kv_rows;
-  if (total == 0) return;
-  const Params p{e.table, e.cache, e.rank,      e.rows,    gathered, e.kv_rows, e.has_slots,
-                 e.split, e.local, e.positions, e.restore, e.hidden, e.slots,   e.kv};
   const DeviceGuard guard(e.kind);
-  plan_expand_kernel<<<static_cast<unsigned>((total + kThreads - 1) / kThreads), kThreads, 0, current_stream(e.kind)>>>(p);
-  check_cuda(cudaGetLastError());
+  check_cuda(launch(e, current_stream(e.kind)));
+}
+
+const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+const char* wait(void* copied) { return text_of(cudaEventSynchronize(static_cast<cudaEvent_t>(copied))); }
+
+const char* submit(const PlanSubmission& s) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(s.device_index, &stream) != 0) return "no CUDA stream";
+  const auto on = static_cast<cudaStream_t>(stream);
+  int before = -1;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != s.device_index) error = cudaSetDevice(s.device_index);
+  if (error == cudaSuccess) error = cudaMemcpyAsync(s.device, s.host, s.bytes, cudaMemcpyHostToDevice, on);
+  if (error == cudaSuccess) error = cudaEventRecord(static_cast<cudaEvent_t>(s.copied), on);
+  if (error == cudaSuccess) error = launch(s.job, on);
+  if (before >= 0 && before != s.device_index) cudaSetDevice(before);
+  return text_of(error);
 }
 
 }  // namespace
 }  // namespace pcp_mla::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) { m.impl("plan_expand", TORCH_BOX(&pcp_mla::cuda::plan_expand)); }
+
+extern "C" __attribute__((visibility("default"))) const pcp_mla::PlanTransport* pcp_mla_plan_transport() {
+  static const pcp_mla::PlanTransport transport{sizeof(pcp_mla::PlanSubmission), pcp_mla::cuda::wait, pcp_mla::cuda::submit};
+  return &transport;
+}

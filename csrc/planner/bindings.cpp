@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../plan_transport.h"
 #include "planner.h"
 
 namespace py = pybind11;
@@ -102,7 +103,42 @@ class Bound {
     if (names_.size() != 16) throw py::value_error("_planner: names must be 16, got " + std::to_string(names_.size()));
   }
 
-  // The counts, the longest key row of each chunk and the batch as bytes, by their names in the metadata.
+  // From now on plans go to a GPU: into one of two host buffers in turn, the other may still be on its way, and off by `transport`.
+  void attach(const py::dict& numbers, const py::sequence& staging) {
+    const auto number = [&](const char* name) { return numbers[name].cast<int64_t>(); };
+    const auto ints = [&](const char* name) { return reinterpret_cast<int32_t*>(number(name)); };
+    const auto* transport = reinterpret_cast<const pcp_mla::PlanTransport*>(number("transport"));
+    if (transport->submission_bytes != sizeof(pcp_mla::PlanSubmission)) {
+      throw std::runtime_error("pcp_mla: _planner and _native_cuda are of different versions: build both again");
+    }
+    for (int i = 0; i < 2; ++i) {
+      const auto pair = staging[i].cast<std::pair<int64_t, int64_t>>();
+      staging_[i] = {reinterpret_cast<int32_t*>(pair.first), reinterpret_cast<void*>(pair.second)};
+    }
+    const Config& c = planner_.config();
+    to_ = {};
+    to_.device = ints("step");
+    to_.device_index = static_cast<int32_t>(number("device_index"));
+    to_.job.table = {ints("step") + c.at.requests, 0, static_cast<int32_t>(c.world_size)};
+    to_.job.cache = {nullptr,
+                     0,
+                     0,
+                     static_cast<uint32_t>(c.block_size),
+                     static_cast<uint32_t>(c.dcp_world_size),
+                     static_cast<uint32_t>(c.dcp_rank),
+                     static_cast<uint32_t>(c.cp_interleave)};
+    to_.job.rank = static_cast<int32_t>(c.rank);
+    to_.job.local = ints("local_token_indices");
+    to_.job.positions = ints("positions");
+    to_.job.restore = ints("allgather_restore_idx");
+    to_.job.hidden = ints("hidden_restore_idx");
+    to_.job.slots = reinterpret_cast<int64_t*>(number("slot_mapping"));
+    to_.job.kv = ints("kv_rows");
+    transport_ = transport;
+  }
+
+  // The counts, the longest key row of each chunk and the batch as bytes, by their names in the metadata. Written to `step`, or if
+  // attached to a buffer that send() takes.
   py::dict plan(py::handle step, py::handle query_lens, py::handle context_lens, py::handle is_prefill, py::handle prompt_lens,
                 py::handle num_requests_padded, py::handle num_tokens_padded, py::handle num_kv_tokens_padded,
                 py::handle workspace_tokens, int64_t block_rows, int64_t block_columns) {
@@ -113,7 +149,16 @@ class Bound {
                       block_rows,
                       block_columns};
     const Batch batch = read(query_lens, context_lens, is_prefill, prompt_lens);
-    const Counts n = planner_.plan(batch, sizes, static_cast<int32_t*>(py::reinterpret_borrow<py::array>(step).mutable_data()));
+    int32_t* to = nullptr;
+    if (transport_ == nullptr) {
+      to = static_cast<int32_t*>(py::reinterpret_borrow<py::array>(step).mutable_data());
+    } else {
+      const py::gil_scoped_release released;
+      check_sent(transport_->wait(staging_[0].copied));
+      to = staging_[0].host;
+    }
+    const Counts n = planner_.plan(batch, sizes, to);
+    planned_ = n;
     py::tuple longest(n.chunks);
     for (int64_t k = 0; k < n.chunks; ++k) longest[k] = py::int_(planner_.chunk_max_seqlens()[k]);
     py::dict fields;
@@ -130,11 +175,39 @@ class Bound {
     return fields;
   }
 
+  // Issue the last plan's copy and expansion on the current stream. Key rows are made if they have a fixed place.
+  void send(int64_t blocks, int64_t block_stride, int64_t block_columns) {
+    const Config& c = planner_.config();
+    std::swap(staging_[0], staging_[1]);
+    to_.host = staging_[1].host;
+    to_.copied = staging_[1].copied;
+    to_.bytes = (c.at.chunks + planned_.chunks * c.at.chunk_stride) * 4;
+    auto& job = to_.job;
+    job.table.requests = static_cast<int32_t>(planned_.requests);
+    job.rows = static_cast<int32_t>(planned_.tokens_padded);
+    job.has_slots = block_columns >= 0;
+    job.kv_rows = job.has_slots && c.max_kv_tokens >= 0 ? static_cast<int32_t>(planned_.kv_rows) : 0;
+    job.split = planned_.chunks > 1;
+    job.cache.blocks = reinterpret_cast<const int32_t*>(blocks);
+    job.cache.row_stride = block_stride;
+    job.cache.columns = block_columns;
+    check_sent(transport_->submit(to_));
+  }
+
   int64_t largest_rank(py::handle query_lens, py::handle is_prefill) {
     return planner_.largest_rank(read(query_lens, py::none(), is_prefill, py::none()));
   }
 
  private:
+  struct Staged {
+    int32_t* host;
+    void* copied;  // cudaEvent_t
+  };
+
+  static void check_sent(const char* error) {
+    if (error != nullptr) throw std::runtime_error(std::string("pcp_mla: CUDA error: ") + error);
+  }
+
   Batch read(py::handle query_lens, py::handle context_lens, py::handle is_prefill, py::handle prompt_lens) {
     if (query_lens.is_none()) fail<py::type_error>("query_lens must be one-dimensional and of numbers, got None");
     Batch batch{};
@@ -176,6 +249,10 @@ class Bound {
   }
 
   Planner planner_;
+  const pcp_mla::PlanTransport* transport_ = nullptr;  // null: plans stay on the host
+  pcp_mla::PlanSubmission to_{};
+  Staged staging_[2]{};
+  Counts planned_{};
   Lengths query_, context_, prompt_;
   py::array prefill_;
   std::vector<py::str> names_;  // made once: a dictionary takes them as they are
@@ -207,6 +284,8 @@ PYBIND11_MODULE(_planner, m) {
                 offset("chunk_stride"),   offset("chunk_starts"),         offset("chunk_cu_seqlens_k"), offset("chunk_seqused_k")};
         return Bound(c, names);
       }))
+      .def("attach", &Bound::attach)
       .def("plan", &Bound::plan)
+      .def("send", &Bound::send)
       .def("largest_rank", &Bound::largest_rank);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,10 @@ try:
     status["_planner"] = ""
 except ImportError as error:
     status["_planner"] = f"not built ({error})"
+
+
+def plan_transport() -> int:
+    """Address of what the native planner sends its plans to a GPU with (csrc/plan_transport.h)."""
+    find = ctypes.CDLL(str(Path(__file__).with_name("_native_cuda.so"))).pcp_mla_plan_transport
+    find.restype = ctypes.c_void_p
+    return find()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import native
 from .backends import register
 from .consistency import check_same
 from .exchange import Group, group_rank, group_world_size
@@ -118,8 +119,25 @@ class PCPPlanner:
         on_cpu = self.device.type == "cpu"
         self._host_step = self.step.numpy() if on_cpu else None
         self._staging = [] if on_cpu else [Staging(self.step, self.step_layout.chunks_stop, pin_memory) for _ in range(2)]
+        # The native planner brings a plan to a GPU by itself.
+        self._sends = self.device.type == "cuda" and not native.status["_native_cuda"] and not native.status["_planner"]
+        if self._sends:
+            self._host.attach(self._addresses(), [(part.host.data_ptr(), part.sent.cuda_event) for part in self._staging])
         self._last: PlannedMetadata | None = None
         self._tokens_expanded = self._kv_expanded = False
+
+    def _addresses(self) -> dict[str, int]:
+        names = (
+            "step",
+            "local_token_indices",
+            "positions",
+            "allgather_restore_idx",
+            "hidden_restore_idx",
+            "slot_mapping",
+            "kv_rows",
+        )
+        tensors = {name: getattr(self, "step" if name == "step" else f"_{name}").data_ptr() for name in names}
+        return {"transport": native.plan_transport(), "device_index": self.step.get_device(), **tensors}
 
     def plan(
         self,
@@ -154,16 +172,16 @@ class PCPPlanner:
             RuntimeError: with ``PCP_MLA_CHECK=1``, if ranks differ; see :meth:`check_consistency`.
         """
         rows = columns = -1
-        if block_tables is not None:
-            block_tables = self._checked_block_tables(block_tables)
-            rows, columns = block_tables.shape
         staging = None
         step = self._host_step
-        if step is None:
+        if step is None and not self._sends:
             staging = self._staging[0]
             staging.sent.synchronize()
             step = staging.array
         try:
+            if block_tables is not None:
+                block_tables = self._checked_block_tables(block_tables)
+                rows, columns = block_tables.shape
             counts = self._host.plan(
                 step,
                 query_lens,
@@ -184,7 +202,14 @@ class PCPPlanner:
         meta = PlannedMetadata(self, counts, block_tables, (num_tokens_padded, workspace_tokens, prompt_lens is not None))
         self._last = meta
         self._tokens_expanded = self._kv_expanded = False
-        if staging is not None:
+        if self._sends:
+            if block_tables is None:
+                self._host.send(0, 0, -1)
+            else:
+                self._host.send(block_tables.data_ptr(), block_tables.stride(0), columns)
+            self._tokens_expanded = True
+            self._kv_expanded = block_tables is not None and self.max_kv_tokens >= 0
+        elif staging is not None:
             self._staging.reverse()
             staging.send(len(meta.chunk_max_seqlens), self.step_layout)
             self._expand(tokens=True, keys=block_tables is not None and self.max_kv_tokens >= 0)

@@ -1,4 +1,4 @@
-"""The host's side of the copy that carries a plan to a GPU."""
+"""The host's side of the copy that carries a plan to a GPU, for planners that do not bring it there themselves."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ class Staging:
 
     def __init__(self, step: torch.Tensor, usual: int, pin_memory: bool | None) -> None:
         pinned = step.is_cuda if pin_memory is None else pin_memory
-        self._host = torch.zeros(step.shape, dtype=step.dtype, pin_memory=pinned)
+        self.host = torch.zeros(step.shape, dtype=step.dtype, pin_memory=pinned)
         self._step, self._device = step, step.device
-        self.array = self._host.numpy()
+        self.array = self.host.numpy()
         self.sent = torch.cuda.Event()
+        self.sent.record(torch.cuda.current_stream(self._device))  # from here on it has an address
         # Views cost as much as the copy's launch: those of a plan with one key chunk are made once.
-        self._usual = (step[:usual], self._host[:usual])
+        self._usual = (step[:usual], self.host[:usual])
 
     def send(self, num_chunks: int, layout: StepLayout) -> None:
         """Copy what a plan with so many key chunks has written, on the current stream."""
         to, source = self._usual
         if num_chunks > 1:
             stop = layout.chunk(num_chunks)
-            to, source = self._step[:stop], self._host[:stop]
+            to, source = self._step[:stop], self.host[:stop]
         to.copy_(source, non_blocking=True)
         self.sent.record(torch.cuda.current_stream(self._device))
