@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
+MODULES = ("_planner", "_direct")
 
 
 def target_torch() -> tuple[str, str]:
@@ -73,10 +74,10 @@ def wants_cuda() -> str | None:
 
 
 class CMakeBuild(build_ext):
-    """All in one CMake run. The op libraries load through torch.ops.load_library and carry no Python ABI; the planner does."""
+    """All in one CMake run. The op libraries load through torch.ops.load_library and carry no Python ABI; the modules do."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("_planner"):
+        if fullname.endswith(MODULES):
             return super().get_ext_filename(fullname)
         return fullname.replace(".", os.sep) + ".so"
 
@@ -130,7 +131,7 @@ class CMakeBuild(build_ext):
 if os.environ.get("PCP_MLA_NATIVE", "1") == "0":
     native: dict = {}
 else:
-    extensions = [Extension(f"pcp_mla.{name}", sources=[]) for name in ("_native", "_planner")]
+    extensions = [Extension(f"pcp_mla.{name}", sources=[]) for name in ("_native", *MODULES)]
     native = {"ext_modules": extensions, "cmdclass": {"build_ext": CMakeBuild}}
 
 setup(**native)

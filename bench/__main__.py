@@ -16,7 +16,7 @@ import torch
 
 import pcp_mla
 
-BENCHMARKS = ("fused_gather", "planner")
+BENCHMARKS = ("cp_merge", "fused_gather", "merge_states", "planner")
 HERE = Path(__file__).resolve().parent
 
 
@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             "results": results,
         }
         slug = hardware.split()[1].lower() if device == "cuda" and " " in hardware else device
+        slug += f"x{torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""
         (args.out / f"{name}_{slug}.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -54,6 +54,28 @@ def cpu_us(call: Call, repeats: int = 15, calls: int = 20) -> float:
     return statistics.median(times) * 1e6
 
 
+def graph_us(call: Call, repeats: int = 30, calls: int = 20) -> float:
+    """Median GPU time of one of ``calls`` in a replayed CUDA graph, in microseconds; the data is in L2 as far as it fits."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return statistics.median(times) * 1e3
+
+
 def launches(call: Call) -> int:
     """Kernels, copies and fills that one ``call`` puts on the GPU, counted by the profiler."""
     call()

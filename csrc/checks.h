@@ -2,16 +2,24 @@
 // checks; python/pcp_mla/checks.py runs only after a refusal, to give it the documented type.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
 
 #include "row_table.h"
+#include "view.h"
 
 namespace pcp_mla {
 
 using torch::stable::Tensor;
+
+static_assert(kInt32 == static_cast<int>(c10::ScalarType::Int) && kFloat16 == static_cast<int>(c10::ScalarType::Half) &&
+              kFloat32 == static_cast<int>(c10::ScalarType::Float) && kBFloat16 == static_cast<int>(c10::ScalarType::BFloat16) &&
+              kFloat8E4M3 == static_cast<int>(c10::ScalarType::Float8_e4m3fn) &&
+              kCudaDevice == static_cast<int>(c10::DeviceType::CUDA));
 
 template <typename... Args>
 void check(bool ok, const Args&... message) {
@@ -21,17 +29,23 @@ void check(bool ok, const Args&... message) {
   throw std::runtime_error(text.str());
 }
 
-struct Kind {
-  int32_t dtype, device_type, device_index;
-  bool same_device(const Kind& other) const { return device_type == other.device_type && device_index == other.device_index; }
-};
-
 inline Kind kind_of(const Tensor& t) {
   Kind k{};
   aoti_torch_get_dtype(t.get(), &k.dtype);
   aoti_torch_get_device_type(t.get(), &k.device_type);
   aoti_torch_get_device_index(t.get(), &k.device_index);
   return k;
+}
+
+inline View view_of(const Tensor& t) {
+  check(t.dim() <= kMaxDims, "pcp_mla: a tensor must have at most ", kMaxDims, " dimensions, got ", t.dim());
+  View v{static_cast<char*>(t.data_ptr()), kind_of(t), static_cast<int32_t>(t.dim()), static_cast<int32_t>(t.element_size()), {}, {}};
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (int i = 0; i < v.dims; ++i) {
+    v.sizes[i] = sizes[i];
+    v.strides[i] = strides[i];
+  }
+  return v;
 }
 
 struct Ragged {  // [tokens, heads, dim] with a contiguous last dimension

@@ -20,4 +20,15 @@ STABLE_TORCH_LIBRARY(pcp_mla, m) {
       "Tensor(c!) allgather_restore_idx, Tensor(d!) hidden_restore_idx, Tensor(e!) slot_mapping, Tensor(f!) kv_rows, "
       "SymInt num_requests, SymInt world_size, SymInt rank, SymInt num_tokens_padded, SymInt num_kv_rows, bool split, "
       "SymInt block_size, SymInt dcp_world_size, SymInt dcp_rank, SymInt cp_interleave) -> ()");
+  m.def("merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor? scale, bool base2) -> (Tensor, Tensor)");
+  m.def(
+      "merge_attn_states_out(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor? scale, Tensor? row_op, "
+      "Tensor? cu_seqlens, Tensor? out_rows, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) -> ()");
+  m.def("merge_n_attn_states(Tensor[] outs, Tensor[] lses, Tensor? scale, bool base2) -> (Tensor, Tensor)");
+  m.def(
+      "merge_n_attn_states_out(Tensor[] outs, Tensor[] lses, Tensor? scale, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) "
+      "-> ()");
+  m.def(
+      "cp_correct_out(Tensor out, Tensor lses, Tensor? seqused_k, SymInt rank, bool base2, Tensor(a!) corrected, "
+      "Tensor(b!)? lse_out) -> ()");
 }

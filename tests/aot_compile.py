@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 
 from pcp_mla.triton.fused_gather import fused_gather_kernel
 from pcp_mla.triton.fused_restore import fused_restore_kernel
+from pcp_mla.triton.merge_states import merge_states_kernel
 from pcp_mla.triton.plan_expand import plan_expand_kernel
 
 # Arguments that point to something; all others that are no constants are sizes and strides.
@@ -18,25 +19,43 @@ POINTERS = {
         "*i32": "table blocks local_out positions_out restore_out hidden_out kv_out",
         "*i64": "slots_out",
     },
+    merge_states_kernel: {
+        "data": "a b out",
+        "*fp32": "lse_a lse_b scale lse_out",
+        "*i32": "row_op cu_seqlens out_rows seqused_k",
+    },
 }
 CONSTANTS = {
     fused_gather_kernel: {"ROWS": 8, "BLOCK_Q": 1024, "BLOCK_K": 256, "BLOCK_V": 128},
     fused_restore_kernel: {"ROWS": 8, "BLOCK": 1024, "BLOCK_LSE": 16},
     plan_expand_kernel: {"HAS_BLOCKS": True, "SPLIT": True, "BLOCK": 256},
+    merge_states_kernel: {"BASE2": False, "HEADS": 16, "BLOCK": 128},
 }
+DATA = {
+    fused_gather_kernel: ("*bf16", "*fp32", "*u8"),
+    fused_restore_kernel: ("*bf16", "*fp32", "*u8"),
+    plan_expand_kernel: ("indices",),
+    merge_states_kernel: ("*bf16", "*fp32"),
+}
+
+
+def compile_for(capability, kernel, types):
+    """Size of the binary, of a kernel whose pointers have these types."""
+    constants = CONSTANTS[kernel]
+    names = list(inspect.signature(kernel.fn).parameters)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = ASTSource(kernel, signature, constexprs={(names.index(n),): value for n, value in constants.items()})
+    return len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
 
 
 def main():
     for kernel, pointers in POINTERS.items():
-        for data in ("*bf16", "*fp32", "*u8") if "data" in pointers else ("indices",):
+        for data in DATA[kernel]:
             types = {name: data if kind == "data" else kind for kind, names in pointers.items() for name in names.split()}
-            constants = CONSTANTS[kernel]
-            names = list(inspect.signature(kernel.fn).parameters)
-            signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
             for capability in (80, 90):
-                source = ASTSource(kernel, signature, constexprs={(names.index(n),): value for n, value in constants.items()})
-                binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-                print(kernel.__name__, data, f"sm_{capability}", len(binary.asm["cubin"]))
+                print(kernel.__name__, data, f"sm_{capability}", compile_for(capability, kernel, types))
+            if kernel is merge_states_kernel:  # sm_80 has no float8
+                print(kernel.__name__, data, "float8 sm_90", compile_for(90, kernel, types | {"out": "*fp8e4nv"}))
 
 
 if __name__ == "__main__":

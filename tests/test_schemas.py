@@ -36,9 +36,14 @@ def test_every_op_has_all_its_parts():
     assert defined == set(backends.SCHEMAS)
     for op in defined:
         assert callable(getattr(reference, op))
-    for op in (name for name in defined if not name.endswith("_out")):
-        assert callable(getattr(pcp_mla, f"pcp_{op}", None)) == (op not in INTERNAL)
-        for path in (CSRC / "cpu" / f"{op}.cpp", CSRC / "cuda" / f"{op}.cu", Path(pcp_mla.__file__).parent / "triton" / f"{op}.py"):
+    for op in (name for name in defined if name.removesuffix("_out") not in defined):
+        name, stem = op if op in backends.FAMILIES else f"pcp_{op}", backends.family(op)
+        assert callable(getattr(pcp_mla, name, None)) == (op not in INTERNAL)
+        for path in (
+            CSRC / "cpu" / f"{stem}.cpp",
+            CSRC / "cuda" / f"{stem}.cu",
+            Path(pcp_mla.__file__).parent / "triton" / f"{stem}.py",
+        ):
             assert path.exists(), path
         reasons = backends.availability(op)
         assert set(reasons) == set(backends.BACKENDS)

@@ -1,5 +1,7 @@
 """Prefill context parallelism for MLA models: fused kernels behind a thin layer. See the README for use."""
 
+from .cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
+from .merge import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
 from .metadata import PCPMetadata
 from .ops import GatheredRows, pcp_fused_gather, pcp_fused_restore
 from .partition import Partition, partition
@@ -12,6 +14,14 @@ __all__ = [
     "PCPMetadata",
     "PCPPlanner",
     "Partition",
+    "RowOp",
+    "cp_correct_out",
+    "cp_lse_a2a",
+    "cp_lse_ag_out_ar",
+    "cp_lse_ag_out_rs",
+    "flat_cp_group",
+    "merge_attn_states",
+    "merge_n_attn_states",
     "partition",
     "pcp_fused_gather",
     "pcp_fused_restore",

@@ -39,7 +39,34 @@ SCHEMAS = {
         "SymInt num_requests, SymInt world_size, SymInt rank, SymInt num_tokens_padded, SymInt num_kv_rows, bool split, "
         "SymInt block_size, SymInt dcp_world_size, SymInt dcp_rank, SymInt cp_interleave) -> ()"
     ),
+    "merge_attn_states": (
+        "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor? scale, bool base2) -> (Tensor, Tensor)"
+    ),
+    "merge_attn_states_out": (
+        "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor? scale, Tensor? row_op, Tensor? cu_seqlens, "
+        "Tensor? out_rows, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) -> ()"
+    ),
+    "merge_n_attn_states": "(Tensor[] outs, Tensor[] lses, Tensor? scale, bool base2) -> (Tensor, Tensor)",
+    "merge_n_attn_states_out": (
+        "(Tensor[] outs, Tensor[] lses, Tensor? scale, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) -> ()"
+    ),
+    "cp_correct_out": (
+        "(Tensor out, Tensor lses, Tensor? seqused_k, SymInt rank, bool base2, Tensor(a!) corrected, Tensor(b!)? lse_out) -> ()"
+    ),
 }
+
+# The files of an op, where they have not its name: ops that share their kernels are one family.
+FAMILIES = {
+    "merge_attn_states": "merge_states",
+    "merge_n_attn_states": "merge_states",
+    "cp_correct_out": "merge_states",
+}
+
+
+def family(op: str) -> str:
+    """The stem of the op's files in csrc/cpu, csrc/cuda and triton."""
+    return FAMILIES.get(op) or FAMILIES.get(op.removesuffix("_out")) or op.removesuffix("_out")
+
 
 # Whether "auto" means a native kernel on every device that this torch has.
 ALL_NATIVE = not native.status["_native"] and not (torch.version.cuda and native.status["_native_cuda"])
@@ -53,14 +80,25 @@ def _triton(op: str) -> Callable[..., Any]:
 
     @functools.cache
     def implementation() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"pcp_mla.triton.{op.removesuffix('_out')}"), op)
+        return getattr(importlib.import_module(f"pcp_mla.triton.{family(op)}"), op)
 
     def call(*args: Any) -> Any:
         # Triton launches on the current device, whatever its arguments' device is.
-        with torch.cuda.device_of(args[0]):
+        with torch.cuda.device_of(args[0][0] if isinstance(args[0], list | tuple) else args[0]):
             return implementation()(*args)
 
     return call
+
+
+def direct() -> Any:
+    """The calls past the dispatcher, or None where something could want to see an op go through it: a gradient, a compiler, a mode.
+
+    In eager inference the dispatcher costs more host time than the launch of a small kernel. Each function of the module returns
+    False where it cannot do the work, and has done nothing then.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        return None
+    return native.direct
 
 
 def availability(op: str) -> dict[str, str]:
@@ -101,7 +139,8 @@ def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     """
     if backend == "reference":
         return getattr(reference, op)
-    name = f"pcp_{op.removesuffix('_out')}"
+    name = op if op in FAMILIES else op.removesuffix("_out")
+    name = name if name in FAMILIES else f"pcp_{name}"
     if backend not in BACKENDS:
         raise ValueError(f"{name}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reasons = availability(op)

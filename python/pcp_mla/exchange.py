@@ -1,4 +1,4 @@
-"""The exchange of latents between the ranks of a context-parallel group."""
+"""The collectives of a context-parallel group, and the exchange of latents by them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch.distributed as dist
 from .metadata import PCPMetadata
 from .played import RankHandle
 
-# torch 2.13 renamed it and warns of the old name; 2.10 has the old one only.
+# torch 2.13 renamed these and warns of the old names; 2.10 has the old ones only.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # A torch.distributed process group, one rank's end of a played group, or None for a world of one rank.
 Group = dist.ProcessGroup | RankHandle | None
@@ -48,6 +49,43 @@ def all_gather_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
     gathered = rows.new_empty(group_world_size(group) * rows.shape[0], *rows.shape[1:])
     _all_gather_single(gathered, rows, group=group)
     return gathered
+
+
+def reduce_scatter_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[P * n, ...] of every rank, contiguous, to [n, ...]: this rank's block of the sum over the ranks. One collective, none for a
+    world of one. A group that is not of torch.distributed adds in rank order."""
+    if group is None:
+        return rows
+    size = group_world_size(group)
+    if not isinstance(group, dist.ProcessGroup):
+        return group.all_gather(rows).unflatten(0, (size, size, -1))[:, group.rank].sum(0)
+    scattered = rows.new_empty(rows.shape[0] // size, *rows.shape[1:])
+    _reduce_scatter_single(scattered, rows, group=group)
+    return scattered
+
+
+def all_reduce_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[n, ...] of every rank, contiguous, to their sum, on every rank; it may take the place of ``rows``. Otherwise as
+    :func:`reduce_scatter_rows`."""
+    if group is None:
+        return rows
+    if not isinstance(group, dist.ProcessGroup):
+        return group.all_gather(rows).unflatten(0, (group.world_size, -1)).sum(0)
+    dist.all_reduce(rows, group=group)
+    return rows
+
+
+def all_to_all_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[P * n, ...] of this rank, contiguous, block r for rank r, to [P * n, ...], block r from rank r: one collective, none for a
+    world of one."""
+    if group is None:
+        return rows
+    if not isinstance(group, dist.ProcessGroup):
+        size = group.world_size
+        return group.all_gather(rows).unflatten(0, (size, size, -1))[:, group.rank].flatten(0, 1)
+    received = torch.empty_like(rows)
+    dist.all_to_all_single(received, rows, group=group)
+    return received
 
 
 def check_latents(op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> None:

@@ -40,8 +40,28 @@ except ImportError as error:
     status["_planner"] = f"not built ({error})"
 
 
-def plan_transport() -> int:
-    """Address of what the native planner sends its plans to a GPU with (csrc/plan_transport.h)."""
-    find = ctypes.CDLL(str(Path(__file__).with_name("_native_cuda.so"))).pcp_mla_plan_transport
+def _exported(name: str) -> int:
+    """Address of a table that the CUDA library exports to the modules."""
+    find = getattr(ctypes.CDLL(str(Path(__file__).with_name("_native_cuda.so"))), name)
     find.restype = ctypes.c_void_p
     return find()
+
+
+def plan_transport() -> int:
+    """Address of what the native planner sends its plans to a GPU with (csrc/plan_transport.h)."""
+    return _exported("pcp_mla_plan_transport")
+
+
+def _load_direct() -> Any:
+    """The module _direct, connected to the CUDA library; None where the dispatcher is the only way."""
+    if status["_native_cuda"] or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return None
+    try:
+        module = importlib.import_module("pcp_mla._direct")
+        module.connect(_exported("pcp_mla_direct_ops"), torch.Tensor)
+    except (ImportError, RuntimeError):
+        return None
+    return module
+
+
+direct: Any = _load_direct()

@@ -1,0 +1,96 @@
+"""cp_lse_a2a and cp_lse_ag_out_rs at decode shapes beside the same in plain torch, over NCCL on several GPUs, else over gloo.
+
+Bytes: what a rank sends to the others. FLOPs: two an element of each partial. ``graph_us``: a call in a replayed CUDA graph of 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pcp_mla import cp_lse_a2a, cp_lse_ag_out_rs
+from pcp_mla.exchange import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from pcp_mla.launch import run_distributed
+
+from . import timing
+
+HEADS = 128
+GPU_SHAPES = [(rows, dim) for dim in (512, 128) for rows in (1, 16, 64, 256)]
+CPU_SHAPES = [(16, 512)]
+
+
+def torch_ag_out_rs(out: torch.Tensor, lse: torch.Tensor, group: Any) -> torch.Tensor:
+    lses = all_gather_rows(lse[None], group)
+    factor = torch.exp(lse - torch.logsumexp(lses, 0))
+    shares = (out.float() * factor[..., None]).unflatten(1, (len(lses), -1)).transpose(0, 1).contiguous()
+    return reduce_scatter_rows(shares, group)[0].to(out.dtype)
+
+
+def torch_a2a(out: torch.Tensor, lse: torch.Tensor, group: Any) -> torch.Tensor:
+    world = dist.get_world_size(group)
+    outs = all_to_all_rows(out.unflatten(1, (world, -1)).transpose(0, 1).contiguous(), group)
+    lses = all_to_all_rows(lse.unflatten(1, (world, -1)).transpose(0, 1).contiguous(), group)
+    factors = torch.exp(lses - torch.logsumexp(lses, 0))
+    return (outs * factors[..., None]).sum(0).to(out.dtype)
+
+
+def measure(group: Any, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """All shapes, on one rank."""
+    gpu = dist.get_backend(group) == "nccl"
+    device, world = ("cuda" if gpu else "cpu"), dist.get_world_size(group)
+    results = []
+    with torch.inference_mode():
+        for rows, dim in shapes:
+            out = torch.randn(rows, HEADS, dim, device=device).bfloat16()
+            lse = torch.randn(rows, HEADS, device=device)
+            elements = rows * HEADS * dim
+            for op, ours, theirs, per_element in (
+                ("cp_lse_a2a", cp_lse_a2a, torch_a2a, 2),
+                ("cp_lse_ag_out_rs", cp_lse_ag_out_rs, torch_ag_out_rs, 4),
+            ):
+                lse_bytes = rows * HEADS * 4 * (1 if op == "cp_lse_a2a" else world)
+                result: dict[str, Any] = {
+                    "op": op,
+                    "rows": rows,
+                    "heads": HEADS,
+                    "dim": dim,
+                    "ranks": world,
+                    "bytes": (elements * per_element + lse_bytes) * (world - 1) // world,
+                    "flops": 2 * elements,
+                }
+                calls: dict[str, Callable[[], torch.Tensor]] = {
+                    "ours": lambda ours=ours, out=out, lse=lse: ours(out, lse, group),
+                    "torch": lambda theirs=theirs, out=out, lse=lse: theirs(out, lse, group),
+                }
+                got, wanted = (call() for call in calls.values())
+                torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
+                for name, call in calls.items():
+                    result[name] = {"cpu_us": timing.cpu_us(call, 5, 20)}
+                    if gpu:
+                        result[name] |= {"graph_us": timing.graph_us(call), "launches": timing.launches(call)}
+                results.append(result)
+    return results
+
+
+def run(device: str) -> Iterator[dict[str, Any]]:
+    """One result of rank 0 a world size, shape and op."""
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if gpus < 2:
+        yield from run_distributed(2, measure, CPU_SHAPES)[0]
+        return
+    for world in (2, 4, 8):
+        if world <= gpus:
+            yield from run_distributed(world, measure, GPU_SHAPES, backend="nccl", timeout=300.0)[0]
+
+
+def line(result: dict[str, Any]) -> str:
+    text = f"{result['op']:17} W={result['ranks']} rows={result['rows']:<4} D={result['dim']} {result['bytes'] / 1e3:8.1f} kB"
+    for name in ("ours", "torch"):
+        numbers = result[name]
+        text += f" | {name} cpu {numbers['cpu_us']:6.1f} us"
+        if "graph_us" in numbers:
+            text += f" graph {numbers['graph_us']:6.1f} us {numbers['launches']} launches"
+    return text

@@ -1,0 +1,121 @@
+// pcp_mla._direct: CUDA ops called past torch's dispatcher, on tensors that DLPack's C exchange interface shows without a copy.
+//
+// Every function says whether it did the work. False, before anything was launched, where an argument is no plain CUDA tensor or was
+// refused: the caller goes through the dispatcher then, which knows subclasses and modes and gives errors their words.
+#include <ATen/dlpack.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "../direct_ops.h"
+
+namespace py = pybind11;
+
+namespace pcp_mla {
+namespace {
+
+const DirectOps* ops = nullptr;
+const DLPackExchangeAPI* dlpack = nullptr;
+PyTypeObject* tensor_type = nullptr;  // torch.Tensor, kept alive by torch
+
+// -1 for dtypes that no op takes.
+int32_t dtype_of(const DLDataType& type) {
+  if (type.lanes != 1) return -1;
+  switch (type.code) {
+    case kDLBfloat: return kBFloat16;
+    case kDLFloat: return type.bits == 32 ? kFloat32 : type.bits == 16 ? kFloat16 : -1;
+    case kDLInt: return type.bits == 32 ? kInt32 : -1;
+    case kDLFloat8_e4m3fn: return kFloat8E4M3;
+    default: return -1;
+  }
+}
+
+bool view(py::handle tensor, View& to) {
+  if (Py_TYPE(tensor.ptr()) != tensor_type) return false;
+  DLTensor t;
+  if (dlpack->dltensor_from_py_object_no_sync(tensor.ptr(), &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (t.device.device_type != kDLCUDA || t.ndim > kMaxDims) return false;
+  to.data = static_cast<char*>(t.data) + t.byte_offset;
+  to.kind = {dtype_of(t.dtype), kCudaDevice, t.device.device_id};
+  to.dims = t.ndim;
+  to.item = (t.dtype.bits + 7) / 8;
+  for (int i = 0; i < t.ndim; ++i) {
+    to.sizes[i] = t.shape[i];
+    to.strides[i] = t.strides[i];
+  }
+  return to.kind.dtype >= 0;
+}
+
+// Views of a call's arguments; null for None.
+class Arguments {
+ public:
+  const View& need(py::handle tensor) {
+    ok_ = ok_ && view(tensor, views_[used_]);
+    return views_[used_++];
+  }
+  const View* take(py::handle tensor) { return tensor.is_none() ? nullptr : &need(tensor); }
+  bool ok() const { return ok_; }
+
+ private:
+  View views_[16];
+  int used_ = 0;
+  bool ok_ = true;
+};
+
+bool merge_attn_states(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b, py::handle scale, py::handle row_op,
+                       py::handle cu_seqlens, py::handle out_rows, bool base2, py::handle out, py::handle lse_out) {
+  Arguments a;
+  const View &va = a.need(out_a), &la = a.need(lse_a), &vb = a.need(out_b), &lb = a.need(lse_b), &vo = a.need(out);
+  const View *vs = a.take(scale), *vr = a.take(row_op), *vc = a.take(cu_seqlens), *vp = a.take(out_rows), *vl = a.take(lse_out);
+  return a.ok() && ops->merge_attn_states(va, la, vb, lb, vs, vr, vc, vp, base2, vo, vl) == nullptr;
+}
+
+bool merge_n_attn_states(const py::list& outs, const py::list& lses, py::handle scale, bool base2, py::handle out,
+                         py::handle lse_out) {
+  Arguments a;
+  std::vector<View> views(outs.size()), lse_views(lses.size());
+  if (outs.size() != lses.size()) return false;
+  for (size_t n = 0; n < outs.size(); ++n) {
+    if (!view(outs[n], views[n]) || !view(lses[n], lse_views[n])) return false;
+  }
+  const View &vo = a.need(out), *vs = a.take(scale), *vl = a.take(lse_out);
+  return a.ok() && ops->merge_n_attn_states(views.data(), lse_views.data(), views.size(), vs, base2, vo, vl) == nullptr;
+}
+
+bool cp_correct_out(py::handle out, py::handle lses, py::handle seqused_k, int64_t rank, bool base2, py::handle corrected,
+                    py::handle lse_out) {
+  Arguments a;
+  const View &vo = a.need(out), &vl = a.need(lses), &vc = a.need(corrected), *vs = a.take(seqused_k), *vm = a.take(lse_out);
+  return a.ok() && ops->cp_correct_out(vo, vl, vs, rank, base2, vc, vm) == nullptr;
+}
+
+// From now on calls go to the ops at this address, with tensors of this type.
+void connect(int64_t address, const py::object& type) {
+  const auto* table = reinterpret_cast<const DirectOps*>(address);
+  if (table->view_bytes != sizeof(View)) {
+    throw std::runtime_error("pcp_mla: _direct and _native_cuda are of different versions: build both again");
+  }
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->header.version.major != DLPACK_MAJOR_VERSION || api->dltensor_from_py_object_no_sync == nullptr) {
+    throw std::runtime_error("pcp_mla: torch has another version of DLPack's exchange interface");
+  }
+  ops = table;
+  dlpack = api;
+  tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+}
+
+}  // namespace
+}  // namespace pcp_mla
+
+PYBIND11_MODULE(_direct, m) {
+  m.def("connect", &pcp_mla::connect);
+  m.def("merge_attn_states", &pcp_mla::merge_attn_states);
+  m.def("merge_n_attn_states", &pcp_mla::merge_n_attn_states);
+  m.def("cp_correct_out", &pcp_mla::cp_correct_out);
+}

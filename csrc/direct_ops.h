@@ -1,0 +1,21 @@
+// CUDA ops past the dispatcher: in eager inference its boxed arguments cost more than a small kernel's launch. _native_cuda has the
+// table, direct/bindings.cpp calls through it. All return null or what was wrong, and then have done nothing.
+#pragma once
+#include <cstddef>
+
+#include "view.h"
+
+namespace pcp_mla {
+
+struct DirectOps {
+  size_t view_bytes;  // sizeof(View) where it was compiled: another one is a library of another version
+  const char* (*merge_attn_states)(const View& out_a, const View& lse_a, const View& out_b, const View& lse_b, const View* scale,
+                                   const View* row_op, const View* cu_seqlens, const View* out_rows, bool base2, const View& out,
+                                   const View* lse_out);
+  const char* (*merge_n_attn_states)(const View* outs, const View* lses, size_t count, const View* scale, bool base2,
+                                     const View& out, const View* lse_out);
+  const char* (*cp_correct_out)(const View& out, const View& lses, const View* seqused_k, int64_t rank, bool base2,
+                                const View& corrected, const View* lse_out);
+};
+
+}  // namespace pcp_mla

@@ -1,0 +1,174 @@
+"""The checks of the merges' arguments, with the errors that their docstrings name; see checks.py on when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_PARTIALS = 64
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(op: str, name: str, x: Any, shape: Sequence[int | None], words: str, device: torch.device | None) -> None:
+    """Raise unless ``x`` is a tensor of this shape, None for any size, on the device if given."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != len(shape):
+        raise ValueError(f"{op}: {name} must have {len(shape)} dimensions {words}, got {x.dim()}: {tuple(x.shape)}")
+    if any(wanted is not None and size != wanted for size, wanted in zip(x.shape, shape, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{op}: {name} must have shape {words} = ({wanted}), got {tuple(x.shape)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, as the first output, got {x.device}")
+
+
+def check_partial(op: str, name: str, x: Any, first: torch.Tensor | None) -> None:
+    shape = (None, None, None) if first is None else tuple(first.shape)
+    check_tensor(op, name, x, shape, "[tokens, heads, dim]", None if first is None else first.device)
+    if x.dtype not in DTYPES:
+        raise NotImplementedError(f"{op}: {name} must be bfloat16, float16 or float32, got {_name(x.dtype)}")
+    if first is not None and x.dtype != first.dtype:
+        raise TypeError(f"{op}: {name} must have dtype {_name(first.dtype)} as the partial before it, got {_name(x.dtype)}")
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise ValueError(f"{op}: {name} must have at least one head and a width of at least 1, got {tuple(x.shape)}")
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
+
+
+def check_lse(op: str, name: str, x: Any, shape: Sequence[int], words: str, first: torch.Tensor) -> None:
+    check_tensor(op, name, x, shape, words, first.device)
+    if x.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be float32, got {_name(x.dtype)}")
+
+
+def _check_integers(op: str, name: str, x: Any, shape: Sequence[int], words: str, first: torch.Tensor) -> None:
+    check_tensor(op, name, x, shape, words, first.device)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{op}: {name} must be int32, got {_name(x.dtype)}")
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
+
+
+def _check_results(
+    op: str, names: tuple[str, str], out: Any, lse_out: Any, rows: int | None, first: torch.Tensor, scale: Any
+) -> None:
+    heads, dim = first.shape[-2:]
+    if scale is not None:
+        if not isinstance(scale, torch.Tensor):
+            raise TypeError(f"{op}: scale must be a torch.Tensor, got {type(scale).__name__}")
+        if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != first.device:
+            got = f"{_name(scale.dtype)} {tuple(scale.shape)} on {scale.device}"
+            raise ValueError(f"{op}: scale must be one float32 on {first.device}, got {got}")
+    if out is not None:
+        check_tensor(op, names[0], out, (rows, heads, dim), "[rows, heads, dim]", first.device)
+        allowed = [torch.float8_e4m3fn] if scale is not None else [first.dtype, torch.float32]
+        if out.dtype not in allowed:
+            wanted = " or ".join(dict.fromkeys(_name(dtype) for dtype in allowed))
+            raise TypeError(
+                f"{op}: {names[0]} must be {wanted}{' with a scale' if scale is not None else ''}, got {_name(out.dtype)}"
+            )
+        if out.stride(2) != 1 and dim > 1:
+            raise ValueError(f"{op}: {names[0]} must have a contiguous last dimension, got strides {out.stride()}")
+        rows = out.shape[0]
+    if lse_out is not None:
+        check_lse(op, names[1], lse_out, (first.shape[0] if rows is None else rows, heads), "[rows, heads]", first)
+
+
+def check_merge(
+    out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, lse_out: Any, row_op: Any, cu_seqlens: Any, out_rows: Any, scale: Any
+) -> None:
+    """Raise unless the arguments of ``merge_attn_states`` fit each other."""
+    op = "merge_attn_states"
+    check_partial(op, "out_a", out_a, None)
+    check_partial(op, "out_b", out_b, out_a)
+    tokens, shape = out_a.shape[0], tuple(out_a.shape[:2])
+    check_lse(op, "lse_a", lse_a, shape, "[tokens, heads]", out_a)
+    check_lse(op, "lse_b", lse_b, shape, "[tokens, heads]", out_a)
+    for name, given in (("row_op", row_op), ("out_rows", out_rows)):
+        if given is not None and out is None:
+            raise ValueError(f"{op}: out must be given with {name}: rows that are not written stay as they are")
+    if cu_seqlens is not None:
+        if row_op is None:
+            raise ValueError(f"{op}: cu_seqlens must come with row_op, of one entry a request, got none")
+        check_tensor(op, "row_op", row_op, (None,), "[requests]", out_a.device)
+        _check_integers(op, "cu_seqlens", cu_seqlens, (len(row_op) + 1,), "[requests + 1]", out_a)
+    if row_op is not None:
+        _check_integers(op, "row_op", row_op, (tokens if cu_seqlens is None else len(row_op),), "[tokens]", out_a)
+    if out_rows is not None:
+        _check_integers(op, "out_rows", out_rows, (tokens,), "[tokens]", out_a)
+    _check_results(op, ("out", "lse_out"), out, lse_out, None if out_rows is not None else tokens, out_a, scale)
+
+
+def check_merge_n(outs: Any, lses: Any, out: Any, lse_out: Any, scale: Any) -> None:
+    """Raise unless the arguments of ``merge_n_attn_states`` fit each other."""
+    op = "merge_n_attn_states"
+    if isinstance(outs, torch.Tensor) != isinstance(lses, torch.Tensor):
+        raise TypeError(
+            f"{op}: outs and lses must both be tensors or both sequences, got {type(outs).__name__}, {type(lses).__name__}"
+        )
+    if isinstance(outs, torch.Tensor):
+        if outs.dim() != 4:
+            raise ValueError(f"{op}: outs must have 4 dimensions [N, tokens, heads, dim], got {outs.dim()}: {tuple(outs.shape)}")
+        if lses.dim() != 3:
+            raise ValueError(f"{op}: lses must have 3 dimensions [N, tokens, heads], got {lses.dim()}: {tuple(lses.shape)}")
+    if not 1 <= len(outs) <= MAX_PARTIALS:
+        raise ValueError(f"{op}: outs must be 1 to {MAX_PARTIALS} partials, got {len(outs)}")
+    if len(lses) != len(outs):
+        raise ValueError(f"{op}: lses must be as many as outs, {len(outs)}, got {len(lses)}")
+    for n, (x, lse) in enumerate(zip(outs, lses, strict=True)):
+        check_partial(op, f"outs[{n}]", x, outs[0] if n else None)
+        check_lse(op, f"lses[{n}]", lse, tuple(outs[0].shape[:2]), "[tokens, heads]", outs[0])
+    _check_results(op, ("out", "lse_out"), out, lse_out, outs[0].shape[0], outs[0], scale)
+
+
+def check_correct(out: Any, lses: Any, rank: Any, corrected: Any, lse_out: Any, seqused_k: Any) -> None:
+    """Raise unless the arguments of ``cp_correct_out`` fit each other."""
+    op = "cp_correct_out"
+    check_partial(op, "out", out, None)
+    tokens, heads, dim = out.shape
+    check_lse(
+        op,
+        "lses",
+        lses,
+        (lses.shape[0] if isinstance(lses, torch.Tensor) and lses.dim() else 0, tokens, heads),
+        "[ranks, tokens, heads]",
+        out,
+    )
+    world = lses.shape[0]
+    if not 1 <= world <= MAX_PARTIALS:
+        raise ValueError(f"{op}: lses must be of 1 to {MAX_PARTIALS} ranks, got {world}")
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"{op}: rank must be an int, got {rank!r}")
+    if not 0 <= rank < world:
+        raise ValueError(f"{op}: rank must be in 0..{world - 1}, got {rank}")
+    if seqused_k is not None:
+        _check_integers(op, "seqused_k", seqused_k, (world, tokens), "[ranks, tokens]", out)
+    for name, given, last in (("corrected", corrected, (dim,)), ("lse_out", lse_out, ())):
+        if given is None:
+            continue
+        whole: tuple[int, ...] = (tokens, heads, *last)
+        words = "[tokens, heads, dim]" if last else "[tokens, heads]"
+        if isinstance(given, torch.Tensor) and given.dim() == len(whole) + 1:
+            shares = given.shape[0]
+            if shares == 0 or heads % shares:
+                raise ValueError(f"{op}: {name} must have a number of shares that divides the {heads} heads, got {shares}")
+            whole, words = (
+                (shares, tokens, heads // shares, *last),
+                "[shares, tokens, heads of a share" + (", dim]" if last else "]"),
+            )
+        if not last:
+            check_lse(op, name, given, whole, words, out)
+            continue
+        check_tensor(op, name, given, whole, words, out.device)
+        if given.dtype not in (out.dtype, torch.float32):
+            raise TypeError(f"{op}: {name} must be {_name(out.dtype)} or float32, got {_name(given.dtype)}")
+        if given.stride(-1) != 1 and dim > 1:
+            raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {given.stride()}")

@@ -1,0 +1,27 @@
+"""Every op's definition in plain torch: the specification that kernels are tested against, and the fallback where none is built.
+
+Works in any dtype on any device. Nothing here is fast; on a GPU it synchronises with the host.
+"""
+
+from .merge_states import (
+    cp_correct_out,
+    merge_attn_states,
+    merge_attn_states_out,
+    merge_n_attn_states,
+    merge_n_attn_states_out,
+)
+from .plan_expand import plan_expand
+from .rows import fused_gather, fused_gather_out, fused_restore, fused_restore_out
+
+__all__ = [
+    "cp_correct_out",
+    "fused_gather",
+    "fused_gather_out",
+    "fused_restore",
+    "fused_restore_out",
+    "merge_attn_states",
+    "merge_attn_states_out",
+    "merge_n_attn_states",
+    "merge_n_attn_states_out",
+    "plan_expand",
+]
