@@ -148,7 +148,7 @@ class TestCalls:
         with FakeTensorMode():
             fake = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in (a, lse_a, b, lse_b, out, lse)]
             merge_attn_states(*fake[:4], out=fake[4], lse_out=fake[5])
-        assert refused.calls == 0
+        assert refused.calls == refused.count == 3
 
     def test_subclasses_go_through_the_dispatcher(self, refused):
         (a, b), (lse_a, lse_b) = partials(2)

@@ -1,7 +1,8 @@
 // pcp_mla._direct: CUDA ops called past torch's dispatcher, on tensors that DLPack's C exchange interface shows without a copy.
 //
-// Every function says whether it did the work. False, before anything was launched, where an argument is no plain CUDA tensor or was
-// refused: the caller goes through the dispatcher then, which knows subclasses and modes and gives errors their words.
+// Every function says whether it did the work. False, before anything was launched, where gradients or a mode could want to see the
+// op, or where an argument is no plain CUDA tensor or was refused: the caller goes through the dispatcher then, which knows
+// gradients, modes and subclasses and gives errors their words.
 #include <ATen/dlpack.h>
 #include <pybind11/pybind11.h>
 
@@ -17,7 +18,18 @@ namespace {
 
 const DirectOps* ops = nullptr;
 const DLPackExchangeAPI* dlpack = nullptr;
-PyTypeObject* tensor_type = nullptr;  // torch.Tensor, kept alive by torch
+PyTypeObject* tensor_type = nullptr;  // torch's objects are kept alive by torch
+PyObject *grad_enabled = nullptr, *mode_count = nullptr;
+
+// Whether gradients are on or a mode is active: either may want to see every op.
+bool is_watched() {
+  const auto grad = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(grad_enabled));
+  if (!grad) throw py::error_already_set();
+  if (grad.ptr() != Py_False) return true;
+  const auto modes = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(mode_count));
+  if (!modes) throw py::error_already_set();
+  return PyLong_AsLong(modes.ptr()) != 0;
+}
 
 // -1 for dtypes that no op takes.
 int32_t dtype_of(const DLDataType& type) {
@@ -63,7 +75,7 @@ class Arguments {
  private:
   View views_[16];
   int used_ = 0;
-  bool ok_ = true;
+  bool ok_ = !is_watched();
 };
 
 bool merge_attn_states(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b, py::handle scale, py::handle row_op,
@@ -93,8 +105,9 @@ bool cp_correct_out(py::handle out, py::handle lses, py::handle seqused_k, int64
   return a.ok() && ops->cp_correct_out(vo, vl, vs, rank, base2, vc, vm) == nullptr;
 }
 
-// From now on calls go to the ops at this address, with tensors of this type.
-void connect(int64_t address, const py::object& type) {
+// From now on calls go to the ops at this address, with the tensors of this torch.
+void connect(int64_t address, const py::module_& torch) {
+  const py::object type = torch.attr("Tensor");
   const auto* table = reinterpret_cast<const DirectOps*>(address);
   if (table->view_bytes != sizeof(View)) {
     throw std::runtime_error("pcp_mla: _direct and _native_cuda are of different versions: build both again");
@@ -108,6 +121,8 @@ void connect(int64_t address, const py::object& type) {
   ops = table;
   dlpack = api;
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  grad_enabled = torch.attr("is_grad_enabled").ptr();
+  mode_count = torch.attr("_C").attr("_len_torch_dispatch_stack").ptr();
 }
 
 }  // namespace

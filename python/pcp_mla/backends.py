@@ -91,14 +91,12 @@ def _triton(op: str) -> Callable[..., Any]:
 
 
 def direct() -> Any:
-    """The calls past the dispatcher, or None where something could want to see an op go through it: a gradient, a compiler, a mode.
+    """The calls past the dispatcher, None under a compiler.
 
     In eager inference the dispatcher costs more host time than the launch of a small kernel. Each function of the module returns
-    False where it cannot do the work, and has done nothing then.
+    False where it cannot do the work, or where gradients or a mode could want to see the op, and has done nothing then.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
-        return None
-    return native.direct
+    return None if torch.compiler.is_compiling() else native.direct
 
 
 def availability(op: str) -> dict[str, str]:

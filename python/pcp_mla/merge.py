@@ -10,8 +10,6 @@ import torch
 from .backends import ALL_NATIVE, direct, register, select
 from .merge_checks import check_correct, check_merge, check_merge_n
 
-_BASES = {"e": False, "2": True}
-
 
 class RowOp(IntEnum):
     """What :func:`merge_attn_states` does with a row: bit 0 takes partial a in, bit 1 partial b."""
@@ -23,10 +21,9 @@ class RowOp(IntEnum):
 
 
 def _base2(op: str, lse_base: str) -> bool:
-    try:
-        return _BASES[lse_base]
-    except (KeyError, TypeError):
-        raise ValueError(f"{op}: lse_base must be 'e' or '2', got {lse_base!r}") from None
+    if lse_base == "e" or lse_base == "2":
+        return lse_base == "2"
+    raise ValueError(f"{op}: lse_base must be 'e' or '2', got {lse_base!r}")
 
 
 def _check_devices(*tensors: torch.Tensor | None) -> None:
@@ -119,9 +116,10 @@ def merge_attn_states(
     """
     base2 = _base2("merge_attn_states", lse_base)
     calls = direct() if backend == "auto" else None
-    options = (scale, row_op, cu_seqlens, out_rows, base2, out, lse_out)
-    if out is not None and calls is not None and calls.merge_attn_states(out_a, lse_a, out_b, lse_b, *options):
-        return out, lse_out
+    if out is not None and calls is not None:
+        call = calls.merge_attn_states
+        if call(out_a, lse_a, out_b, lse_b, scale, row_op, cu_seqlens, out_rows, base2, out, lse_out):
+            return out, lse_out
     allocates = out is None and lse_out is None and row_op is None and cu_seqlens is None and out_rows is None
     try:
         if backend != "auto" or not ALL_NATIVE or _requires_grad(out_a, out_b):

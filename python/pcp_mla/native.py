@@ -58,7 +58,7 @@ def _load_direct() -> Any:
         return None
     try:
         module = importlib.import_module("pcp_mla._direct")
-        module.connect(_exported("pcp_mla_direct_ops"), torch.Tensor)
+        module.connect(_exported("pcp_mla_direct_ops"), torch)
     except (ImportError, RuntimeError):
         return None
     return module
