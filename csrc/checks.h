@@ -39,7 +39,8 @@ inline Kind kind_of(const Tensor& t) {
 
 inline View view_of(const Tensor& t) {
   check(t.dim() <= kMaxDims, "pcp_mla: a tensor must have at most ", kMaxDims, " dimensions, got ", t.dim());
-  View v{static_cast<char*>(t.data_ptr()), kind_of(t), static_cast<int32_t>(t.dim()), static_cast<int32_t>(t.element_size()), {}, {}};
+  View v{static_cast<char*>(t.data_ptr()),       kind_of(t), static_cast<int32_t>(t.dim()),
+         static_cast<int32_t>(t.element_size()), {},         {}};
   const auto sizes = t.sizes(), strides = t.strides();
   for (int i = 0; i < v.dims; ++i) {
     v.sizes[i] = sizes[i];

@@ -147,7 +147,8 @@ struct MergeStates {
     job.out_limit = out.sizes[last - 2];
     check(job.out_rows != nullptr || job.out_limit == job.tokens, op, ": the output must have ", job.tokens, " rows");
     if (scale) {
-      check(scale->kind.same_device(kind) && scale->kind.dtype == kFloat32 && scale->numel() == 1, op, ": scale must be one float32");
+      check(scale->kind.same_device(kind) && scale->kind.dtype == kFloat32 && scale->numel() == 1, op,
+            ": scale must be one float32");
       job.scale = reinterpret_cast<const float*>(scale->data);
     }
     if (lse == nullptr) return;
