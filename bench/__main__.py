@@ -16,7 +16,7 @@ import torch
 
 import pcp_mla
 
-BENCHMARKS = ("cp_merge", "fused_gather", "merge_states", "planner")
+BENCHMARKS = ("cp_merge", "fused_gather", "latent_cache", "merge_states", "planner")
 HERE = Path(__file__).resolve().parent
 
 

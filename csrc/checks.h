@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
@@ -16,8 +17,9 @@ namespace pcp_mla {
 
 using torch::stable::Tensor;
 
-static_assert(kInt32 == static_cast<int>(c10::ScalarType::Int) && kFloat16 == static_cast<int>(c10::ScalarType::Half) &&
-              kFloat32 == static_cast<int>(c10::ScalarType::Float) && kBFloat16 == static_cast<int>(c10::ScalarType::BFloat16) &&
+static_assert(kInt32 == static_cast<int>(c10::ScalarType::Int) && kInt64 == static_cast<int>(c10::ScalarType::Long) &&
+              kFloat16 == static_cast<int>(c10::ScalarType::Half) && kFloat32 == static_cast<int>(c10::ScalarType::Float) &&
+              kBFloat16 == static_cast<int>(c10::ScalarType::BFloat16) &&
               kFloat8E4M3 == static_cast<int>(c10::ScalarType::Float8_e4m3fn) &&
               kCudaDevice == static_cast<int>(c10::DeviceType::CUDA));
 
@@ -48,6 +50,15 @@ inline View view_of(const Tensor& t) {
   }
   return v;
 }
+
+// A view of a tensor that may be missing: null then.
+struct OptionalView {
+  std::optional<View> view;
+  explicit OptionalView(const std::optional<Tensor>& t) {
+    if (t) view = view_of(*t);
+  }
+  operator const View*() const { return view ? &*view : nullptr; }
+};
 
 struct Ragged {  // [tokens, heads, dim] with a contiguous last dimension
   char* data;

@@ -249,14 +249,6 @@ template <void (*run)(const MergeStates&)>
 struct MergeOps {
   using Views = MergeViews<run>;
 
-  struct Optional {
-    std::optional<View> view;
-    explicit Optional(const OptionalTensor& t) {
-      if (t) view = view_of(*t);
-    }
-    operator const View*() const { return view ? &*view : nullptr; }
-  };
-
   static std::vector<View> views_of(const std::vector<Tensor>& tensors) {
     std::vector<View> views;
     views.reserve(tensors.size());
@@ -279,16 +271,16 @@ struct MergeOps {
     const View a = view_of(out_a);
     auto [out, lse] = allocate(a, scale.has_value());
     const View lse_out = view_of(lse);
-    Views::merge(a, view_of(lse_a), view_of(out_b), view_of(lse_b), Optional(scale), nullptr, nullptr, nullptr, base2, view_of(out),
-                 &lse_out);
+    Views::merge(a, view_of(lse_a), view_of(out_b), view_of(lse_b), OptionalView(scale), nullptr, nullptr, nullptr, base2,
+                 view_of(out), &lse_out);
     return {out, lse};
   }
 
   static void merge_out(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
                         const OptionalTensor& scale, const OptionalTensor& row_op, const OptionalTensor& cu_seqlens,
                         const OptionalTensor& out_rows, bool base2, const Tensor& out, const OptionalTensor& lse_out) {
-    Views::merge(view_of(out_a), view_of(lse_a), view_of(out_b), view_of(lse_b), Optional(scale), Optional(row_op),
-                 Optional(cu_seqlens), Optional(out_rows), base2, view_of(out), Optional(lse_out));
+    Views::merge(view_of(out_a), view_of(lse_a), view_of(out_b), view_of(lse_b), OptionalView(scale), OptionalView(row_op),
+                 OptionalView(cu_seqlens), OptionalView(out_rows), base2, view_of(out), OptionalView(lse_out));
   }
 
   static std::tuple<Tensor, Tensor> merge_n(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
@@ -302,13 +294,13 @@ struct MergeOps {
   static void merge_n_out(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses, const OptionalTensor& scale, bool base2,
                           const Tensor& out, const OptionalTensor& lse_out) {
     check(outs.size() == lses.size(), "merge_n_attn_states: there must be as many LSEs as partials");
-    Views::merge_n(views_of(outs).data(), views_of(lses).data(), outs.size(), Optional(scale), base2, view_of(out),
-                   Optional(lse_out));
+    Views::merge_n(views_of(outs).data(), views_of(lses).data(), outs.size(), OptionalView(scale), base2, view_of(out),
+                   OptionalView(lse_out));
   }
 
   static void correct_out(const Tensor& out, const Tensor& lses, const OptionalTensor& seqused_k, int64_t rank, bool base2,
                           const Tensor& corrected, const OptionalTensor& lse_out) {
-    Views::correct(view_of(out), view_of(lses), Optional(seqused_k), rank, base2, view_of(corrected), Optional(lse_out));
+    Views::correct(view_of(out), view_of(lses), OptionalView(seqused_k), rank, base2, view_of(corrected), OptionalView(lse_out));
   }
 };
 

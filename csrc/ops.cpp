@@ -31,4 +31,8 @@ STABLE_TORCH_LIBRARY(pcp_mla, m) {
   m.def(
       "cp_correct_out(Tensor out, Tensor lses, Tensor? seqused_k, SymInt rank, bool base2, Tensor(a!) corrected, "
       "Tensor(b!)? lse_out) -> ()");
+  m.def("write_latent_cache(Tensor latents, Tensor(a!) cache, Tensor slot_mapping, Tensor? scale) -> ()");
+  m.def(
+      "gather_latents(Tensor cache, Tensor? rows, Tensor? block_table, Tensor? cu_seqlens, Tensor? starts, Tensor? scale, "
+      "Tensor(a!) out) -> ()");
 }

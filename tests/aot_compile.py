@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 
 from pcp_mla.triton.fused_gather import fused_gather_kernel
 from pcp_mla.triton.fused_restore import fused_restore_kernel
+from pcp_mla.triton.latent_cache import latent_cache_kernel
 from pcp_mla.triton.merge_states import merge_states_kernel
 from pcp_mla.triton.plan_expand import plan_expand_kernel
 
@@ -19,6 +20,7 @@ POINTERS = {
         "*i32": "table blocks local_out positions_out restore_out hidden_out kv_out",
         "*i64": "slots_out",
     },
+    latent_cache_kernel: {"data": "cache outside", "*i64": "slots", "*i32": "block_table cu_seqlens starts"},
     merge_states_kernel: {
         "data": "a b out",
         "*fp32": "lse_a lse_b scale lse_out",
@@ -29,12 +31,14 @@ CONSTANTS = {
     fused_gather_kernel: {"ROWS": 8, "BLOCK_Q": 1024, "BLOCK_K": 256, "BLOCK_V": 128},
     fused_restore_kernel: {"ROWS": 8, "BLOCK": 1024, "BLOCK_LSE": 16},
     plan_expand_kernel: {"HAS_BLOCKS": True, "SPLIT": True, "BLOCK": 256},
+    latent_cache_kernel: {"WRITE": False, "TABLE": True, "STARTS": True, "ROWS": 8, "BLOCK": 1024},
     merge_states_kernel: {"BASE2": False, "HEADS": 16, "BLOCK": 128},
 }
 DATA = {
     fused_gather_kernel: ("*bf16", "*fp32", "*u8"),
     fused_restore_kernel: ("*bf16", "*fp32", "*u8"),
     plan_expand_kernel: ("indices",),
+    latent_cache_kernel: ("*bf16", "*u8"),
     merge_states_kernel: ("*bf16", "*fp32"),
 }
 

@@ -2,14 +2,11 @@
 // are on their way a lane a pair weighs the partials and writes the merged LSE; then the outputs are summed, the next loads always
 // ahead. So any number of heads fits, every exponential is computed once, nobody waits for another warp, and results may lie on top
 // of inputs: one lane reads and writes a pair's LSEs, and one an output's elements.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-
 #include <string>
 
 #include "../direct_ops.h"
 #include "../merge_states.h"
+#include "convert.cuh"
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
@@ -42,39 +39,12 @@ struct MergeParams {
   Strides outs[kMax];  // of those that are read
 };
 
-template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec > 16 ? 16 : sizeof(T) * kVec) Pack {
-  T values[kVec];
-};
-
 template <typename In>
 __device__ In zero() {
   In in;
   for (auto& value : in.values) value = 0.0f;
   return in;
 }
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-template <typename Out>
-__device__ Out from_float(float x);
-template <>
-__device__ float from_float(float x) {
-  return x;
-}
-template <>
-__device__ __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __half from_float(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_fp8_e4m3 from_float(float x) {
-  return __nv_fp8_e4m3(x);
-}  // saturates
 
 __device__ float exp2f_fast(float x) {
   float y;

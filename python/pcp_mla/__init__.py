@@ -1,6 +1,8 @@
 """Prefill context parallelism for MLA models: fused kernels behind a thin layer. See the README for use."""
 
 from .cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
+from .latent_cache import gather_latents, write_latent_cache
+from .latent_exchange import LatentExchange
 from .merge import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
 from .metadata import PCPMetadata
 from .ops import GatheredRows, pcp_fused_gather, pcp_fused_restore
@@ -11,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GatheredRows",
+    "LatentExchange",
     "PCPMetadata",
     "PCPPlanner",
     "Partition",
@@ -20,9 +23,11 @@ __all__ = [
     "cp_lse_ag_out_ar",
     "cp_lse_ag_out_rs",
     "flat_cp_group",
+    "gather_latents",
     "merge_attn_states",
     "merge_n_attn_states",
     "partition",
     "pcp_fused_gather",
     "pcp_fused_restore",
+    "write_latent_cache",
 ]

@@ -50,6 +50,10 @@ SCHEMAS = {
     "merge_n_attn_states_out": (
         "(Tensor[] outs, Tensor[] lses, Tensor? scale, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) -> ()"
     ),
+    "write_latent_cache": "(Tensor latents, Tensor(a!) cache, Tensor slot_mapping, Tensor? scale) -> ()",
+    "gather_latents": (
+        "(Tensor cache, Tensor? rows, Tensor? block_table, Tensor? cu_seqlens, Tensor? starts, Tensor? scale, Tensor(a!) out) -> ()"
+    ),
     "cp_correct_out": (
         "(Tensor out, Tensor lses, Tensor? seqused_k, SymInt rank, bool base2, Tensor(a!) corrected, Tensor(b!)? lse_out) -> ()"
     ),
@@ -60,6 +64,8 @@ FAMILIES = {
     "merge_attn_states": "merge_states",
     "merge_n_attn_states": "merge_states",
     "cp_correct_out": "merge_states",
+    "write_latent_cache": "latent_cache",
+    "gather_latents": "latent_cache",
 }
 
 

@@ -51,6 +51,14 @@ def all_gather_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
     return gathered
 
 
+def all_gather_into(gathered: torch.Tensor, rows: torch.Tensor, group: Group) -> None:
+    """The same into a given tensor, contiguous; NCCL takes ``rows`` that are this rank's part of it."""
+    if isinstance(group, dist.ProcessGroup):
+        _all_gather_single(gathered, rows, group=group)
+    else:
+        gathered.copy_(all_gather_rows(rows, group))
+
+
 def reduce_scatter_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
     """[P * n, ...] of every rank, contiguous, to [n, ...]: this rank's block of the sum over the ranks. One collective, none for a
     world of one. A group that is not of torch.distributed adds in rank order."""

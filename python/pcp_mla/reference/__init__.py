@@ -3,6 +3,7 @@
 Works in any dtype on any device. Nothing here is fast; on a GPU it synchronises with the host.
 """
 
+from .latent_cache import gather_latents, write_latent_cache
 from .merge_states import (
     cp_correct_out,
     merge_attn_states,
@@ -19,9 +20,11 @@ __all__ = [
     "fused_gather_out",
     "fused_restore",
     "fused_restore_out",
+    "gather_latents",
     "merge_attn_states",
     "merge_attn_states_out",
     "merge_n_attn_states",
     "merge_n_attn_states_out",
     "plan_expand",
+    "write_latent_cache",
 ]

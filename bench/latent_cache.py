@@ -1,0 +1,88 @@
+"""write_latent_cache and gather_latents beside torch's indexing and, where its library is loaded, vLLM's ops.
+
+576-wide bf16 latents, blocks of 64, a request's blocks anywhere in the cache. Bytes: every row read and written once. FLOPs: none.
+``graph_us`` is the time of a call in a CUDA graph of 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from pcp_mla import gather_latents, write_latent_cache
+from pcp_mla.backends import availability
+
+from . import timing
+
+RANK, WIDTH, BLOCK = 512, 576, 64
+GPU_TOKENS = (512, 4096, 32768, 131072)
+CPU_TOKENS = (512, 4096)
+Paths = dict[str, Callable[[], Any]]
+
+
+def make_paths(tokens: int, device: str, backends: list[str]) -> dict[str, Paths]:
+    """The paths of both ops, checked."""
+    latents = torch.randn(tokens, WIDTH, device=device).bfloat16()
+    blocks = torch.randperm(2 * tokens // BLOCK, device=device)[: tokens // BLOCK].int()
+    slots = (blocks[:, None].long() * BLOCK + torch.arange(BLOCK, device=device)).flatten()
+    rows, out = slots.int(), torch.empty_like(latents)
+    cache = torch.zeros(2 * tokens // BLOCK, BLOCK, WIDTH, dtype=torch.bfloat16, device=device)
+    flat = cache.view(-1, WIDTH)
+    write: Paths = {"torch": lambda: flat.index_copy_(0, slots, latents)}
+    gather: Paths = {"torch": lambda: torch.index_select(flat, 0, rows, out=out)}
+    for backend in backends:
+        write[backend] = lambda backend=backend: write_latent_cache(latents, cache, slots, backend=backend)
+        gather[backend] = lambda backend=backend: gather_latents(cache, rows, out=out, backend=backend)
+    table, ends = blocks[None], torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    gather["auto table"] = lambda: gather_latents(cache, block_table=table, cu_seqlens=ends, out=out)
+    if cache.is_cuda and hasattr(torch.ops._C_cache_ops, "concat_and_cache_mla"):
+        vllm, scale = torch.ops._C_cache_ops, torch.ones(1, device=device)
+        kv_c, k_pe = latents[:, :RANK].contiguous(), latents[:, RANK:].contiguous()
+        sequence = torch.zeros(tokens, dtype=torch.int32, device=device)
+        write["vllm"] = lambda: vllm.concat_and_cache_mla(kv_c, k_pe, cache, slots, "auto", scale)
+        gather["vllm"] = lambda: vllm.gather_and_maybe_dequant_cache(cache, out, table, ends, sequence, tokens, "auto", scale, None)
+    for name, call in write.items():  # a wrong result has no time
+        cache.zero_()
+        call()
+        assert torch.equal(flat[slots], latents), f"{name} writes something else"
+    for name, call in gather.items():
+        out.zero_()
+        call()
+        assert torch.equal(out, latents), f"{name} gathers something else"
+    return {"write_latent_cache": write, "gather_latents": gather}
+
+
+def run(device: str) -> Iterator[dict[str, Any]]:
+    """One result a size and op; shares as in bench/fused_gather.py."""
+    gpu = device == "cuda"
+    bandwidth = timing.copy_gbps() if gpu else 0.0
+    backends = ["auto", "triton"] if gpu and not availability("gather_latents")["triton"] else ["auto"]
+    for tokens in GPU_TOKENS if gpu else CPU_TOKENS:
+        moved = 2 * 2 * tokens * WIDTH
+        for op, paths in make_paths(tokens, device, backends).items():
+            result: dict[str, Any] = {"op": op, "tokens": tokens, "width": WIDTH, "bytes": moved, "flops": 0}
+            if gpu:
+                result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
+            for name, call in paths.items():
+                numbers: dict[str, Any] = {"cpu_us": timing.cpu_us(call, calls=20 if gpu else 1)}
+                if gpu:
+                    numbers |= {"gpu_us": timing.gpu_us(call), "graph_us": timing.graph_us(call), "launches": timing.launches(call)}
+                    numbers["share_of_copy"] = result["copy_us"] / numbers["gpu_us"]
+                    numbers["share_of_bandwidth"] = moved / numbers["gpu_us"] / 1e3 / bandwidth
+                result[name] = numbers
+            yield result
+
+
+def line(result: dict[str, Any]) -> str:
+    parts = [f"{result['op']:18} T={result['tokens']:<6} {result['bytes'] / 1e6:6.1f} MB"]
+    for name, numbers in result.items():
+        if not isinstance(numbers, dict):
+            continue
+        text = name
+        if "gpu_us" in numbers:
+            text += f" {numbers['gpu_us']:.1f} us {numbers['share_of_copy']:.0%}/{numbers['share_of_bandwidth']:.0%}"
+            text += f" graph {numbers['graph_us']:.1f} us"
+        parts.append(f"{text} cpu {numbers['cpu_us']:.1f} us")
+    return " | ".join(parts)

@@ -1,0 +1,156 @@
+"""The paged latent cache: rows of latents into their slots, and slots to contiguous rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .backends import register, select
+from .merge_checks import check_tensor
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _fake(*args: torch.Tensor | None) -> None:
+    if len({x.device for x in args if x is not None}) > 1:
+        raise RuntimeError("pcp_mla: all tensors must be on one device")
+
+
+_write = register("write_latent_cache", _fake)
+_gather = register("gather_latents", _fake)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
+    """Raise unless ``rows`` [n, W] and ``cache`` hold latents of one width, in one dtype or in float8 with a scale."""
+    if not isinstance(cache, torch.Tensor):
+        raise TypeError(f"{op}: cache must be a torch.Tensor, got {type(cache).__name__}")
+    if cache.dim() not in (2, 3) or cache.shape[-1] == 0:
+        raise ValueError(f"{op}: cache must be [num_blocks, block_size, width] or [num_slots, width], got {tuple(cache.shape)}")
+    check_tensor(op, name, rows, (None, cache.shape[-1]), "[rows, width]", cache.device)
+    for label, x in (("cache", cache), (name, rows)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{op}: {label} must have a contiguous last dimension, got strides {x.stride()}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"{op}: {label} must not require gradients, there is no backward: call under torch.no_grad()")
+    if scale is None:
+        if cache.dtype != rows.dtype:
+            raise TypeError(f"{op}: cache must be {_name(rows.dtype)} as {name}, or come with a scale, got {_name(cache.dtype)}")
+        return
+    check_tensor(op, "scale", scale.reshape(-1) if isinstance(scale, torch.Tensor) else scale, (1,), "[1]", cache.device)
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{op}: scale must be float32, got {_name(scale.dtype)}")
+    if cache.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"{op}: cache must be float8_e4m3fn with a scale, got {_name(cache.dtype)}")
+    if rows.dtype not in _FLOATS:
+        raise TypeError(f"{op}: {name} must be bfloat16, float16 or float32 with a scale, got {_name(rows.dtype)}")
+
+
+def _check_list(op: str, name: str, x: Any, entries: int, words: str, dtype: torch.dtype, device: torch.device) -> None:
+    check_tensor(op, name, x, (entries,), words, device)
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {_name(dtype)}, got {_name(x.dtype)}")
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
+
+
+def write_latent_cache(
+    latents: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Put latents into their slots of the paged cache: one launch. Rank-major rows as an all-gather leaves them, with the planner's
+    ``slot_mapping``, come to lie in their natural order: there is no other restore.
+
+    Args:
+        latents: [n, W], any row stride with a contiguous last dimension.
+        cache: [num_blocks, block_size, W] or [num_slots, W], any strides with a contiguous last dimension (a layer of a larger
+            cache, say), of the latents' dtype or, with ``scale``, float8_e4m3fn.
+        slot_mapping: int64 [n] slot of each row: ``block * block_size + offset``. A row with a slot outside of the cache (-1) is
+            not written. Two rows must not have one slot.
+        scale: float32 of one element, on the device: the cache holds ``latents / scale``, at most 448 in size.
+        backend: as :func:`pcp_fused_gather`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others; before anything is written.
+        NotImplementedError: an input requires gradients.
+        RuntimeError: the named backend is not available.
+    """
+    op = "write_latent_cache"
+    _check_pair(op, cache, "latents", latents, scale)
+    _check_list(op, "slot_mapping", slot_mapping, latents.shape[0], "[rows]", torch.int64, cache.device)
+    call = _write if backend == "auto" else select(op, backend, cache.device.type)
+    call(latents, cache, slot_mapping, scale)
+
+
+def gather_latents(
+    cache: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    *,
+    block_table: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    num_rows: int | None = None,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Copy latents out of the paged cache to contiguous rows: one launch.
+
+    Args:
+        cache, scale, backend: as :func:`write_latent_cache`; what is read is multiplied by ``scale``.
+        rows: int32 [n] slot of each row, the planner's ``kv_rows``. A row with a slot outside of the cache (-1) becomes zeros.
+        block_table, cu_seqlens, starts: in place of ``rows``, tokens of R sequences as engines describe them: row n of those from
+            ``cu_seqlens[r]`` to ``cu_seqlens[r + 1] - 1`` is token ``starts[r] + n - cu_seqlens[r]`` of sequence r (without
+            ``starts``: from its first), in block ``block_table[r, token // block_size]``. All int32: [R, blocks], [R + 1], [R].
+            Rows outside of all sequences become zeros.
+        num_rows: n, with ``block_table`` and without ``out``.
+        dtype: of the result, with ``scale`` and without ``out``: bf16 (by default), fp16 or fp32.
+        out: [n, W] to write and return, any row stride.
+
+    Returns:
+        [n, W] of the cache's dtype, or of ``dtype`` with ``scale``.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others; before anything is written.
+        NotImplementedError: an input requires gradients.
+        RuntimeError: the named backend is not available.
+    """
+    op = "gather_latents"
+    if (rows is None) == (block_table is None) or (block_table is None) != (cu_seqlens is None):
+        raise ValueError(f"{op}: rows must be given, or else block_table and cu_seqlens")
+    if starts is not None and block_table is None:
+        raise ValueError(f"{op}: starts must come with block_table, got rows")
+    if out is None:
+        if not isinstance(cache, torch.Tensor):
+            raise TypeError(f"{op}: cache must be a torch.Tensor, got {type(cache).__name__}")
+        count = num_rows if rows is None else len(rows)
+        if count is None:
+            raise ValueError(f"{op}: num_rows or out must be given with block_table")
+        of = cache.dtype if scale is None else dtype or torch.bfloat16
+        out = torch.empty(count, cache.shape[-1], dtype=of, device=cache.device)
+    _check_pair(op, cache, "out", out, scale)
+    if rows is not None:
+        _check_list(op, "rows", rows, out.shape[0], "[rows]", torch.int32, cache.device)
+    else:
+        check_tensor(op, "block_table", block_table, (None, None), "[sequences, blocks]", cache.device)
+        assert block_table is not None
+        if block_table.dtype != torch.int32:
+            raise TypeError(f"{op}: block_table must be int32, got {_name(block_table.dtype)}")
+        if block_table.stride(1) != 1 and block_table.shape[1] > 1:
+            raise ValueError(f"{op}: block_table must have a contiguous last dimension, got strides {block_table.stride()}")
+        sequences = block_table.shape[0]
+        _check_list(op, "cu_seqlens", cu_seqlens, sequences + 1, "[sequences + 1]", torch.int32, cache.device)
+        if starts is not None:
+            _check_list(op, "starts", starts, sequences, "[sequences]", torch.int32, cache.device)
+    call = _gather if backend == "auto" else select(op, backend, cache.device.type)
+    call(cache, rows, block_table, cu_seqlens, starts, scale, out)
+    return out
