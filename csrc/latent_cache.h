@@ -80,6 +80,7 @@ struct LatentCache {
     kind = o.kind;
     check(count <= INT32_MAX && width * std::max(c.item, o.item) <= INT32_MAX, op, ": there must be less than 2**31 rows");
     rows.block_size = c.dims == 3 ? c.sizes[1] : 1;
+    check(rows.block_size > 0, op, ": a block must have at least one token");
     rows.num_slots = c.sizes[0] * rows.block_size;
   }
 

@@ -201,6 +201,7 @@ struct MergeStates {
     const int shared = v.dims > dims;
     const int64_t shares = shared ? v.sizes[0] : 1, heads = v.sizes[shared + 1];
     check(shares * heads == job.heads, op, ": a result must have ", job.heads, " heads");
+    for (int i = 0; i < v.dims; ++i) check(v.sizes[i] <= 1 || v.strides[i] != 0, op, ": a result must not be expanded");
     to = {shared ? v.strides[0] * item : 0, v.strides[shared] * item, v.strides[shared + 1] * item};
     return static_cast<int32_t>(heads);
   }

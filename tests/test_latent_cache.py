@@ -168,6 +168,7 @@ TABLE = {"block_table": torch.zeros(2, 3, dtype=torch.int32), "cu_seqlens": torc
     [
         ({"cache": 3}, TypeError, "cache must be a torch.Tensor, got int"),
         ({"cache": torch.zeros(8)}, ValueError, r"cache must be \[num_blocks, block_size, width\] or .* got \(8,\)"),
+        ({"cache": torch.zeros(3, 0, 8)}, ValueError, r"cache must be .* got \(3, 0, 8\)"),
         ({"latents": torch.zeros(5, 9)}, ValueError, "latents must have shape"),
         ({"latents": torch.zeros(5, 8).half()}, TypeError, "cache must be float16 as latents, or come with a scale, got float32"),
         ({"latents": torch.zeros(8, 5).T}, ValueError, "latents must have a contiguous last dimension"),

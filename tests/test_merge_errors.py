@@ -99,6 +99,8 @@ def check_error(function, good, change, error, words, backend):
         (lambda g: {"out": g["out"][1:]}, ValueError, r"out must have shape .* = \(4, 3, 16\), got \(3, 3, 16\)"),
         (lambda g: {"out": g["out"][:, :, ::2], "out_rows": ints(0, 1, 2, 3)}, ValueError, "out must have shape"),
         (lambda g: {"out": g["out"].mT.contiguous().mT}, ValueError, "out must have a contiguous last dimension"),
+        (lambda g: {"out": g["out"][:1].expand(4, 3, 16)}, ValueError, r"out must not be expanded, got strides \(0, 16, 1\)"),
+        (lambda g: {"lse_out": g["lse_out"][:, :1].expand(4, 3)}, ValueError, "lse_out must not be expanded"),
         (lambda g: {"lse_out": g["lse_out"][1:]}, ValueError, r"lse_out must have shape \[rows, heads\] = \(4, 3\), got \(3, 3\)"),
         (lambda g: {"lse_out": g["lse_out"].double()}, TypeError, "lse_out must be float32, got float64"),
         (lambda g: {"out": None, "lse_out": g["lse_out"].double()}, TypeError, "lse_out must be float32, got float64"),
@@ -113,6 +115,7 @@ def test_errors_of_a_merge(backend, change, error, words):
     ("change", "error", "words"),
     [
         (lambda g: {"lse_base": 2}, ValueError, "lse_base must be 'e' or '2', got 2"),
+        (lambda g: {"outs": None}, TypeError, "outs must be a tensor or a sequence of tensors, got NoneType"),
         (lambda g: {"lses": torch.stack(g["lses"])}, TypeError, "outs and lses must both be tensors or both sequences"),
         (lambda g: {"outs": g["outs"][0], "lses": g["lses"][0]}, ValueError, "outs must have 4 dimensions .* got 3"),
         (lambda g: {"outs": torch.stack(g["outs"]), "lses": g["lses"][0]}, ValueError, "lses must have 3 dimensions .* got 2"),

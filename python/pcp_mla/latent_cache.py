@@ -29,7 +29,7 @@ def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
     """Raise unless ``rows`` [n, W] and ``cache`` hold latents of one width, in one dtype or in float8 with a scale."""
     if not isinstance(cache, torch.Tensor):
         raise TypeError(f"{op}: cache must be a torch.Tensor, got {type(cache).__name__}")
-    if cache.dim() not in (2, 3) or cache.shape[-1] == 0:
+    if cache.dim() not in (2, 3) or 0 in cache.shape[1:]:
         raise ValueError(f"{op}: cache must be [num_blocks, block_size, width] or [num_slots, width], got {tuple(cache.shape)}")
     check_tensor(op, name, rows, (None, cache.shape[-1]), "[rows, width]", cache.device)
     for label, x in (("cache", cache), (name, rows)):

@@ -167,6 +167,8 @@ def merge_n_attn_states(
         As :func:`merge_attn_states`.
     """
     base2 = _base2("merge_n_attn_states", lse_base)
+    if not isinstance(outs, torch.Tensor | Sequence) or not isinstance(lses, torch.Tensor | Sequence):
+        check_merge_n(outs, lses, out, lse_out, scale)
     out_list = [outs] if isinstance(outs, torch.Tensor) else list(outs)
     lse_list = [lses] if isinstance(lses, torch.Tensor) else list(lses)
     calls = direct() if backend == "auto" else None

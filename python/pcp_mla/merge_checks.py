@@ -49,6 +49,12 @@ def check_lse(op: str, name: str, x: Any, shape: Sequence[int], words: str, firs
         raise TypeError(f"{op}: {name} must be float32, got {_name(x.dtype)}")
 
 
+def _check_memory(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise unless what is written has a place of its own for each element."""
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"{op}: {name} must not be expanded, got strides {x.stride()} for {tuple(x.shape)}")
+
+
 def _check_integers(op: str, name: str, x: Any, shape: Sequence[int], words: str, first: torch.Tensor) -> None:
     check_tensor(op, name, x, shape, words, first.device)
     if x.dtype != torch.int32:
@@ -77,9 +83,11 @@ def _check_results(
             )
         if out.stride(2) != 1 and dim > 1:
             raise ValueError(f"{op}: {names[0]} must have a contiguous last dimension, got strides {out.stride()}")
+        _check_memory(op, names[0], out)
         rows = out.shape[0]
     if lse_out is not None:
         check_lse(op, names[1], lse_out, (first.shape[0] if rows is None else rows, heads), "[rows, heads]", first)
+        _check_memory(op, names[1], lse_out)
 
 
 def check_merge(
@@ -110,6 +118,9 @@ def check_merge(
 def check_merge_n(outs: Any, lses: Any, out: Any, lse_out: Any, scale: Any) -> None:
     """Raise unless the arguments of ``merge_n_attn_states`` fit each other."""
     op = "merge_n_attn_states"
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, torch.Tensor | Sequence):
+            raise TypeError(f"{op}: {name} must be a tensor or a sequence of tensors, got {type(given).__name__}")
     if isinstance(outs, torch.Tensor) != isinstance(lses, torch.Tensor):
         raise TypeError(
             f"{op}: outs and lses must both be tensors or both sequences, got {type(outs).__name__}, {type(lses).__name__}"
@@ -166,9 +177,11 @@ def check_correct(out: Any, lses: Any, rank: Any, corrected: Any, lse_out: Any, 
             )
         if not last:
             check_lse(op, name, given, whole, words, out)
+            _check_memory(op, name, given)
             continue
         check_tensor(op, name, given, whole, words, out.device)
         if given.dtype not in (out.dtype, torch.float32):
             raise TypeError(f"{op}: {name} must be {_name(out.dtype)} or float32, got {_name(given.dtype)}")
         if given.stride(-1) != 1 and dim > 1:
             raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {given.stride()}")
+        _check_memory(op, name, given)
