@@ -35,4 +35,7 @@ STABLE_TORCH_LIBRARY(pcp_mla, m) {
   m.def(
       "gather_latents(Tensor cache, Tensor? rows, Tensor? block_table, Tensor? cu_seqlens, Tensor? starts, Tensor? scale, "
       "Tensor(a!) out) -> ()");
+  m.def("concat_k(Tensor k_nope, Tensor k_pe, Tensor(a!) out) -> ()");
+  m.def("kv_up_project(Tensor latents, Tensor? rows, Tensor weight, Tensor(a!) k_out, Tensor(b!) v_out) -> ()");
+  m.def("kv_up_project_wgmma(Tensor latents, Tensor? rows, Tensor weight, Tensor(a!) k_out, Tensor(b!) v_out) -> ()");
 }

@@ -8,6 +8,7 @@ from .metadata import PCPMetadata
 from .ops import GatheredRows, pcp_fused_gather, pcp_fused_restore
 from .partition import Partition, partition
 from .planner import PCPPlanner
+from .up_project import concat_k, kv_up_project
 
 __version__ = "0.1.0"
 
@@ -18,12 +19,14 @@ __all__ = [
     "PCPPlanner",
     "Partition",
     "RowOp",
+    "concat_k",
     "cp_correct_out",
     "cp_lse_a2a",
     "cp_lse_ag_out_ar",
     "cp_lse_ag_out_rs",
     "flat_cp_group",
     "gather_latents",
+    "kv_up_project",
     "merge_attn_states",
     "merge_n_attn_states",
     "partition",

@@ -54,6 +54,9 @@ SCHEMAS = {
     "gather_latents": (
         "(Tensor cache, Tensor? rows, Tensor? block_table, Tensor? cu_seqlens, Tensor? starts, Tensor? scale, Tensor(a!) out) -> ()"
     ),
+    "concat_k": "(Tensor k_nope, Tensor k_pe, Tensor(a!) out) -> ()",
+    "kv_up_project": "(Tensor latents, Tensor? rows, Tensor weight, Tensor(a!) k_out, Tensor(b!) v_out) -> ()",
+    "kv_up_project_wgmma": "(Tensor latents, Tensor? rows, Tensor weight, Tensor(a!) k_out, Tensor(b!) v_out) -> ()",
     "cp_correct_out": (
         "(Tensor out, Tensor lses, Tensor? seqused_k, SymInt rank, bool base2, Tensor(a!) corrected, Tensor(b!)? lse_out) -> ()"
     ),
@@ -66,7 +69,13 @@ FAMILIES = {
     "cp_correct_out": "merge_states",
     "write_latent_cache": "latent_cache",
     "gather_latents": "latent_cache",
+    "concat_k": "concat_k",
+    "kv_up_project": "kv_up_project",
+    "kv_up_project_wgmma": "kv_up_project",
 }
+
+# Ops that have no kernel in C++ for the CPU, where torch's is as good, and on CUDA choose between Triton and the op named here.
+COMPOSED = {"kv_up_project": "kv_up_project_wgmma"}
 
 
 def family(op: str) -> str:
@@ -77,7 +86,7 @@ def family(op: str) -> str:
 # Whether "auto" means a native kernel on every device that this torch has.
 ALL_NATIVE = not native.status["_native"] and not (torch.version.cuda and native.status["_native_cuda"])
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _library = torch.library.Library("pcp_mla", "FRAGMENT")
 
 
@@ -108,7 +117,7 @@ def direct() -> Any:
 def availability(op: str) -> dict[str, str]:
     """Every backend of ``op`` with the reason why it cannot be used here; the empty string where it can."""
     gpu = "" if torch.cuda.is_available() else "no CUDA GPU is visible to torch"
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         triton = "triton is not installed: pip install triton"
     elif os.environ.get("TRITON_INTERPRET") == "1":
         triton = ""
@@ -117,7 +126,7 @@ def availability(op: str) -> dict[str, str]:
     return {
         "cuda": native.status["_native_cuda"] or gpu,
         "triton": triton,
-        "cpu": native.status["_native"],
+        "cpu": "it has no C++ kernel, reference is what runs" if op in COMPOSED else native.status["_native"],
         "reference": "",
     }
 
@@ -128,7 +137,19 @@ def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         _library.define(op + SCHEMAS[op])
         _library.impl(op, getattr(reference, op), "CPU")
     if native.status["_native_cuda"]:
-        _library.impl(op, _triton(op) if _HAS_TRITON else getattr(reference, op), "CUDA")
+        _library.impl(op, _triton(op) if HAS_TRITON else getattr(reference, op), "CUDA")
+    torch.library.register_fake(f"pcp_mla::{op}", fake, lib=_library)
+    return getattr(torch.ops.pcp_mla, op).default
+
+
+def register_composed(
+    op: str, fake: Callable[..., Any], *, cpu: Callable[..., Any], cuda: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an op of :data:`COMPOSED`, whose implementations are Python functions, and return the op to call."""
+    if native.status["_native"]:
+        _library.define(op + SCHEMAS[op])
+    _library.impl(op, cpu, "CPU")
+    _library.impl(op, cuda, "CUDA")
     torch.library.register_fake(f"pcp_mla::{op}", fake, lib=_library)
     return getattr(torch.ops.pcp_mla, op).default
 
@@ -155,4 +176,4 @@ def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     wanted = "cpu" if backend == "cpu" else "cuda"
     if device_type != wanted and not interpreted:
         raise ValueError(f"{name}: backend {backend!r} needs tensors on a {wanted} device, got {device_type}")
-    return _triton(op) if backend == "triton" else getattr(torch.ops.pcp_mla, op).default
+    return _triton(op) if backend == "triton" else getattr(torch.ops.pcp_mla, COMPOSED.get(op, op)).default

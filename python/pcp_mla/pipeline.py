@@ -30,6 +30,11 @@ class MLADims:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def expanded_dim(self) -> int:
+        """Of a head in ``kv_b_proj``'s output."""
+        return self.qk_nope_head_dim + self.v_head_dim
+
+    @property
     def latent_dim(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
@@ -90,11 +95,11 @@ def project_kv(kv_c: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims) -> to
     ValueError if the weight has another shape.
     """
     weight = kv_b_proj if isinstance(kv_b_proj, torch.Tensor) else getattr(kv_b_proj, "weight", None)
-    shape = (dims.num_heads * (dims.qk_nope_head_dim + dims.v_head_dim), dims.kv_lora_rank)
+    shape = (dims.num_heads * (dims.expanded_dim), dims.kv_lora_rank)
     if weight is not None and tuple(weight.shape) != shape:
         raise ValueError(f"project_kv: kv_b_proj must have a weight of shape {shape}, got {tuple(weight.shape)}")
     expanded = F.linear(kv_c, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj(kv_c)
-    return expanded.view(-1, dims.num_heads, dims.qk_nope_head_dim + dims.v_head_dim)
+    return expanded.view(-1, dims.num_heads, dims.expanded_dim)
 
 
 def build_kv(expanded: torch.Tensor, k_pe: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:

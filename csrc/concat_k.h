@@ -1,0 +1,26 @@
+// concat_k: what the CPU and the CUDA kernel share. Definition: python/pcp_mla/reference/up_project.py.
+#pragma once
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+
+namespace pcp_mla {
+
+struct ConcatK {
+  Ragged nope, out;
+  Ragged pe;  // one head
+
+  ConcatK(const Tensor& k_nope, const Tensor& k_pe, const Tensor& result)
+      : nope(ragged("concat_k", "k_nope", k_nope)), out(ragged("concat_k", "out", result)) {
+    const View p = view_of(k_pe);
+    const bool fits = p.dims == 2 && p.sizes[1] > 0 && (p.strides[1] == 1 || p.sizes[1] == 1) && p.sizes[0] == nope.tokens;
+    check(fits, "concat_k: k_pe must be [tokens, rope] with a contiguous last dimension");
+    check(p.kind.same_device(nope.kind) && out.kind.same_device(nope.kind) && p.kind.dtype == nope.kind.dtype &&
+              out.kind.dtype == nope.kind.dtype && out.tokens == nope.tokens && out.heads == nope.heads &&
+              out.dim == nope.dim + p.sizes[1],
+          "concat_k: out must be [tokens, heads, nope + rope] of the inputs' dtype, on their device");
+    pe = {p.data, p.sizes[0], 1, p.sizes[1], p.sizes[1] * p.item, p.strides[0] * p.item, 0, p.kind};
+  }
+};
+
+}  // namespace pcp_mla

@@ -1,0 +1,290 @@
+// kv_up_project on sm_90: gather, product with the weight and K concat in one launch.
+//
+// A block keeps the latents of 128 rows in shared memory, kv_c in slabs of 64 columns and k_pe, and multiplies them with the weights
+// of several heads, which stream through a ring of stages; the two blocks of a cluster have different rows and the same weights, of
+// which each loads half for both. One warp issues these loads, two gather latents, each slab of the next rows as soon as the last
+// product has read the old one, and two warpgroups take the output tiles (kN columns of a head's K or V) in turn: one multiplies while
+// the other stores. A thread's results are exchanged with its neighbours so that 64 bytes of a row leave together.
+#pragma once
+#include "../kv_up_project.h"
+#include "hopper.cuh"
+#include "vec.cuh"
+
+namespace pcp_mla::cuda {
+namespace {
+
+constexpr int kRows = kUpProjectTile;
+constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr int kBlockThreads = 3 * kGroupThreads;
+constexpr uint32_t kRowBytes = kSlab * 2;
+constexpr uint32_t kSlabBytes = kRows * kRowBytes;
+constexpr uint32_t kAtomBytes = 1024;
+constexpr int kMaxStages = 10;
+constexpr int kMaxSlabs = 12;  // with that of k_pe
+
+struct Schedule {
+  uint32_t row_tiles;      // groups of rows, kRows for each block of a cluster
+  uint32_t heads_an_item;  // heads that these are multiplied with before the next rows are loaded
+  uint32_t items;          // heads change slowest: clusters that run together share their weights in L2
+  uint32_t slabs, stages;
+};
+
+struct Barriers {
+  uint64_t slab_full[kMaxSlabs], slab_empty[kMaxSlabs], stage_full[kMaxStages], stage_empty[kMaxStages];
+};
+
+// Only the pass for sm_90a knows these instructions; the host's pass must see a kernel's calls.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define PCP_MLA_HOPPER
+constexpr int kGatherWarps = 2;
+
+// A place in the ring of stages and the parity of its phase.
+struct Ring {
+  uint32_t stage = 0, parity = 0;
+  __device__ void advance(uint32_t by, uint32_t stages) {
+    stage += by;
+    while (stage >= stages) {
+      stage -= stages;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Item {
+  uint32_t first_row, first_head, heads;
+};
+
+template <int kCluster>
+__device__ Item item_at(const UpProject& u, const Schedule& s, uint32_t number, uint32_t block) {
+  const uint32_t group = number / s.row_tiles, tile = number - group * s.row_tiles, head = group * s.heads_an_item;
+  return {(tile * kCluster + block) * kRows, head, min(s.heads_an_item, u.heads - head)};
+}
+
+template <typename T>
+__device__ uint32_t pack(float a, float b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 both = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+  } else {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+}
+
+// Lane q of four has v[i], columns 2 q and 2 q + 1 of 8-column block i; returns all 8 columns of block q.
+__device__ uint4 gather_block(const uint32_t (&v)[4], uint32_t lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  const uint32_t r0 = __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1), r1 = __shfl_xor_sync(~0u, odd ? v[2] : v[3], 1);
+  const uint32_t x0 = odd ? r0 : v[0], x1 = odd ? v[1] : r0, y0 = odd ? r1 : v[2], y1 = odd ? v[3] : r1;
+  const uint32_t s0 = __shfl_xor_sync(~0u, high ? x0 : y0, 2), s1 = __shfl_xor_sync(~0u, high ? x1 : y1, 2);
+  return high ? make_uint4(s0, s1, y0, y1) : make_uint4(x0, x1, s0, s1);
+}
+
+template <int kCluster>
+__device__ void load_weights(const UpProject& u, const Schedule& s, const CUtensorMap* map, uint32_t stages, const Barriers& b,
+                             uint32_t block, uint32_t cluster, uint32_t clusters, uint32_t columns) {
+  const uint32_t share = columns / kCluster, bytes = columns * kRowBytes;
+  Ring ring;
+  for (uint32_t number = cluster; number < s.items; number += clusters) {
+    const Item item = item_at<kCluster>(u, s, number, block);
+    const uint32_t first = item.first_head * (u.nope + u.v_dim), last = first + item.heads * (u.nope + u.v_dim);
+    for (uint32_t row = first; row < last; row += columns) {
+      for (uint32_t slab = 0; slab < s.slabs; ++slab) {
+        const uint32_t full = shared_address(&b.stage_full[ring.stage]);
+        barrier_wait(shared_address(&b.stage_empty[ring.stage]), ring.parity ^ 1);
+        barrier_arrive_expect(full, bytes);
+        const uint32_t to = stages + ring.stage * bytes + block * share * kRowBytes;
+        if constexpr (kCluster == 1) {
+          tensor_load_2d(to, map, full, slab * kSlab, row);
+        } else {
+          tensor_load_2d_multicast(to, map, full, slab * kSlab, row + block * share, (1 << kCluster) - 1);
+        }
+        ring.advance(1, s.stages);
+      }
+    }
+  }
+}
+
+// Eight lanes a row of a slab; `warp` counts the gathering warps.
+template <int kCluster>
+__device__ void load_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t block,
+                             uint32_t cluster, uint32_t clusters, uint32_t warp, uint32_t lane) {
+  constexpr uint32_t rows_a_warp = kRows / kGatherWarps, step = 8, in_warp = step / kGatherWarps, turns = kRows / step;
+  const uint32_t row_in_step = warp * in_warp + lane / 8, piece = lane % 8;
+  const uint32_t to = slabs + row_in_step * kRowBytes + ((piece ^ row_in_step) << 4);
+  uint32_t parity = 0;
+  for (uint32_t number = cluster; number < s.items; number += clusters, parity ^= 1) {
+    const Item item = item_at<kCluster>(u, s, number, block);
+    int64_t looked_up[rows_a_warp / 32];
+#pragma unroll
+    for (uint32_t h = 0; h < rows_a_warp / 32; ++h) {
+      const uint32_t n = h * 32 + lane;
+      looked_up[h] = u.offset(item.first_row + n / in_warp * step + warp * in_warp + n % in_warp);
+    }
+    int64_t from[turns];
+#pragma unroll
+    for (uint32_t i = 0; i < turns; ++i) {
+      from[i] = __shfl_sync(~0u, looked_up[i * in_warp / 32], i * in_warp % 32 + lane / 8);
+    }
+    for (uint32_t slab = 0; slab <= s.slabs; ++slab) {
+      barrier_wait(shared_address(&b.slab_empty[slab]), parity ^ 1);
+      const bool wanted = slab < s.slabs || piece < u.rope / 8;
+#pragma unroll
+      for (uint32_t i = 0; i < turns; ++i) {
+        const char* at = u.latents + (from[i] < 0 ? 0 : from[i] + slab * kRowBytes + piece * 16);
+        if (wanted) copy_async_16(to + slab * kSlabBytes + i * step * kRowBytes, at, from[i] < 0);
+      }
+      copy_async_commit();
+      if (slab >= 2) {
+        copy_async_wait<2>();
+        proxy_fence();
+        barrier_arrive(shared_address(&b.slab_full[slab - 2]));
+      }
+    }
+    copy_async_wait<0>();
+    proxy_fence();
+    if (s.slabs > 0) barrier_arrive(shared_address(&b.slab_full[s.slabs - 1]));
+    barrier_arrive(shared_address(&b.slab_full[s.slabs]));
+  }
+}
+
+// One warpgroup's share of the products, and their way out.
+template <typename T, int kN, int kCluster>
+__device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, uint32_t stages, const Barriers& b, uint32_t block,
+                         uint32_t cluster, uint32_t clusters, uint32_t group) {
+  const uint32_t thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
+  const uint32_t k_tiles = u.nope / kN, tiles_a_head = k_tiles + u.v_dim / kN;
+  const auto release_slab = [&](uint32_t slab) {
+    if (lane == 0) barrier_arrive(shared_address(&b.slab_empty[slab]));
+  };
+  const auto release_stage = [&](uint32_t stage) {
+    if constexpr (kCluster == 1) {
+      if (lane == 0) barrier_arrive(shared_address(&b.stage_empty[stage]));
+    } else {
+      if (lane < kCluster) barrier_arrive_remote(shared_address(&b.stage_empty[stage]), lane);
+    }
+  };
+  Ring ring;
+  uint32_t turn = 0, parity = 0;  // whose tile the next one is
+  for (uint32_t number = cluster; number < s.items; number += clusters, parity ^= 1) {
+    const Item item = item_at<kCluster>(u, s, number, block);
+    const uint32_t tiles = item.heads * tiles_a_head;
+    const uint32_t mine = tiles - 1 - ((tiles - 1 + turn) % 2 != group);  // the last of this warpgroup; ~0 for none
+    if (mine == ~0u) {
+      for (uint32_t slab = 0; slab <= s.slabs; ++slab) {
+        barrier_wait(shared_address(&b.slab_full[slab]), parity);
+        release_slab(slab);
+      }
+    }
+    for (uint32_t tile = 0; tile < tiles; ++tile, turn ^= 1) {
+      if (turn != group) {
+        ring.advance(s.slabs, s.stages);
+        continue;
+      }
+      float sum[2][kN / 2];
+      uint32_t before = 0;
+      for (uint32_t slab = 0; slab < s.slabs; ++slab) {
+        barrier_wait(shared_address(&b.slab_full[slab]), parity);
+        barrier_wait(shared_address(&b.stage_full[ring.stage]), ring.parity);
+        const uint64_t x = matrix_descriptor(slabs + slab * kSlabBytes);
+        const uint64_t w = matrix_descriptor(stages + ring.stage * kN * kRowBytes);
+        product_fence();
+#pragma unroll
+        for (int k = 0; k < kSlab / 16; ++k) {  // a descriptor counts in 16 bytes
+#pragma unroll
+          for (int m = 0; m < 2; ++m) product<T>(sum[m], x + m * (kSlabBytes / 2 >> 4) + 2 * k, w + 2 * k, slab > 0 || k > 0);
+        }
+        product_commit();
+        product_wait<1>();
+        if (slab > 0) {
+          release_stage(before);
+          if (tile == mine) release_slab(slab - 1);
+        }
+        before = ring.stage;
+        ring.advance(1, s.stages);
+      }
+      product_wait<0>();
+      release_stage(before);
+      if (tile == mine) release_slab(s.slabs - 1);
+
+      const uint32_t in_item = tile / tiles_a_head, part = tile - in_item * tiles_a_head, head = item.first_head + in_item;
+      const bool is_k = part < k_tiles;
+      const int64_t row_stride = is_k ? u.k_row : u.v_row;
+      char* out = is_k ? u.k + head * u.k_head + part * kN * 2 : u.v + head * u.v_head + (part - k_tiles) * kN * 2;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t row = item.first_row + m * (kRows / 2) + warp * 16 + half * 8 + lane / 4;
+          char* to = out + row * row_stride + lane % 4 * 16;
+#pragma unroll
+          for (int c = 0; c < kN / 32; ++c) {
+            uint32_t v[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[i] = pack<T>(sum[m][(c * 4 + i) * 4 + half * 2], sum[m][(c * 4 + i) * 4 + half * 2 + 1]);
+            const uint4 value = gather_block(v, lane);
+            if (row < u.written) *reinterpret_cast<uint4*>(to + c * 64) = value;
+          }
+        }
+      }
+      if (part == k_tiles - 1 || tile == mine) barrier_wait(shared_address(&b.slab_full[s.slabs]), parity);
+      if (part == k_tiles - 1) {
+        const uint32_t piece = thread % 8, from = slabs + s.slabs * kSlabBytes;
+#pragma unroll
+        for (uint32_t i = 0; i < kRows / 16; ++i) {
+          const uint32_t in_tile = i * 16 + thread / 8, row = item.first_row + in_tile;
+          if (piece >= u.rope / 8 || row >= u.written) continue;
+          uint4 value;
+          asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                       : "r"(from + in_tile * kRowBytes + ((piece ^ in_tile % 8) << 4)));
+          *reinterpret_cast<uint4*>(u.k + row * u.k_row + head * u.k_head + u.nope * 2 + piece * 16) = value;
+        }
+      }
+      if (tile == mine) {
+        __syncwarp();
+        release_slab(s.slabs);
+      }
+    }
+  }
+}
+
+#endif
+
+template <typename T, int kN, int kCluster>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    kv_up_project_kernel(const __grid_constant__ UpProject u, const __grid_constant__ Schedule s,
+                         const __grid_constant__ CUtensorMap weight) {
+#ifdef PCP_MLA_HOPPER
+  __shared__ Barriers b;
+  extern __shared__ char memory[];
+  const uint32_t slabs = (shared_address(memory) + kAtomBytes - 1) / kAtomBytes * kAtomBytes;
+  const uint32_t stages = slabs + (s.slabs + 1) * kSlabBytes;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t block = kCluster == 1 ? 0 : cluster_rank(), cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kMaxSlabs; ++i) {
+      barrier_init(shared_address(&b.slab_full[i]), kGatherWarps * 32);
+      barrier_init(shared_address(&b.slab_empty[i]), 2 * kGroupThreads / 32);
+    }
+    for (int i = 0; i < kMaxStages; ++i) {
+      barrier_init(shared_address(&b.stage_full[i]), 1);
+      barrier_init(shared_address(&b.stage_empty[i]), kCluster * kGroupThreads / 32);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if constexpr (kCluster > 1) cluster_sync();
+  if (warp >= kGroupThreads / 32) {
+    multiply<T, kN, kCluster>(u, s, slabs, stages, b, block, cluster, clusters, threadIdx.x / kGroupThreads - 1);
+  } else if (warp == 0) {
+    if (lane == 0) load_weights<kCluster>(u, s, &weight, stages, b, block, cluster, clusters, kN);
+  } else if (warp <= kGatherWarps) {
+    load_latents<kCluster>(u, s, slabs, b, block, cluster, clusters, warp - 1, lane);
+  }
+  if constexpr (kCluster > 1) cluster_sync();  // the other block may still write to this one's memory
+#endif
+}
+
+}  // namespace
+}  // namespace pcp_mla::cuda

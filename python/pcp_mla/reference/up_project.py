@@ -1,0 +1,40 @@
+"""kv_up_project and concat_k: K and V of all heads from latents."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .latent_cache import gather_latents
+
+UP_PROJECT_TILE = 128  # rows behind the last one are zeroed up to a multiple of this
+
+
+def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor) -> None:
+    """``k_nope`` [N, H, nope] and ``k_pe`` [N, rope], which all heads share, side by side in ``out`` [N, H, nope + rope]."""
+    nope = k_nope.shape[2]
+    out[..., :nope] = k_nope
+    out[..., nope:] = k_pe[:, None]
+
+
+def kv_up_project(
+    latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor
+) -> None:
+    """Row n of ``latents``, or the row ``rows[n]`` of them, is ``kv_c`` [kv_lora_rank] and ``k_pe`` [rope] side by side.
+
+    ``weight @ kv_c`` has, head after head, nope numbers for K and v numbers for V; K is completed by ``k_pe``. Rows without a latent
+    (-1) and rows of the results behind the last one, up to a multiple of UP_PROJECT_TILE, are zeros.
+    """
+    flat = latents.flatten(0, -2)
+    if rows is not None:
+        gathered = flat.new_empty(len(rows), flat.shape[1])
+        gather_latents(latents, rows, None, None, None, None, gathered)
+        flat = gathered
+    kv_c, k_pe = flat.split([weight.shape[1], flat.shape[1] - weight.shape[1]], dim=1)
+    count, heads, v_dim = len(flat), *v_out.shape[1:]
+    expanded = F.linear(kv_c, weight).view(count, heads, -1)
+    concat_k(expanded[..., :-v_dim], k_pe, k_out[:count])
+    v_out[:count] = expanded[..., -v_dim:]
+    end = -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE
+    k_out[count:end] = 0
+    v_out[count:end] = 0

@@ -1,0 +1,251 @@
+"""From latents to K and V: the up-projection that gathers, multiplies and concatenates in one launch, and the concat alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import native, reference
+from .backends import HAS_TRITON, register, register_composed, select
+from .latent_cache import gather_latents
+from .merge_checks import check_tensor
+from .reference.up_project import UP_PROJECT_TILE
+
+if TYPE_CHECKING:
+    from .pipeline import MLADims
+
+__all__ = ["UP_PROJECT_TILE", "concat_k", "kv_up_project"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _fake(*args: torch.Tensor | None) -> None:
+    if len({x.device for x in args if x is not None}) > 1:
+        raise RuntimeError("pcp_mla: all tensors must be on one device")
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _fits_wgmma(latents: torch.Tensor, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor) -> bool:
+    """Whether csrc/cuda/kv_up_project.cu takes these tensors; its own checks say why not."""
+    rank, rope = weight.shape[1], latents.shape[-1] - weight.shape[1]
+    widths = rank % 64 == 0 and rank <= 512 and (k_out.shape[2] - rope) % 64 == 0 and v_out.shape[2] % 64 == 0
+    if not (widths and rope % 8 == 0 and rope <= 64 and weight.dtype in _DTYPES[:2] and _is_hopper(weight.device)):
+        return False
+    tensors = (latents, weight, k_out, v_out)
+    return all(s % 8 == 0 for x in tensors for s in x.stride()[:-1]) and all(x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def _on_cuda(
+    latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor
+) -> None:
+    """The best kernel that there is for these tensors."""
+    if not native.status["_native_cuda"] and _fits_wgmma(latents, weight, k_out, v_out):
+        _wgmma(latents, rows, weight, k_out, v_out)
+    elif HAS_TRITON and weight.dtype in _DTYPES:
+        select("kv_up_project", "triton", "cuda")(latents, rows, weight, k_out, v_out)
+    else:
+        reference.kv_up_project(latents, rows, weight, k_out, v_out)
+
+
+_up_project = register_composed("kv_up_project", _fake, cpu=reference.kv_up_project, cuda=_on_cuda)
+_wgmma = register("kv_up_project_wgmma", _fake)
+_concat = register("concat_k", _fake)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_memory(op: str, name: str, x: torch.Tensor, written: bool = False) -> None:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
+    if written and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"{op}: {name} must not be expanded, got strides {x.stride()} for {tuple(x.shape)}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
+
+
+def _check_out(op: str, name: str, out: Any, rows: int, shape: tuple[int, int], like: torch.Tensor) -> None:
+    check_tensor(op, name, out, (None, *shape), "[rows, heads, dim]", like.device)
+    if out.shape[0] < rows:
+        raise ValueError(f"{op}: {name} must have at least {rows} rows, got {out.shape[0]}")
+    if out.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {_name(like.dtype)}, got {_name(out.dtype)}")
+    _check_memory(op, name, out, written=True)
+
+
+def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | None = None, backend: str = "auto") -> torch.Tensor:
+    """K from its two parts in one launch, for engines whose ``kv_b_proj`` is a module of its own (quantised, say).
+
+    Args:
+        k_nope: [N, H, nope], any strides with a contiguous last dimension: a slice of the projection's output as it is.
+        k_pe: [N, rope] or [N, 1, rope] rotated keys that all heads share.
+        out: [N, H, nope + rope] to write and return, any strides with a contiguous last dimension. Must not overlap the inputs.
+        backend: as :func:`pcp_fused_gather`.
+
+    One dtype for all, of at most 8 bytes: nothing is computed.
+
+    Returns:
+        [N, H, nope + rope].
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others; before anything is written.
+        NotImplementedError: an input requires gradients.
+        RuntimeError: the named backend is not available.
+    """
+    op = "concat_k"
+    check_tensor(op, "k_nope", k_nope, (None, None, None), "[tokens, heads, nope]", None)
+    if isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3 and k_pe.shape[1] == 1:
+        k_pe = k_pe[:, 0]
+    check_tensor(op, "k_pe", k_pe, (len(k_nope), None), "[tokens, rope]", k_nope.device)
+    shape = (k_nope.shape[1], k_nope.shape[2] + k_pe.shape[1])
+    if 0 in (*k_nope.shape[1:], k_pe.shape[1]):
+        raise ValueError(f"{op}: k_nope and k_pe must have heads and widths of at least 1, got {shape}")
+    if k_pe.dtype != k_nope.dtype:
+        raise TypeError(f"{op}: k_pe must be {_name(k_nope.dtype)} as k_nope, got {_name(k_pe.dtype)}")
+    if k_nope.element_size() > 8:
+        raise TypeError(f"{op}: k_nope must have a dtype of at most 8 bytes, got {_name(k_nope.dtype)}")
+    _check_memory(op, "k_nope", k_nope)
+    _check_memory(op, "k_pe", k_pe)
+    if out is None:
+        out = k_nope.new_empty(len(k_nope), *shape)
+    else:
+        _check_out(op, "out", out, len(k_nope), shape, k_nope)
+        if len(out) != len(k_nope):
+            raise ValueError(f"{op}: out must have {len(k_nope)} rows, got {len(out)}")
+    call = _concat if backend == "auto" else select(op, backend, k_nope.device.type)
+    call(k_nope, k_pe, out)
+    return out
+
+
+def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
+    """Raise unless these are latents of ``dims`` and rows of them; how many."""
+    if not isinstance(latents, torch.Tensor):
+        raise TypeError(f"{op}: latents must be a torch.Tensor, got {type(latents).__name__}")
+    if latents.dim() not in (2, 3) or latents.shape[-1] != dims.latent_dim:
+        wanted = f"[rows, {dims.latent_dim}] or [num_blocks, block_size, {dims.latent_dim}]"
+        raise ValueError(f"{op}: latents must be {wanted}, got {tuple(latents.shape)}")
+    _check_memory(op, "latents", latents)
+    if rows is None:
+        return latents.shape[:-1].numel()
+    check_tensor(op, "rows", rows, (None,), "[rows]", latents.device)
+    if rows.dtype != torch.int32:
+        raise TypeError(f"{op}: rows must be int32, got {_name(rows.dtype)}")
+    if not rows.is_contiguous():
+        raise ValueError(f"{op}: rows must be contiguous, got strides {rows.stride()}")
+    return len(rows)
+
+
+def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims) -> None:
+    shape = (dims.num_heads * (dims.expanded_dim), dims.kv_lora_rank)
+    check_tensor(op, "weight", weight, shape, "[heads * (nope + v), kv_lora_rank]", latents.device)
+    if weight.dtype not in _DTYPES and weight.dtype != torch.float64:
+        raise NotImplementedError(f"{op}: weight must be bfloat16, float16 or float32, got {_name(weight.dtype)}; pass linear=")
+    if latents.dtype != weight.dtype:
+        raise TypeError(f"{op}: latents must be {_name(weight.dtype)} as weight, or come with a scale, got {_name(latents.dtype)}")
+    _check_memory(op, "weight", weight)
+
+
+def _through_module(
+    latents: torch.Tensor,
+    linear: Callable[[torch.Tensor], torch.Tensor],
+    dims: MLADims,
+    k_out: torch.Tensor | None,
+    v_out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contiguous latents [N, W] through the engine's module; results as ``kv_up_project`` gives them."""
+    count, op = len(latents), "kv_up_project"
+    kv_c, k_pe = latents.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)
+    expanded = linear(kv_c)
+    expanded = expanded[0] if isinstance(expanded, tuple) else expanded  # engines return a bias beside it
+    check_tensor(op, "linear's result", expanded, (count, dims.num_heads * dims.expanded_dim), "[rows, heads * (nope + v)]", None)
+    k_nope, v = expanded.view(count, dims.num_heads, -1).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=2)
+    if k_out is None:
+        k_out = concat_k(k_nope, k_pe)
+    else:
+        _check_out(op, "k_out", k_out, count, (dims.num_heads, dims.qk_head_dim), k_nope)
+        concat_k(k_nope, k_pe, out=k_out[:count])
+    if v_out is None:
+        v_out = v
+    else:
+        _check_out(op, "v_out", v_out, count, (dims.num_heads, dims.v_head_dim), v)
+        v_out[:count] = v
+    end = -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE
+    for out in (k_out, v_out):
+        if len(out) > count:
+            out[count:end].zero_()
+    return k_out, v_out
+
+
+def kv_up_project(
+    latents: torch.Tensor,
+    rows: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    dims: MLADims,
+    *,
+    linear: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scale: torch.Tensor | None = None,
+    k_out: torch.Tensor | None = None,
+    v_out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of all heads from latents anywhere: gather, ``kv_b_proj`` and the concat with ``k_pe`` in one launch.
+
+    Args:
+        latents: [S, W] or a paged cache [num_blocks, block_size, W], W = ``dims.latent_dim``: ``kv_c``, then ``k_pe``; any strides
+            with a contiguous last dimension.
+        rows: int32 [N] row (slot) of each key: the planner's ``kv_rows`` with the cache, or ``meta.allgather_restore_idx`` with the
+            rank-major result of an exchange. A row outside of the latents (-1) gives zeros. None: all rows in their order.
+        weight: [H * (nope + v), kv_lora_rank] of ``kv_b_proj``, in the layout of ``nn.Linear``; without bias.
+        dims: of the layer.
+        linear: in place of ``weight``, the module itself (one that is quantised, or has adapters): gather, module and
+            :func:`concat_k` are then launches of their own.
+        scale: float32 of one element: ``latents`` are float8_e4m3fn, and are gathered with it in a launch of its own.
+        k_out, v_out: [M, H, nope + rope] and [M, H, v] with M >= N, to write and return; any strides with a contiguous last
+            dimension. Rows from N to the next multiple of :data:`UP_PROJECT_TILE` (128) are zeroed, further ones are not touched.
+        backend: ``auto`` (on Hopper the CUDA kernel if widths are multiples of 64, else Triton), ``cuda``, ``triton`` or
+            ``reference``.
+
+    All of bf16, fp16 or fp32 (``reference``: also fp64), one dtype; products are summed in float32 and rounded once.
+
+    Returns:
+        K [N, H, nope + rope] and V [N, H, v], or ``k_out`` and ``v_out``. With ``linear``, V may be a view.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit ``dims`` or the others; before anything is written.
+        NotImplementedError: a dtype that the kernels have not, or an input that requires gradients.
+        RuntimeError: the named backend is not available, or does not support these widths.
+    """
+    op = "kv_up_project"
+    if (weight is None) == (linear is None):
+        raise ValueError(f"{op}: weight or linear must be given, and not both")
+    count = _check_latents(op, latents, rows, dims)
+    if linear is not None or scale is not None:
+        if rows is None:
+            rows = torch.arange(count, dtype=torch.int32, device=latents.device)
+        latents, rows = gather_latents(latents, rows, scale=scale, dtype=None if weight is None else weight.dtype), None
+    if linear is not None:
+        return _through_module(latents, linear, dims, k_out, v_out)
+    _check_weight(op, weight, latents, dims)
+    assert weight is not None
+    outs = []
+    for name, out, width in (("k_out", k_out, dims.qk_head_dim), ("v_out", v_out, dims.v_head_dim)):
+        if out is None:
+            out = latents.new_empty(count, dims.num_heads, width)
+        else:
+            _check_out(op, name, out, count, (dims.num_heads, width), latents)
+        outs.append(out)
+    if backend == "auto":
+        direct = latents.is_cuda and not torch.compiler.is_compiling()  # past the dispatcher, which costs more than the launch
+        call = _on_cuda if direct else _up_project
+    else:
+        call = select(op, backend, latents.device.type)
+    call(latents, rows, weight, *outs)
+    return outs[0], outs[1]
