@@ -22,7 +22,7 @@ step() {  # step NAME COMMAND...: run it if wanted, log it, remember a failure
 
 sanitizer() {  # small shapes through each CUDA kernel: random batches and types, so every access width, with LSEs and without
   compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m pytest -q -m gpu \
-    -k 'cuda and not reference and (random or unaligned or empty or identity or block_of_rows or in_place or row_ops or shares or float8 or sequences)' tests
+    -k 'cuda and not reference and (random or unaligned or empty or identity or block_of_rows or in_place or row_ops or shares or float8 or sequences or behind_the_last)' tests
 }
 
 step build env PCP_MLA_CUDA="${PCP_MLA_CUDA:-1}" "$python" setup.py -q build_ext --inplace

@@ -27,8 +27,8 @@ def test_python_and_native_schemas_are_equal(op):
     assert registered == f"pcp_mla::{op}{backends.SCHEMAS[op]}"
 
 
-# Ops that users call through an object, not by a pcp_ function of their own.
-INTERNAL = {"plan_expand"}
+# Ops that users call through an object or by another op, not by a function of their own.
+INTERNAL = {"plan_expand", *backends.COMPOSED.values()}
 
 
 def test_every_op_has_all_its_parts():
@@ -39,12 +39,14 @@ def test_every_op_has_all_its_parts():
     for op in (name for name in defined if name.removesuffix("_out") not in defined):
         name, stem = op if op in backends.FAMILIES else f"pcp_{op}", backends.family(op)
         assert callable(getattr(pcp_mla, name, None)) == (op not in INTERNAL)
+        composed = op in (*backends.COMPOSED, *backends.COMPOSED.values())
         for path in (
-            CSRC / "cpu" / f"{stem}.cpp",
+            *(() if composed else (CSRC / "cpu" / f"{stem}.cpp",)),
             CSRC / "cuda" / f"{stem}.cu",
             Path(pcp_mla.__file__).parent / "triton" / f"{stem}.py",
         ):
             assert path.exists(), path
         reasons = backends.availability(op)
         assert set(reasons) == set(backends.BACKENDS)
-        assert reasons["cpu"] == reasons["reference"] == ""
+        assert reasons["reference"] == ""
+        assert ("no C++ kernel" in reasons["cpu"]) == composed

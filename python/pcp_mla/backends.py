@@ -83,6 +83,12 @@ def family(op: str) -> str:
     return FAMILIES.get(op) or FAMILIES.get(op.removesuffix("_out")) or op.removesuffix("_out")
 
 
+def public_name(op: str) -> str:
+    """What users call an op by, and its errors."""
+    name = op if op in FAMILIES else op.removesuffix("_out")
+    return name if name in FAMILIES else f"pcp_{name}"
+
+
 # Whether "auto" means a native kernel on every device that this torch has.
 ALL_NATIVE = not native.status["_native"] and not (torch.version.cuda and native.status["_native_cuda"])
 
@@ -126,7 +132,9 @@ def availability(op: str) -> dict[str, str]:
     return {
         "cuda": native.status["_native_cuda"] or gpu,
         "triton": triton,
-        "cpu": "it has no C++ kernel, reference is what runs" if op in COMPOSED else native.status["_native"],
+        "cpu": "it has no C++ kernel, reference is what runs"
+        if op in (*COMPOSED, *COMPOSED.values())
+        else native.status["_native"],
         "reference": "",
     }
 
@@ -164,8 +172,7 @@ def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     """
     if backend == "reference":
         return getattr(reference, op)
-    name = op if op in FAMILIES else op.removesuffix("_out")
-    name = name if name in FAMILIES else f"pcp_{name}"
+    name = public_name(op)
     if backend not in BACKENDS:
         raise ValueError(f"{name}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reasons = availability(op)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import __version__, demo, native
-from .backends import SCHEMAS, availability
+from .backends import COMPOSED, SCHEMAS, availability, public_name
 
 
 def _version(package: str) -> str:
@@ -49,8 +49,8 @@ def print_env() -> int:
     for name, reason in native.status.items():
         print(f"{name:12} {reason or 'loaded'}")
     print()
-    for op in (name for name in SCHEMAS if not name.endswith("_out")):
-        print(f"pcp_{op}")
+    for op in (name for name in SCHEMAS if not name.endswith("_out") and name not in COMPOSED.values()):
+        print(public_name(op))
         for backend, reason in availability(op).items():
             print(f"  {backend:10} {'no: ' + reason if reason else 'yes'}")
     return 0

@@ -22,8 +22,8 @@ def kv_up_project(
 ) -> None:
     """Row n of ``latents``, or the row ``rows[n]`` of them, is ``kv_c`` [kv_lora_rank] and ``k_pe`` [rope] side by side.
 
-    ``weight @ kv_c`` has, head after head, nope numbers for K and v numbers for V; K is completed by ``k_pe``. Rows without a latent
-    (-1) and rows of the results behind the last one, up to a multiple of UP_PROJECT_TILE, are zeros.
+    ``weight @ kv_c`` has, head after head, nope numbers for K and v numbers for V; K is completed by ``k_pe``. Rows without a
+    latent (-1) and rows of the results behind the last one, up to a multiple of UP_PROJECT_TILE, are zeros.
     """
     flat = latents.flatten(0, -2)
     if rows is not None:
@@ -32,7 +32,7 @@ def kv_up_project(
         flat = gathered
     kv_c, k_pe = flat.split([weight.shape[1], flat.shape[1] - weight.shape[1]], dim=1)
     count, heads, v_dim = len(flat), *v_out.shape[1:]
-    expanded = F.linear(kv_c, weight).view(count, heads, -1)
+    expanded = F.linear(kv_c, weight).view(count, heads, weight.shape[0] // heads)
     concat_k(expanded[..., :-v_dim], k_pe, k_out[:count])
     v_out[:count] = expanded[..., -v_dim:]
     end = -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE

@@ -33,7 +33,7 @@ def latent_offset(rows, n, count, num_slots, block_size, block_stride, row_strid
 def kv_up_project_kernel(
     latents, rows, weight, k_out, v_out, count, written, num_slots, block_size, block_stride, row_stride, weight_stride,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, heads, rank, nope, rope, v_dim,
-    LISTED: tl.constexpr, FLOAT32: tl.constexpr, ROPE: tl.constexpr,
+    LISTED: tl.constexpr, ROPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together take GROUP row tiles by all columns: both operands come from L2.
@@ -59,9 +59,6 @@ def kv_up_project_kernel(
         c = start + tl.arange(0, DEPTH)
         x = tl.load(latent + c[None, :], mask=found[:, None] & (c < rank)[None, :], other=0)
         w = tl.load(columns + c[:, None], mask=(c < rank)[:, None] & in_width[None, :], other=0)
-        if FLOAT32:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
         total = tl.dot(x, w, total, input_precision="ieee")
 
     exists = (n < written)[:, None]
@@ -118,9 +115,14 @@ def kv_up_project(
     nope = k_out.shape[2] - rope
     if written == 0:
         return
-    interpreted = not latents.is_cuda
+    if not latents.is_cuda and latents.dtype == torch.bfloat16:  # the interpreter multiplies it wrong and rounds it down
+        results = [torch.empty_like(x[:written], dtype=torch.float32) for x in (k_out, v_out)]
+        kv_up_project(latents.float(), rows, weight.float(), *results)
+        for out, result in zip((k_out, v_out), results, strict=True):
+            out[:written] = result
+        return
     if config is None:
-        gpu = "interpreter" if interpreted else torch.cuda.get_device_name(latents.device)
+        gpu = torch.cuda.get_device_name(latents.device) if latents.is_cuda else "interpreter"
         config = configuration(gpu, shape_class(count, heads, latents.dtype))
     per_head = triton.cdiv(nope, config["COLUMNS"]) + triton.cdiv(v_dim, config["COLUMNS"])
     block_size = latents.shape[1] if latents.dim() == 3 else 1
@@ -147,7 +149,6 @@ def kv_up_project(
         rope,
         v_dim,
         rows is not None,
-        interpreted,  # whose 16-bit products are wrong
         triton.next_power_of_2(max(rope, 1)),
         **config,
     )

@@ -1,0 +1,111 @@
+"""kv_up_project beside the bare GEMM and beside torch's restore, kv_b_proj and K concat; concat_k beside torch's two copies.
+
+DeepSeek's widths in bf16, latents in blocks of 64 anywhere in a cache. Bytes: latents, weight, K and V once each. FLOPs: of the GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pcp_mla import concat_k, kv_up_project
+from pcp_mla.backends import availability
+from pcp_mla.pipeline import MLADims
+
+from . import timing
+
+BLOCK = 64
+# Tokens, heads.
+GPU_SHAPES = [(512, 16), (4096, 16), (16384, 16), (32768, 16), (131072, 16), (4096, 128), (32768, 128)]
+CPU_SHAPES = [(512, 16)]
+Paths = dict[str, Callable[[], Any]]
+
+
+def make_paths(tokens: int, dims: MLADims, device: str, backends: list[str]) -> dict[str, Paths]:
+    """The paths of both ops, checked: a wrong result has no time."""
+    rank, nope, heads = dims.kv_lora_rank, dims.qk_nope_head_dim, dims.num_heads
+    cache = torch.randn(2 * tokens, dims.latent_dim, device=device).bfloat16()
+    blocks = torch.randperm(2 * tokens // BLOCK, device=device)[: tokens // BLOCK]
+    rows = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten().int()
+    weight = (torch.randn(heads * dims.expanded_dim, rank, device=device) * rank**-0.5).bfloat16()
+    kv_c = cache[rows.long(), :rank].contiguous()
+    expanded = F.linear(kv_c, weight).view(tokens, heads, -1)
+    k_pe = cache[rows.long(), rank:].contiguous()
+    k = torch.full((tokens, heads, dims.qk_head_dim), torch.nan, dtype=torch.bfloat16, device=device)
+    v = torch.full((tokens, heads, dims.v_head_dim), torch.nan, dtype=torch.bfloat16, device=device)
+
+    def copies() -> torch.Tensor:
+        k[..., :nope] = expanded[..., :nope]
+        k[..., nope:] = k_pe[:, None]
+        return k
+
+    def in_torch() -> tuple[torch.Tensor, torch.Tensor]:
+        restored = torch.index_select(cache, 0, rows)
+        projected = F.linear(restored[:, :rank], weight).view(tokens, heads, -1)
+        k[..., :nope] = projected[..., :nope]
+        k[..., nope:] = restored[:, None, rank:]
+        return k, projected[..., nope:]
+
+    project: Paths = {"gemm": lambda: F.linear(kv_c, weight), "torch": in_torch}
+    concat: Paths = {"torch": copies}
+    for backend in backends:
+        project[backend] = lambda backend=backend: kv_up_project(cache, rows, weight, dims, k_out=k, v_out=v, backend=backend)
+        concat[backend] = lambda backend=backend: concat_k(expanded[..., :nope], k_pe, out=k, backend=backend)
+    wanted = [x.clone() for x in in_torch()]
+    for name, call in project.items():
+        if name != "gemm":
+            k.fill_(torch.nan)
+            v.fill_(torch.nan)
+            for got, right in zip(call(), wanted, strict=True):
+                assert torch.allclose(got, right, rtol=2**-6, atol=2**-6), f"{name} differs from torch"
+    wanted_k = copies().clone()
+    for name, call in concat.items():
+        k.fill_(torch.nan)
+        assert torch.equal(call(), wanted_k), f"{name} concatenates something else"
+    return {"kv_up_project": project, "concat_k": concat}
+
+
+def run(device: str) -> Iterator[dict[str, Any]]:
+    """One result a size and op; shares as in bench/fused_gather.py."""
+    gpu = device == "cuda"
+    bandwidth = timing.copy_gbps() if gpu else 0.0
+    backends = ["auto", "triton"] if gpu and not availability("kv_up_project")["triton"] else ["auto"]
+    for tokens, heads in GPU_SHAPES if gpu else CPU_SHAPES:
+        dims = MLADims(heads, 128, 64, 128, 512)
+        outputs, weights = heads * (dims.qk_head_dim + dims.v_head_dim), heads * dims.expanded_dim * dims.kv_lora_rank
+        work = {
+            "kv_up_project": (2 * (tokens * (dims.latent_dim + outputs) + weights), 2 * tokens * weights),
+            "concat_k": (2 * tokens * (heads * (dims.qk_nope_head_dim + dims.qk_head_dim) + dims.qk_rope_head_dim), 0),
+        }
+        for op, paths in make_paths(tokens, dims, device, backends).items():
+            moved, flops = work[op]
+            result: dict[str, Any] = {"op": op, "tokens": tokens, "heads": heads, "bytes": moved, "flops": flops}
+            if gpu:
+                result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
+            for name, call in paths.items():
+                numbers: dict[str, Any] = {"cpu_us": timing.cpu_us(call, calls=20 if gpu else 1)}
+                if gpu:
+                    numbers |= {"gpu_us": timing.gpu_us(call), "launches": timing.launches(call)}
+                    numbers["share_of_copy"] = result["copy_us"] / numbers["gpu_us"]
+                    numbers["share_of_bandwidth"] = moved / numbers["gpu_us"] / 1e3 / bandwidth
+                    if "gemm" in result:
+                        numbers["of_gemm"] = numbers["gpu_us"] / result["gemm"]["gpu_us"]
+                result[name] = numbers
+            yield result
+
+
+def line(result: dict[str, Any]) -> str:
+    parts = [f"{result['op']:13} T={result['tokens']:<6} H={result['heads']:<3} {result['bytes'] / 1e6:7.1f} MB"]
+    for name, numbers in result.items():
+        if not isinstance(numbers, dict):
+            continue
+        text = name
+        if "gpu_us" in numbers:
+            text += f" {numbers['gpu_us']:.1f} us {numbers['share_of_copy']:.0%}/{numbers['share_of_bandwidth']:.0%}"
+            text += f" {result['flops'] / numbers['gpu_us'] / 1e6:.0f} TFLOP/s" if result["flops"] else ""
+            text += f" {numbers['of_gemm']:.2f} GEMMs" if "of_gemm" in numbers else ""
+        parts.append(f"{text} cpu {numbers['cpu_us']:.0f} us")
+    return " | ".join(parts)

@@ -1,0 +1,311 @@
+"""kv_up_project and concat_k: errors against float64, bits of what is only copied, rows from anywhere."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batches import IMPLEMENTATIONS, random_bytes, same_bits
+from pcp_mla import PCPPlanner, concat_k, kv_up_project, reference, write_latent_cache
+from pcp_mla.pipeline import MLADims
+from pcp_mla.up_project import UP_PROJECT_TILE
+
+everywhere = pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+# The CPU has no C++ kernel of the product.
+PROJECTIONS = [p for p in IMPLEMENTATIONS if p.id != "cpu-native"]
+projects = pytest.mark.parametrize(("device", "backend"), PROJECTIONS)
+
+# Widths that the CUDA kernel takes: DeepSeek's, GLM's in part (64 columns at a time), one slab of the rank, no rope.
+WIDE = [
+    MLADims(3, 128, 64, 128, 512),
+    MLADims(5, 192, 64, 256, 512),
+    MLADims(1, 64, 32, 64, 64),
+    MLADims(2, 128, 0, 128, 256),
+    MLADims(17, 64, 64, 128, 128),
+]
+# Widths for Triton and the reference only.
+ODD = [MLADims(3, 24, 8, 40, 48), MLADims(2, 5, 3, 7, 9), MLADims(1, 100, 64, 72, 80)]
+
+
+def make(dims, slots, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(slots, dims.latent_dim, generator=generator).to(dtype).to(device)
+    weight = torch.randn(dims.num_heads * dims.expanded_dim, dims.kv_lora_rank, generator=generator) * dims.kv_lora_rank**-0.5
+    return latents, weight.to(dtype).to(device)
+
+
+def random_rows(count, slots, device, seed):
+    """Any slots, some of them twice, some none."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, slots, (count,), generator=generator)
+    rows = torch.where(torch.rand(count, generator=generator) < 0.1, torch.tensor([-1, slots])[rows % 2], rows)
+    return rows.int().to(device)
+
+
+def outputs(dims, rows, dtype, device):
+    shapes = ((rows, dims.num_heads, dims.qk_head_dim), (rows, dims.num_heads, dims.v_head_dim))
+    return [torch.full(shape, torch.nan, dtype=dtype, device=device) for shape in shapes]
+
+
+def check(dims, latents, rows, weight, k, v):
+    """At most twice torch's own error in this dtype, or what sums of float32 in another order differ by; rope bits as they were."""
+    count = len(k)
+    exact = outputs(dims, count, torch.float64, "cpu")
+    reference.kv_up_project(latents.double().cpu(), None if rows is None else rows.cpu(), weight.double().cpu(), *exact)
+    own = outputs(dims, count, weight.dtype, latents.device)
+    reference.kv_up_project(latents, rows, weight, *own)
+    nope = dims.qk_nope_head_dim
+    assert same_bits(k[..., nope:], own[0][..., nope:])
+    for got, theirs, right in zip((k, v), own, exact, strict=True):
+        assert got.dtype == weight.dtype
+        if count:
+            limit = 2 * (theirs.double().cpu() - right).abs().max().item()
+            limit = max(limit, 2**-23 * dims.kv_lora_rank**0.5 * right.abs().max().item())
+            assert (got.double().cpu() - right).abs().max().item() <= limit
+
+
+@projects
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dims", [*WIDE, *ODD], ids=lambda d: f"{d.num_heads}x{d.qk_nope_head_dim}+{d.qk_rope_head_dim}")
+def test_shares_of_torchs_error(device, backend, dims, dtype):
+    if backend == "cuda" and (dims in ODD or dtype == torch.float32):
+        pytest.skip("not a shape of the CUDA kernel")
+    if (device, backend) == ("cpu", "triton") and dims in WIDE and dims.num_heads > 1:
+        pytest.skip("large shapes take the interpreter minutes")
+    sizes = [1, 65, 300, 5000] if device == "cuda" else [1, 65]
+    for count in sizes:
+        latents, weight = make(dims, 2 * count, dtype, device, count)
+        for rows in (random_rows(count, 2 * count, device, count), None):
+            k, v = kv_up_project(latents, rows, weight, dims, backend=backend)
+            check(dims, latents, rows, weight, k, v)
+
+
+@projects
+@pytest.mark.parametrize("dims", [WIDE[2], ODD[0]], ids=["wide", "odd"])
+def test_rows_behind_the_last_one(device, backend, dims):
+    """Zeros up to the tile's end, nothing behind it, also where there is no row at all; results may be slices of larger ones."""
+    if backend == "cuda" and dims in ODD:
+        pytest.skip("not a shape of the CUDA kernel")
+    for count, room in ((5, 300), (0, 140), (128, 200), (130, 140)):
+        latents, weight = make(dims, 40, torch.bfloat16, device)
+        rows = random_rows(count, 40, device, count)
+        wholes = [
+            torch.full((room, dims.num_heads + 1, width + 8), torch.nan, dtype=torch.bfloat16, device=device)
+            for width in (dims.qk_head_dim, dims.v_head_dim)
+        ]
+        outs = [x[:, 1:, : x.shape[2] - 8] for x in wholes]
+        given = kv_up_project(latents, rows, weight, dims, k_out=outs[0], v_out=outs[1], backend=backend)
+        assert given[0] is outs[0]
+        assert given[1] is outs[1]
+        check(dims, latents, rows, weight, outs[0][:count], outs[1][:count])
+        end = min(room, -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE)
+        for whole, out in zip(wholes, outs, strict=True):
+            assert not out[count:end].any()
+            assert out[end:].isnan().all()
+            assert whole[:, 0].isnan().all()
+            assert whole[:, :, -8:].isnan().all()
+
+
+@projects
+def test_slots_of_a_paged_cache(device, backend):
+    """A layer of a larger cache, shuffled blocks, after two steps of a prompt on 2 ranks: natural order comes out."""
+    dims, dtype = WIDE[2], torch.bfloat16
+    latents, weight = make(dims, 43, dtype, device)
+    cache = torch.full((9, 2, 8, dims.latent_dim), torch.nan, dtype=dtype, device=device)[:, 1]
+    table = torch.tensor([[5, 1, 7, 4, 0, 8]], dtype=torch.int32, device=device)
+    done = 0
+    for length in (20, 23):
+        metas = [PCPPlanner(1, 60, 2, rank, block_size=8, device=device).plan([length], [done], [True], table) for rank in (0, 1)]
+        gathered = latents.new_full((2, metas[0].num_tokens_padded, dims.latent_dim), torch.nan)
+        for to, meta in zip(gathered, metas, strict=True):
+            to[: meta.num_tokens] = latents[done + meta.local_token_indices.long()]
+        write_latent_cache(gathered.flatten(0, 1), cache, metas[0].slot_mapping)
+        done += length
+        k, v = kv_up_project(cache, metas[0].kv_rows, weight, dims, backend=backend)
+        check(dims, latents[:done], None, weight, k, v)
+    k, v = kv_up_project(gathered.flatten(0, 1), metas[0].allgather_restore_idx, weight, dims, backend=backend)
+    check(dims, latents[20:], None, weight, k, v)
+
+
+@projects
+def test_float8_latents_with_a_scale(device, backend):
+    dims = WIDE[2]
+    latents, weight = make(dims, 50, torch.bfloat16, device)
+    scale = torch.tensor([0.02], device=device)
+    cache = torch.zeros(50, dims.latent_dim, device=device).to(torch.float8_e4m3fn)
+    write_latent_cache(latents, cache, torch.arange(50, device=device), scale=scale)
+    rows = random_rows(30, 50, device, 1)
+    k, v = kv_up_project(cache, rows, weight, dims, scale=scale, backend=backend)
+    check(dims, (cache.float() * scale).bfloat16(), rows, weight, k, v)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("room", [None, 200])
+def test_linear_module_in_place_of_a_weight(device, room):
+    dims = ODD[0]
+    latents, weight = make(dims, 50, torch.float32, device)
+    rows = random_rows(30, 50, device, 1)
+    wanted = kv_up_project(latents, rows, weight, dims, backend="reference")
+    linear = torch.nn.Linear(*weight.T.shape, bias=False, device=device).requires_grad_(False)
+    linear.weight.copy_(weight)
+    outs = (None, None) if room is None else outputs(dims, room, torch.float32, device)
+    for module in (linear, lambda x: (linear(x), None)):
+        k, v = kv_up_project(latents, rows, None, dims, linear=module, k_out=outs[0], v_out=outs[1])
+        torch.testing.assert_close((k[:30], v[:30]), wanted)
+        if room is not None:
+            assert not k[30:128].any()
+            assert not v[30:128].any()
+            assert k[128:].isnan().all()
+
+
+@everywhere
+@given(
+    st.sampled_from([torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float64]),
+    st.integers(0, 40),
+    st.integers(1, 5),
+    st.sampled_from([(128, 64), (5, 3), (64, 8), (192, 64)]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+def test_random_concats(device, backend, dtype, tokens, heads, widths, gaps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    nope, rope = widths
+    k_nope = random_bytes((tokens, heads, nope + 128 * gaps), dtype, device, generator)[..., :nope]
+    k_pe = random_bytes((tokens, rope + 512 * gaps), dtype, device, generator)[:, -rope:]
+    bits = [x.contiguous().view(torch.uint8) for x in (k_nope, k_pe[:, None].expand(tokens, heads, rope))]
+    wanted = torch.cat(bits, dim=2).view(dtype)
+    assert same_bits(concat_k(k_nope, k_pe, backend=backend), wanted)
+    whole = random_bytes((tokens + 1, heads + 1, nope + rope), dtype, device, generator)
+    before = whole.view(torch.uint8).clone()
+    out = whole[1:, 1:]
+    assert concat_k(k_nope, k_pe[:, None], out=out, backend=backend) is out
+    assert same_bits(out.contiguous(), wanted)
+    assert torch.equal(whole.view(torch.uint8)[0], before[0])
+    assert torch.equal(whole.view(torch.uint8)[:, 0], before[:, 0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck_and_compile(device):
+    dims = WIDE[2]
+    latents, weight = make(dims, 40, torch.bfloat16, device)
+    rows = random_rows(30, 40, device, 3)
+    outs = outputs(dims, 30, torch.bfloat16, device)
+    torch.library.opcheck(torch.ops.pcp_mla.kv_up_project.default, (latents, rows, weight, *outs))
+    k_nope, k_pe = outs[0][..., :64].clone(), latents[:30, 64:]
+    torch.library.opcheck(torch.ops.pcp_mla.concat_k.default, (k_nope, k_pe, torch.empty_like(outs[0])))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(latents, rows, weight):
+        k, v = kv_up_project(latents, rows, weight, dims)
+        return concat_k(k[..., :64], k[:, 0, 64:]) + 1, v + 1
+
+    k, v = kv_up_project(latents, rows, weight, dims)
+    assert same_bits(compiled(latents, rows, weight)[0], k + 1)
+    assert same_bits(compiled(latents, rows, weight)[1], v + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_graph_replay_with_other_rows(backend):
+    dims = WIDE[0]
+    latents, weight = make(dims, 400, torch.bfloat16, "cuda")
+    rows = random_rows(300, 400, "cuda", 1)
+    k, v = kv_up_project(latents, rows, weight, dims, backend=backend)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        kv_up_project(latents, rows, weight, dims, k_out=k, v_out=v, backend=backend)
+        again = concat_k(k[..., :128], k[:, 0, 128:], backend=backend)
+    rows.copy_(random_rows(300, 400, "cuda", 2))
+    latents.mul_(2)
+    graph.replay()
+    check(dims, latents, rows, weight, k, v)
+    assert same_bits(again, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_offsets_past_two_to_the_31(backend):
+    """K has 2.3e9 numbers; its last rows are checked, and what lies behind the cache's 2^31st number is read."""
+    dims, count = MLADims(128, 128, 64, 128, 512), 95000
+    latents, weight = make(dims, 4_000_000, torch.bfloat16, "cpu")
+    latents, weight = latents.cuda(), weight.cuda()
+    rows = torch.arange(4_000_000 - count, 4_000_000, dtype=torch.int32, device="cuda")
+    k, v = kv_up_project(latents, rows, weight, dims, backend=backend)
+    assert k.numel() > 2**31
+    for part in (slice(0, 200), slice(87300, 87500), slice(count - 200, count)):
+        check(dims, latents, rows[part], weight, k[part], v[part])
+
+
+@pytest.mark.gpu
+def test_kernel_for_each_shape():
+    """On a Hopper GPU the CUDA kernel takes the widths of real models; auto finds Triton for the others."""
+    for dims in (WIDE[0], ODD[0]):
+        latents, weight = make(dims, 40, torch.bfloat16, "cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            kv_up_project(latents, None, weight, dims)
+            torch.cuda.synchronize()
+        names = [event.name for event in profile.events() if "kv_up_project" in event.name]
+        hopper = torch.cuda.get_device_capability()[0] == 9
+        assert len(names) == 1, names
+        assert ("cuda::" in names[0]) == (hopper and dims is WIDE[0]), names
+
+
+DIMS = MLADims(2, 16, 8, 24, 32)
+GOOD = {
+    "latents": torch.zeros(9, 40),
+    "rows": torch.zeros(5, dtype=torch.int32),
+    "weight": torch.zeros(80, 32),
+    "dims": DIMS,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"latents": 3}, TypeError, "latents must be a torch.Tensor, got int"),
+        ({"latents": torch.zeros(9, 41)}, ValueError, r"latents must be \[rows, 40\] or .* got \(9, 41\)"),
+        ({"latents": torch.zeros(40, 9).T}, ValueError, "latents must have a contiguous last dimension"),
+        ({"latents": torch.zeros(9, 40).half()}, TypeError, "latents must be float32 as weight, .* got float16"),
+        ({"latents": torch.zeros(9, 40, requires_grad=True)}, NotImplementedError, "latents must not require gradients"),
+        ({"rows": torch.zeros(5)}, TypeError, "rows must be int32, got float32"),
+        ({"rows": torch.zeros(10, dtype=torch.int32)[::2]}, ValueError, "rows must be contiguous"),
+        ({"rows": torch.zeros(5, 1, dtype=torch.int32)}, ValueError, "rows must have 1 dimensions"),
+        ({"weight": torch.zeros(81, 32)}, ValueError, "weight must have shape"),
+        ({"weight": torch.zeros(80, 32).int()}, NotImplementedError, "weight must be bfloat16, float16 or float32, got int32"),
+        ({"weight": None}, ValueError, "weight or linear must be given"),
+        ({"linear": torch.nn.Identity()}, ValueError, "weight or linear must be given, and not both"),
+        ({"k_out": torch.zeros(4, 2, 24)}, ValueError, "k_out must have at least 5 rows, got 4"),
+        ({"k_out": torch.zeros(5, 2, 23)}, ValueError, "k_out must have shape"),
+        ({"v_out": torch.zeros(5, 2, 24).half()}, TypeError, "v_out must be float32, got float16"),
+        ({"v_out": torch.zeros(1, 2, 24).expand(5, 2, 24)}, ValueError, "v_out must not be expanded"),
+        ({"weight": None, "linear": torch.nn.Linear(32, 81)}, ValueError, "linear's result must have shape"),
+        ({"backend": "cpu"}, RuntimeError, "backend 'cpu' is not available: it has no C.. kernel"),
+    ],
+)
+def test_errors(change, error, words):
+    with pytest.raises(error, match=words):
+        kv_up_project(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((3, torch.zeros(5, 8)), TypeError, "k_nope must be a torch.Tensor, got int"),
+        ((torch.zeros(5, 2, 16), torch.zeros(4, 8)), ValueError, "k_pe must have shape"),
+        ((torch.zeros(5, 2, 16), torch.zeros(5, 8).half()), TypeError, "k_pe must be float32 as k_nope, got float16"),
+        ((torch.zeros(5, 2, 16), torch.zeros(5, 0)), ValueError, "k_nope and k_pe must have heads and widths"),
+        ((torch.zeros(5, 16, 2).mT, torch.zeros(5, 8)), ValueError, "k_nope must have a contiguous last dimension"),
+        ((torch.zeros(5, 2, 16).to(torch.complex128), torch.zeros(5, 8).to(torch.complex128)), TypeError, "at most 8 bytes"),
+    ],
+)
+def test_concat_errors(arguments, error, words):
+    with pytest.raises(error, match=words):
+        concat_k(*arguments)
+
+
+def test_concat_results_must_fit():
+    k_nope, k_pe = torch.zeros(5, 2, 16), torch.zeros(5, 8)
+    for out, words in ((torch.zeros(6, 2, 24), "out must have 5 rows, got 6"), (torch.zeros(5, 2, 23), "out must have shape")):
+        with pytest.raises(ValueError, match=words):
+            concat_k(k_nope, k_pe, out=out)
