@@ -1,6 +1,6 @@
 """kv_up_project beside the bare GEMM and beside torch's restore, kv_b_proj and K concat; concat_k beside torch's two copies.
 
-DeepSeek's widths in bf16, latents in blocks of 64 anywhere in a cache. Bytes: latents, weight, K and V once each. FLOPs: of the GEMM.
+DeepSeek's widths in bf16, latents in blocks of 64 anywhere in a cache. Bytes: latents, weight, K and V once. FLOPs: of the GEMM.
 """
 
 from __future__ import annotations

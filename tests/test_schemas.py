@@ -34,7 +34,7 @@ INTERNAL = {"plan_expand", *backends.COMPOSED.values()}
 def test_every_op_has_all_its_parts():
     defined = set(re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "ops.cpp").read_text()))
     assert defined == set(backends.SCHEMAS)
-    for op in defined:
+    for op in defined - set(backends.COMPOSED.values()):
         assert callable(getattr(reference, op))
     for op in (name for name in defined if name.removesuffix("_out") not in defined):
         name, stem = op if op in backends.FAMILIES else f"pcp_{op}", backends.family(op)

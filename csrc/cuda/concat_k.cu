@@ -15,8 +15,10 @@ struct Params {
   int32_t tokens, tile;
 };
 
+constexpr int kConcatBlocksPerSm = 6;  // two sources want more registers than one
+
 template <typename Vec>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) concat_k_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kConcatBlocksPerSm) concat_k_kernel(const __grid_constant__ Params p) {
   const int64_t first = int64_t{blockIdx.x} * p.tile;
   const int32_t rows = static_cast<int32_t>(min(int64_t{p.tile}, p.tokens - first));
   const uint32_t total = rows * p.per_row.divisor;
@@ -48,8 +50,15 @@ void concat_k(const Tensor& k_nope, const Tensor& k_pe, const Tensor& out) {
   if (c.out.tokens == 0) return;
   check(c.out.tokens <= INT32_MAX, "concat_k: there must be less than 2**31 tokens");
   const int bytes = access_bytes({&c.nope, &c.pe, &c.out}, 0);
-  Params p{Rows(c.nope, bytes), Rows(c.out, bytes), c.pe.data, c.pe.token_stride, static_cast<uint32_t>(c.nope.width / bytes), {}, {},
-           static_cast<int32_t>(c.out.tokens), tile_rows(c.out.heads * c.out.width, c.out.tokens)};
+  Params p{Rows(c.nope, bytes),
+           Rows(c.out, bytes),
+           c.pe.data,
+           c.pe.token_stride,
+           static_cast<uint32_t>(c.nope.width / bytes),
+           {},
+           {},
+           static_cast<int32_t>(c.out.tokens),
+           tile_rows(c.out.heads * c.out.width, c.out.tokens)};
   p.per_row = p.out.per_row;
   p.per_head = Divider(static_cast<uint32_t>(c.out.width / bytes));
   const DeviceGuard guard(c.out.kind);

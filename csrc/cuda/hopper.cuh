@@ -1,5 +1,5 @@
-// What sm_90 has and kernels here use, as functions: barriers in shared memory, tensor copies, asynchronous copies, matrix products of
-// a warpgroup, clusters. Names and semantics: PTX ISA 8.7, chapters "mbarrier", "cp.async", "wgmma", "cluster".
+// What sm_90 has and kernels here use, as functions: barriers in shared memory, tensor copies, asynchronous copies, matrix products
+// of a warpgroup, clusters. Names and semantics: PTX ISA 8.7, chapters "mbarrier", "cp.async", "wgmma", "cluster".
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -17,7 +17,7 @@ __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// Makes initialised barriers visible to the other block of a cluster and to the copy engine.
+// Makes initialised barriers visible to the copy engine.
 __device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -40,45 +40,13 @@ __device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the same barrier of another block of the cluster.
-__device__ inline void barrier_arrive_remote(uint32_t barrier, uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(barrier),
-      "r"(block)
-      : "memory");
-}
-
-// Clusters.
-
-__device__ inline uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Copies. A tensor copy completes on a barrier; with `blocks`, a bit mask, it writes to the same place in several blocks of the cluster.
+// Copies. A tensor copy completes on a barrier; with `blocks`, a bit mask, it writes to the same place in several blocks of the
+// cluster.
 
 __device__ inline void tensor_load_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
                "l"(map), "r"(barrier), "r"(x), "r"(y)
                : "memory");
-}
-
-__device__ inline void tensor_load_2d_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y,
-                                                uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], "
-      "%5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
-      : "memory");
 }
 
 // 16 bytes, or 16 zeros.
@@ -113,27 +81,27 @@ __device__ void product_wait() {
 
 #define PCP_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PCP_D16(i) PCP_D4(i), PCP_D4(i + 4), PCP_D4(i + 8), PCP_D4(i + 12)
-#define PCP_PRODUCT_64(type)                                                                                      \
-  asm volatile(                                                                                                   \
-      "{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"                                                          \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type                                                          \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "    \
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, more, 1, 1, 0, 0;\n}"                         \
-      : PCP_D16(0), PCP_D16(16)                                                                                   \
+#define PCP_PRODUCT_64(type)                                                                                   \
+  asm volatile(                                                                                                \
+      "{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"                                                       \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type                                                       \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, more, 1, 1, 0, 0;\n}"                      \
+      : PCP_D16(0), PCP_D16(16)                                                                                \
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
-#define PCP_PRODUCT_128(type)                                                                                     \
-  asm volatile(                                                                                                   \
-      "{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"                                                          \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type                                                         \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "    \
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, " \
+#define PCP_PRODUCT_128(type)                                                                                      \
+  asm volatile(                                                                                                    \
+      "{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"                                                           \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type                                                          \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "     \
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "  \
       "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-      "%64, %65, more, 1, 1, 0, 0;\n}"                                                                            \
-      : PCP_D16(0), PCP_D16(16), PCP_D16(32), PCP_D16(48)                                                         \
+      "%64, %65, more, 1, 1, 0, 0;\n}"                                                                             \
+      : PCP_D16(0), PCP_D16(16), PCP_D16(32), PCP_D16(48)                                                          \
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
-// d [64, N] += a [64, 16] b [N, 16]^T, or = without `accumulate`. Lane l of warp w has, for every 8 columns, columns 2 (l % 4) and the
-// next one of rows 16 w + l / 4 and 8 further down.
+// d [64, N] += a [64, 16] b [N, 16]^T, or = without `accumulate`. Lane l of warp w has, for every 8 columns, columns 2 (l % 4) and
+// the next one of rows 16 w + l / 4 and 8 further down.
 template <typename T>
 __device__ void product(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (sizeof(T) == 2 && __is_same(T, __half)) {

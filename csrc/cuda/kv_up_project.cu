@@ -22,21 +22,21 @@ CUtensorMap weight_map(const UpProject& u, uint32_t box_rows) {
   const cuuint64_t sizes[2] = {u.rank, uint64_t{u.heads} * (u.nope + u.v_dim)}, strides[1] = {uint64_t(u.weight_stride)};
   const cuuint32_t box[2] = {kSlab, box_rows}, steps[2] = {1, 1};
   const auto type = u.kind.dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = encode(&map, type, 2, const_cast<char*>(u.weight), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, type, 2, const_cast<char*>(u.weight), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(result == CUDA_SUCCESS, "kv_up_project: no tensor map for the weight, error ", static_cast<int>(result));
   return map;
 }
 
-// Heads of an item: the fewest rounds of all clusters, each with the time of its heads and some for the first latents.
-uint32_t heads_an_item(uint32_t row_tiles, uint32_t heads, uint32_t clusters) {
+// Heads of an item: the fewest rounds of all blocks, each with the time of its heads and some for the first latents.
+uint32_t heads_an_item(uint32_t row_tiles, uint32_t heads, uint32_t blocks) {
   constexpr double load = 0.7;  // in times of a head
   uint32_t best = 1;
   double least = 1e30;
   for (uint32_t n = 1; n <= heads; ++n) {
     const uint64_t items = uint64_t{row_tiles} * ((heads + n - 1) / n);
-    const double time = static_cast<double>((items + clusters - 1) / clusters) * (n + load);
+    const double time = static_cast<double>((items + blocks - 1) / blocks) * (n + load);
     if (time < least) {
       least = time;
       best = n;
@@ -45,52 +45,39 @@ uint32_t heads_an_item(uint32_t row_tiles, uint32_t heads, uint32_t clusters) {
   return best;
 }
 
-template <typename T, int kN, int kCluster>
+template <typename T, int kN>
 void launch(const UpProject& u) {
   const DeviceGuard guard(u.kind);
   const int device = u.kind.device_index;
-  const uint32_t clusters = device_attribute(cudaDevAttrMultiProcessorCount, device) / kCluster;
+  const uint32_t processors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_cast<int>(sizeof(Barriers));
   Schedule s{};
   s.slabs = u.rank / kSlab;
   const int fixed = static_cast<int>(kAtomBytes + (s.slabs + 1) * kSlabBytes), stage = kN * kRowBytes;
   s.stages = std::clamp((limit - fixed) / stage, 0, kMaxStages);
   check(s.slabs < kMaxSlabs && s.stages >= 3, "kv_up_project: kv_lora_rank ", u.rank, " needs more shared memory than there is");
-  s.row_tiles = (u.written + kRows * kCluster - 1) / (kRows * kCluster);
-  s.heads_an_item = heads_an_item(s.row_tiles, u.heads, clusters);
+  s.row_tiles = (u.written + kRows - 1) / kRows;
+  s.heads_an_item = heads_an_item(s.row_tiles, u.heads, processors);
   s.items = s.row_tiles * ((u.heads + s.heads_an_item - 1) / s.heads_an_item);
-  const auto kernel = kv_up_project_kernel<T, kN, kCluster>;
+  const auto kernel = kv_up_project_kernel<T, kN>;
   const int bytes = fixed + static_cast<int>(s.stages) * stage;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  const CUtensorMap map = weight_map(u, kN / kCluster);
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeClusterDimension;
-  together.val.clusterDim = {kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = std::min(s.items, clusters) * kCluster;
-  config.blockDim = kBlockThreads;
-  config.dynamicSmemBytes = bytes;
-  config.stream = current_stream(u.kind);
-  config.attrs = &together;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, u, s, map));
-}
-
-template <typename T, int kN>
-void launch_clusters(const UpProject& u) {
-  u.written > kRows ? launch<T, kN, 2>(u) : launch<T, kN, 1>(u);
+  const CUtensorMap map = weight_map(u, kN);
+  kernel<<<std::min(s.items, processors), kBlockThreads, bytes, current_stream(u.kind)>>>(u, s, map);
+  check_cuda(cudaGetLastError());
 }
 
 template <typename T>
 void launch_columns(const UpProject& u) {
-  u.nope % 128 == 0 && u.v_dim % 128 == 0 ? launch_clusters<T, 128>(u) : launch_clusters<T, 64>(u);
+  u.nope % 128 == 0 && u.v_dim % 128 == 0 ? launch<T, 128>(u) : launch<T, 64>(u);
 }
 
 void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& k_out,
                          const Tensor& v_out) {
   const UpProject u(latents, rows, weight, k_out, v_out);
   check(u.kind.dtype == kBFloat16 || u.kind.dtype == kFloat16, "kv_up_project: the CUDA kernel needs bfloat16 or float16");
-  check(u.rank % kSlab == 0 && u.nope > 0 && u.nope % 64 == 0 && u.v_dim > 0 && u.v_dim % 64 == 0 && u.rope % 8 == 0 && u.rope <= kSlab,
+  check(u.rank % kSlab == 0 && u.nope > 0 && u.nope % 64 == 0 && u.v_dim > 0 && u.v_dim % 64 == 0 && u.rope % 8 == 0 &&
+            u.rope <= kSlab,
         "kv_up_project: the CUDA kernel needs kv_lora_rank, nope and v in multiples of 64 and rope of 8, at most 64; got ", u.rank,
         ", ", u.nope, ", ", u.v_dim, ", ", u.rope);
   uint64_t bits = u.block_stride | u.row_stride | u.weight_stride | u.k_row | u.k_head | u.v_row | u.v_head;

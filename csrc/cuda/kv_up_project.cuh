@@ -1,10 +1,10 @@
 // kv_up_project on sm_90: gather, product with the weight and K concat in one launch.
 //
-// A block keeps the latents of 128 rows in shared memory, kv_c in slabs of 64 columns and k_pe, and multiplies them with the weights
-// of several heads, which stream through a ring of stages; the two blocks of a cluster have different rows and the same weights, of
-// which each loads half for both. One warp issues these loads, two gather latents, each slab of the next rows as soon as the last
-// product has read the old one, and two warpgroups take the output tiles (kN columns of a head's K or V) in turn: one multiplies while
-// the other stores. A thread's results are exchanged with its neighbours so that 64 bytes of a row leave together.
+// A block keeps the latents of 128 rows in shared memory, kv_c in slabs of 64 columns and k_pe, and multiplies them with the
+// weights of several heads, which stream through a ring of stages; the two blocks of a cluster have different rows and the same
+// weights, of which each loads half for both. One warp issues these loads, two gather latents, each slab of the next rows as soon
+// as the last product has read the old one, and two warpgroups take the output tiles (kN columns of a head's K or V) in turn: one
+// multiplies while the other stores. A thread's results are exchanged with its neighbours so that 64 bytes of a row leave together.
 #pragma once
 #include "../kv_up_project.h"
 #include "hopper.cuh"
@@ -23,14 +23,15 @@ constexpr int kMaxStages = 10;
 constexpr int kMaxSlabs = 12;  // with that of k_pe
 
 struct Schedule {
-  uint32_t row_tiles;      // groups of rows, kRows for each block of a cluster
-  uint32_t heads_an_item;  // heads that these are multiplied with before the next rows are loaded
-  uint32_t items;          // heads change slowest: clusters that run together share their weights in L2
+  uint32_t row_tiles;
+  uint32_t heads_an_item;  // that a tile of rows is multiplied with before the next one is loaded
+  uint32_t items;          // heads change slowest: blocks that run together share their weights in L2
   uint32_t slabs, stages;
 };
 
 struct Barriers {
   uint64_t slab_full[kMaxSlabs], slab_empty[kMaxSlabs], stage_full[kMaxStages], stage_empty[kMaxStages];
+  uint64_t turn[2];  // of each warpgroup: the other one has seen all stages of the tile before
 };
 
 // Only the pass for sm_90a knows these instructions; the host's pass must see a kernel's calls.
@@ -54,10 +55,9 @@ struct Item {
   uint32_t first_row, first_head, heads;
 };
 
-template <int kCluster>
-__device__ Item item_at(const UpProject& u, const Schedule& s, uint32_t number, uint32_t block) {
+inline __device__ Item item_at(const UpProject& u, const Schedule& s, uint32_t number) {
   const uint32_t group = number / s.row_tiles, tile = number - group * s.row_tiles, head = group * s.heads_an_item;
-  return {(tile * kCluster + block) * kRows, head, min(s.heads_an_item, u.heads - head)};
+  return {tile * kRows, head, min(s.heads_an_item, u.heads - head)};
 }
 
 template <typename T>
@@ -80,25 +80,19 @@ __device__ uint4 gather_block(const uint32_t (&v)[4], uint32_t lane) {
   return high ? make_uint4(s0, s1, y0, y1) : make_uint4(x0, x1, s0, s1);
 }
 
-template <int kCluster>
-__device__ void load_weights(const UpProject& u, const Schedule& s, const CUtensorMap* map, uint32_t stages, const Barriers& b,
-                             uint32_t block, uint32_t cluster, uint32_t clusters, uint32_t columns) {
-  const uint32_t share = columns / kCluster, bytes = columns * kRowBytes;
+template <int kN>
+__device__ void load_weights(const UpProject& u, const Schedule& s, const CUtensorMap* map, uint32_t stages, const Barriers& b) {
+  constexpr uint32_t bytes = kN * kRowBytes;
   Ring ring;
-  for (uint32_t number = cluster; number < s.items; number += clusters) {
-    const Item item = item_at<kCluster>(u, s, number, block);
+  for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x) {
+    const Item item = item_at(u, s, number);
     const uint32_t first = item.first_head * (u.nope + u.v_dim), last = first + item.heads * (u.nope + u.v_dim);
-    for (uint32_t row = first; row < last; row += columns) {
+    for (uint32_t row = first; row < last; row += kN) {
       for (uint32_t slab = 0; slab < s.slabs; ++slab) {
         const uint32_t full = shared_address(&b.stage_full[ring.stage]);
         barrier_wait(shared_address(&b.stage_empty[ring.stage]), ring.parity ^ 1);
         barrier_arrive_expect(full, bytes);
-        const uint32_t to = stages + ring.stage * bytes + block * share * kRowBytes;
-        if constexpr (kCluster == 1) {
-          tensor_load_2d(to, map, full, slab * kSlab, row);
-        } else {
-          tensor_load_2d_multicast(to, map, full, slab * kSlab, row + block * share, (1 << kCluster) - 1);
-        }
+        tensor_load_2d(stages + ring.stage * bytes, map, full, slab * kSlab, row);
         ring.advance(1, s.stages);
       }
     }
@@ -106,15 +100,14 @@ __device__ void load_weights(const UpProject& u, const Schedule& s, const CUtens
 }
 
 // Eight lanes a row of a slab; `warp` counts the gathering warps.
-template <int kCluster>
-__device__ void load_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t block,
-                             uint32_t cluster, uint32_t clusters, uint32_t warp, uint32_t lane) {
+inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t warp,
+                                    uint32_t lane) {
   constexpr uint32_t rows_a_warp = kRows / kGatherWarps, step = 8, in_warp = step / kGatherWarps, turns = kRows / step;
   const uint32_t row_in_step = warp * in_warp + lane / 8, piece = lane % 8;
   const uint32_t to = slabs + row_in_step * kRowBytes + ((piece ^ row_in_step) << 4);
   uint32_t parity = 0;
-  for (uint32_t number = cluster; number < s.items; number += clusters, parity ^= 1) {
-    const Item item = item_at<kCluster>(u, s, number, block);
+  for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
+    const Item item = item_at(u, s, number);
     int64_t looked_up[rows_a_warp / 32];
 #pragma unroll
     for (uint32_t h = 0; h < rows_a_warp / 32; ++h) {
@@ -143,31 +136,28 @@ __device__ void load_latents(const UpProject& u, const Schedule& s, uint32_t sla
     }
     copy_async_wait<0>();
     proxy_fence();
-    if (s.slabs > 0) barrier_arrive(shared_address(&b.slab_full[s.slabs - 1]));
+    barrier_arrive(shared_address(&b.slab_full[s.slabs - 1]));
     barrier_arrive(shared_address(&b.slab_full[s.slabs]));
   }
 }
 
 // One warpgroup's share of the products, and their way out.
-template <typename T, int kN, int kCluster>
-__device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, uint32_t stages, const Barriers& b, uint32_t block,
-                         uint32_t cluster, uint32_t clusters, uint32_t group) {
+template <typename T, int kN>
+__device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, uint32_t stages, const Barriers& b,
+                         uint32_t group) {
   const uint32_t thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
   const uint32_t k_tiles = u.nope / kN, tiles_a_head = k_tiles + u.v_dim / kN;
   const auto release_slab = [&](uint32_t slab) {
     if (lane == 0) barrier_arrive(shared_address(&b.slab_empty[slab]));
   };
   const auto release_stage = [&](uint32_t stage) {
-    if constexpr (kCluster == 1) {
-      if (lane == 0) barrier_arrive(shared_address(&b.stage_empty[stage]));
-    } else {
-      if (lane < kCluster) barrier_arrive_remote(shared_address(&b.stage_empty[stage]), lane);
-    }
+    if (lane == 0) barrier_arrive(shared_address(&b.stage_empty[stage]));
   };
   Ring ring;
-  uint32_t turn = 0, parity = 0;  // whose tile the next one is
-  for (uint32_t number = cluster; number < s.items; number += clusters, parity ^= 1) {
-    const Item item = item_at<kCluster>(u, s, number, block);
+  uint32_t turn = 0, parity = 0;      // whose tile the next one is
+  uint32_t turn_parity = group == 0;  // the first turn is free
+  for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
+    const Item item = item_at(u, s, number);
     const uint32_t tiles = item.heads * tiles_a_head;
     const uint32_t mine = tiles - 1 - ((tiles - 1 + turn) % 2 != group);  // the last of this warpgroup; ~0 for none
     if (mine == ~0u) {
@@ -181,6 +171,10 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
         ring.advance(s.slabs, s.stages);
         continue;
       }
+      // A barrier tells a phase from the one before it, not from older ones: nobody may wait for a stage that is still to be
+      // filled for an earlier tile. One multiplies at a time anyway.
+      barrier_wait(shared_address(&b.turn[group]), turn_parity);
+      turn_parity ^= 1;
       float sum[2][kN / 2];
       uint32_t before = 0;
       for (uint32_t slab = 0; slab < s.slabs; ++slab) {
@@ -195,6 +189,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
           for (int m = 0; m < 2; ++m) product<T>(sum[m], x + m * (kSlabBytes / 2 >> 4) + 2 * k, w + 2 * k, slab > 0 || k > 0);
         }
         product_commit();
+        if (slab == s.slabs - 1 && lane == 0) barrier_arrive(shared_address(&b.turn[group ^ 1]));
         product_wait<1>();
         if (slab > 0) {
           release_stage(before);
@@ -251,7 +246,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
 
 #endif
 
-template <typename T, int kN, int kCluster>
+template <typename T, int kN>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     kv_up_project_kernel(const __grid_constant__ UpProject u, const __grid_constant__ Schedule s,
                          const __grid_constant__ CUtensorMap weight) {
@@ -261,7 +256,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const uint32_t slabs = (shared_address(memory) + kAtomBytes - 1) / kAtomBytes * kAtomBytes;
   const uint32_t stages = slabs + (s.slabs + 1) * kSlabBytes;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t block = kCluster == 1 ? 0 : cluster_rank(), cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxSlabs; ++i) {
       barrier_init(shared_address(&b.slab_full[i]), kGatherWarps * 32);
@@ -269,20 +263,19 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
     for (int i = 0; i < kMaxStages; ++i) {
       barrier_init(shared_address(&b.stage_full[i]), 1);
-      barrier_init(shared_address(&b.stage_empty[i]), kCluster * kGroupThreads / 32);
+      barrier_init(shared_address(&b.stage_empty[i]), kGroupThreads / 32);
     }
+    for (uint64_t& turn : b.turn) barrier_init(shared_address(&turn), kGroupThreads / 32);
     barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (kCluster > 1) cluster_sync();
   if (warp >= kGroupThreads / 32) {
-    multiply<T, kN, kCluster>(u, s, slabs, stages, b, block, cluster, clusters, threadIdx.x / kGroupThreads - 1);
+    multiply<T, kN>(u, s, slabs, stages, b, threadIdx.x / kGroupThreads - 1);
   } else if (warp == 0) {
-    if (lane == 0) load_weights<kCluster>(u, s, &weight, stages, b, block, cluster, clusters, kN);
+    if (lane == 0) load_weights<kN>(u, s, &weight, stages, b);
   } else if (warp <= kGatherWarps) {
-    load_latents<kCluster>(u, s, slabs, b, block, cluster, clusters, warp - 1, lane);
+    load_latents(u, s, slabs, b, warp - 1, lane);
   }
-  if constexpr (kCluster > 1) cluster_sync();  // the other block may still write to this one's memory
 #endif
 }
 

@@ -113,7 +113,8 @@ __device__ int64_t offset(const ShareStrides& strides, int64_t row, int32_t head
   return kMax == 2 ? row * strides.token + head * strides.head : strides.offset(row, head, heads);
 }
 
-template <typename T, typename Out, int kVec, int kMax>
+// kPlain: every row is merged, to the row of its number. Less code: a kernel as short as this waits for its instructions, too.
+template <typename T, typename Out, int kVec, int kMax, bool kPlain>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ MergeParams<kMax> p) {
   using In = Pack<T, kVec>;
   constexpr int group = kGroup<kMax>;
@@ -146,12 +147,12 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     }
   };
 
-  const bool early = !job.has_ops && job.out_rows == nullptr;  // else some rows may not be wanted
+  const bool early = kPlain || (!job.has_ops && job.out_rows == nullptr);  // else some rows may not be wanted
   if (early && next_e < total) load(false);
   if (lane < pairs) {
     const uint32_t row = p.per_row.divide(first + lane), head = first + lane - row * job.heads;
-    const int32_t bits = job.row_bits(row);
-    const int64_t to = bits == 0 ? -1 : job.target_row(row);
+    const int32_t bits = kPlain ? 3 : job.row_bits(row);
+    const int64_t to = kPlain ? row : bits == 0 ? -1 : job.target_row(row);
     float* weight = weights + lane * room;
     out_at[lane] = to < 0 ? -1 : offset<kMax>(job.out_strides, to, head, job.out_heads);
     if (to >= 0) {
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   }
 }
 
-template <typename T, typename Out, int kVec, int kMax>
+template <typename T, typename Out, int kVec, int kMax, bool kPlain>
 void launch(const MergeStates& m) {
   MergeParams<kMax> p;
   p.job = m.job;
@@ -227,7 +228,7 @@ void launch(const MergeStates& m) {
   const int by_count = std::max<int>(p.pairs / 4096, kLanes / p.vecs);
   p.tile = std::clamp(std::min(by_size, by_count), 1, std::min(kLanes, kMaxWeights / p.room));
   const DeviceGuard guard(m.kind);
-  merge_kernel<T, Out, kVec, kMax><<<blocks(p.pairs, p.tile * kWarps), kMergeThreads, 0, current_stream(m.kind)>>>(p);
+  merge_kernel<T, Out, kVec, kMax, kPlain><<<blocks(p.pairs, p.tile * kWarps), kMergeThreads, 0, current_stream(m.kind)>>>(p);
   check_cuda(cudaGetLastError());
 }
 
@@ -252,11 +253,12 @@ template <typename T, typename Out>
 void merge(const MergeStates& m) {
   constexpr int vec = 16 / sizeof(T);
   const bool two = m.job.count == 2 && m.job.only < 0;
-  if (is_aligned<T, Out>(m)) {
-    two ? launch<T, Out, vec, 2>(m) : launch<T, Out, vec, kMaxPartials>(m);
-  } else {
-    two ? launch<T, Out, 1, 2>(m) : launch<T, Out, 1, kMaxPartials>(m);
+  if (!is_aligned<T, Out>(m)) return two ? launch<T, Out, 1, 2, false>(m) : launch<T, Out, 1, kMaxPartials, false>(m);
+  if (!two) return launch<T, Out, vec, kMaxPartials, false>(m);
+  if constexpr (std::is_same_v<T, Out>) {
+    if (!m.job.has_ops && m.job.out_rows == nullptr) return launch<T, Out, vec, 2, true>(m);
   }
+  launch<T, Out, vec, 2, false>(m);
 }
 
 template <typename T>

@@ -154,11 +154,12 @@ def register_composed(
     op: str, fake: Callable[..., Any], *, cpu: Callable[..., Any], cuda: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Register an op of :data:`COMPOSED`, whose implementations are Python functions, and return the op to call."""
-    if native.status["_native"]:
-        _library.define(op + SCHEMAS[op])
+    for name in (op, COMPOSED[op]):
+        if native.status["_native"]:
+            _library.define(name + SCHEMAS[name])
+        torch.library.register_fake(f"pcp_mla::{name}", fake, lib=_library)
     _library.impl(op, cpu, "CPU")
     _library.impl(op, cuda, "CUDA")
-    torch.library.register_fake(f"pcp_mla::{op}", fake, lib=_library)
     return getattr(torch.ops.pcp_mla, op).default
 
 

@@ -55,7 +55,7 @@ def _on_cuda(
 
 
 _up_project = register_composed("kv_up_project", _fake, cpu=reference.kv_up_project, cuda=_on_cuda)
-_wgmma = register("kv_up_project_wgmma", _fake)
+_wgmma = torch.ops.pcp_mla.kv_up_project_wgmma.default
 _concat = register("concat_k", _fake)
 
 

@@ -15,8 +15,6 @@ from .plan_expand import plan_expand
 from .rows import fused_gather, fused_gather_out, fused_restore, fused_restore_out
 from .up_project import concat_k, kv_up_project
 
-kv_up_project_wgmma = kv_up_project
-
 __all__ = [
     "concat_k",
     "cp_correct_out",
@@ -26,7 +24,6 @@ __all__ = [
     "fused_restore_out",
     "gather_latents",
     "kv_up_project",
-    "kv_up_project_wgmma",
     "merge_attn_states",
     "merge_attn_states_out",
     "merge_n_attn_states",

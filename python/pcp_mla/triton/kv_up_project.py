@@ -116,10 +116,10 @@ def kv_up_project(
     if written == 0:
         return
     if not latents.is_cuda and latents.dtype == torch.bfloat16:  # the interpreter multiplies it wrong and rounds it down
-        results = [torch.empty_like(x[:written], dtype=torch.float32) for x in (k_out, v_out)]
-        kv_up_project(latents.float(), rows, weight.float(), *results)
-        for out, result in zip((k_out, v_out), results, strict=True):
-            out[:written] = result
+        k, v = (torch.empty_like(x[:written], dtype=torch.float32) for x in (k_out, v_out))
+        kv_up_project(latents.float(), rows, weight.float(), k, v)
+        k_out[:written] = k
+        v_out[:written] = v
         return
     if config is None:
         gpu = torch.cuda.get_device_name(latents.device) if latents.is_cuda else "interpreter"
