@@ -1,4 +1,4 @@
-"""write_latent_cache and gather_latents beside torch's indexing and, where its library is loaded, vLLM's ops.
+"""write_latent_cache and gather_latents beside torch's indexing and, where they are (bench/peers.py), vLLM's ops.
 
 576-wide bf16 latents, blocks of 64, a request's blocks anywhere in the cache. Bytes: every row read and written once. FLOPs: none.
 ``graph_us`` is the time of a call in a CUDA graph of 20.
@@ -14,7 +14,7 @@ import torch
 from pcp_mla import gather_latents, write_latent_cache
 from pcp_mla.backends import availability
 
-from . import timing
+from . import peers, timing
 
 RANK, WIDTH, BLOCK = 512, 576, 64
 GPU_TOKENS = (512, 4096, 32768, 131072)
@@ -37,7 +37,7 @@ def make_paths(tokens: int, device: str, backends: list[str]) -> dict[str, Paths
         gather[backend] = lambda backend=backend: gather_latents(cache, rows, out=out, backend=backend)
     table, ends = blocks[None], torch.tensor([0, tokens], dtype=torch.int32, device=device)
     gather["auto table"] = lambda: gather_latents(cache, block_table=table, cu_seqlens=ends, out=out)
-    if cache.is_cuda and hasattr(torch.ops._C_cache_ops, "concat_and_cache_mla"):
+    if cache.is_cuda and peers.has_vllm_ops():
         vllm, scale = torch.ops._C_cache_ops, torch.ones(1, device=device)
         kv_c, k_pe = latents[:, :RANK].contiguous(), latents[:, RANK:].contiguous()
         sequence = torch.zeros(tokens, dtype=torch.int32, device=device)

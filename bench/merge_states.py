@@ -14,7 +14,7 @@ import torch
 from pcp_mla import merge_attn_states, merge_n_attn_states
 from pcp_mla.backends import availability
 
-from . import timing
+from . import peers, timing
 
 DIM = 128
 # Tokens, heads, partials.
@@ -40,7 +40,7 @@ def make_paths(outs: list[torch.Tensor], lses: list[torch.Tensor], backends: lis
             )
         else:
             paths[backend] = lambda backend=backend: merge_n_attn_states(outs, lses, backend=backend)
-    if len(outs) == 2 and outs[0].is_cuda and hasattr(torch.ops._C, "merge_attn_states"):
+    if len(outs) == 2 and outs[0].is_cuda and peers.has_vllm_ops():
         lse = torch.empty_like(lses[0].T.contiguous())
 
         def vllm() -> tuple[torch.Tensor, torch.Tensor]:

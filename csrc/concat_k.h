@@ -13,7 +13,7 @@ struct ConcatK {
   ConcatK(const Tensor& k_nope, const Tensor& k_pe, const Tensor& result)
       : nope(ragged("concat_k", "k_nope", k_nope)), out(ragged("concat_k", "out", result)) {
     const View p = view_of(k_pe);
-    const bool fits = p.dims == 2 && p.sizes[1] > 0 && (p.strides[1] == 1 || p.sizes[1] == 1) && p.sizes[0] == nope.tokens;
+    const bool fits = p.dims == 2 && (p.strides[1] == 1 || p.sizes[1] <= 1) && p.sizes[0] == nope.tokens;
     check(fits, "concat_k: k_pe must be [tokens, rope] with a contiguous last dimension");
     check(p.kind.same_device(nope.kind) && out.kind.same_device(nope.kind) && p.kind.dtype == nope.kind.dtype &&
               out.kind.dtype == nope.kind.dtype && out.tokens == nope.tokens && out.heads == nope.heads &&

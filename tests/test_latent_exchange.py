@@ -114,6 +114,7 @@ def test_exchange_and_cache_write_restore_the_order():
         ({"kv_c": torch.zeros(9, 12).half(), "k_pe": torch.zeros(9, 4).half()}, TypeError, "kv_c must be torch.float32, as the"),
         ({"k_pe": 3}, TypeError, "k_pe must be a tensor, got int"),
         ({"meta": PCPMetadata.build([9], world_size=2, rank=0)}, ValueError, "meta must be for rank 0 of 1"),
+        ({"k_pe": torch.zeros(4, 9).T}, ValueError, "k_pe must have a contiguous last dimension, got strides .1, 9."),
         (
             {"kv_c": torch.zeros(11, 12), "k_pe": torch.zeros(11, 4), "meta": PCPMetadata.build([11], world_size=1, rank=0)},
             ValueError,

@@ -54,8 +54,8 @@ class LatentExchange:
         has no pads; else they are packed.
 
         Args:
-            kv_c: [T, kv_lora_rank] this rank's normed latents in local order.
-            k_pe: [T, qk_rope_head_dim] their rotated keys.
+            kv_c: [T, kv_lora_rank] this rank's normed latents in local order; any row stride with a contiguous last dimension.
+            k_pe: [T, qk_rope_head_dim] their rotated keys, likewise.
             meta: the step, for this rank of the group.
 
         Returns:
@@ -76,12 +76,15 @@ class LatentExchange:
             raise ValueError(f"{op}: kv_c and k_pe must be {wanted} wide, got {kv_c.shape[1]} and {k_pe.shape[1]}")
         if kv_c.dtype != self._send.dtype:
             raise TypeError(f"{op}: kv_c must be {self._send.dtype}, as the exchange, got {kv_c.dtype}")
+        for name, x in (("kv_c", kv_c), ("k_pe", k_pe)):
+            if x.stride(1) != 1 and x.shape[1] > 1:
+                raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
         gathered = self._gathered[: self.world_size * padded]
         rows = self._side_by_side(kv_c, k_pe) if tokens == padded else None
         if rows is None:
             rows = gathered[self.rank * padded :][:padded] if self._in_place and self.world_size > 1 else self._send[:padded]
-            rows[:tokens, : self.kv_lora_rank] = kv_c
-            rows[:tokens, self.kv_lora_rank :] = k_pe
+            if tokens:
+                torch.ops.pcp_mla.concat_k(kv_c[:, None], k_pe, rows[:tokens, None])  # a key of one head
             if tokens < padded:
                 rows[tokens:].zero_()
         if self.world_size == 1:
