@@ -1,4 +1,4 @@
-"""Other projects' ops to measure beside ours, where they are: an installed vLLM, or its op library by the path in PCP_MLA_VLLM_OPS."""
+"""Other projects' ops to measure beside ours, where they are: an installed vLLM, or its op library, which PCP_MLA_VLLM_OPS names."""
 
 from __future__ import annotations
 
