@@ -2,7 +2,7 @@
 NCCL on several GPUs, else over gloo.
 
 The cache write there is vLLM's concat_and_cache_mla where its library is (bench/peers.py), else torch's. 576-wide bf16 latents of
-one request, blocks of 64 anywhere in the cache. Bytes: what a rank receives from the others, and every latent read and written once.
+one request, blocks of 64 anywhere in the cache. Bytes: what a rank receives from the others, and every latent read and written.
 ``graph_us``: a call in a replayed CUDA graph of 10.
 """
 

@@ -1,4 +1,4 @@
-"""Other projects' ops to measure beside ours, where they are: an installed vLLM, or its op library, which PCP_MLA_VLLM_OPS names."""
+"""Other projects' ops to measure beside ours, where they are: an installed vLLM, or its op library by PCP_MLA_VLLM_OPS."""
 
 from __future__ import annotations
 
