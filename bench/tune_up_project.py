@@ -21,7 +21,7 @@ TILES = {
     2: [(64, 64, 64), (128, 64, 64), (64, 128, 64), (128, 128, 64), (128, 128, 32)],  # ROWS, COLUMNS, DEPTH
     4: [(64, 64, 32), (128, 64, 32), (64, 64, 16)],
 }
-SCHEDULES = [(4, 3), (8, 3), (4, 4)]  # num_warps, num_stages
+SCHEDULES = [(4, 3), (8, 3)]  # num_warps, num_stages
 TOKENS = (1024, 16384)
 DIMS = MLADims(16, 128, 64, 128, 512)
 

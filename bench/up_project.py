@@ -19,7 +19,7 @@ from . import timing
 
 BLOCK = 64
 # Tokens, heads.
-GPU_SHAPES = [(512, 16), (4096, 16), (16384, 16), (32768, 16), (131072, 16), (4096, 128), (32768, 128)]
+GPU_SHAPES = [(512, 16), (4096, 16), (32768, 16), (131072, 16), (32768, 128)]
 CPU_SHAPES = [(512, 16)]
 Paths = dict[str, Callable[[], Any]]
 
