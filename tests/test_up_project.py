@@ -238,6 +238,26 @@ def test_offsets_past_two_to_the_31(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dims", WIDE, ids=lambda d: f"{d.num_heads}x{d.qk_nope_head_dim}+{d.qk_rope_head_dim}")
+def test_the_same_bits_every_time(dims):
+    """A missing wait shows as a result that moves: many runs, some beside another stream's work, into poisoned memory."""
+    latents, weight = make(dims, 9000, torch.bfloat16, "cuda")
+    side, busy = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for count in (70, 1500, 9000):
+        rows = random_rows(count, 9000, "cuda", count)
+        wanted = kv_up_project(latents, rows, weight, dims, backend="cuda")
+        check(dims, latents, rows, weight, *wanted)
+        for turn in range(30):
+            if turn % 2:
+                with torch.cuda.stream(side):
+                    busy @ busy
+            outs = outputs(dims, count, torch.bfloat16, "cuda")
+            kv_up_project(latents, rows, weight, dims, k_out=outs[0], v_out=outs[1], backend="cuda")
+            assert same_bits(outs[0], wanted[0])
+            assert same_bits(outs[1], wanted[1])
+
+
+@pytest.mark.gpu
 def test_kernel_for_each_shape():
     """On a Hopper GPU the CUDA kernel takes the widths of real models; auto finds Triton for the others."""
     for dims in (WIDE[0], ODD[0]):
