@@ -19,7 +19,7 @@ pytest.importorskip("transformers", minversion="5")
 from pcp_mla import demo
 from pcp_mla.demo import measure, outcome, ranks, report
 from pcp_mla.launch import RankError
-from pcp_mla.partition import Partition
+from pcp_mla.planned import PlannedMetadata
 from pcp_mla.played import play
 
 
@@ -80,26 +80,19 @@ def test_several_world_sizes(played: None, capsys: pytest.CaptureFixture[str]) -
     assert [row[:3] for row in table_rows(capsys.readouterr().out)] == [["1", "played", "40"], ["3", "played", "12 to 14"]]
 
 
-def swap_two(order: Any) -> Any:
-    def swapped(self: Partition) -> Any:
-        index = order(self).copy()
-        if len(index) > 20:  # the prompt's, not a decode step's
-            index[[3, 20]] = index[[20, 3]]
-        return index
-
-    return swapped
-
-
 @pytest.mark.timeout(120)
-def test_wrong_restore_index_fails(played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    # Two latents in the wrong place, the hidden states in the right one.
-    right = Partition.__dict__["allgather_restore_idx"].func
-    wrong = cached_property(swap_two(right))
-    wrong.__set_name__(Partition, "allgather_restore_idx")
-    hidden = cached_property(lambda self: right(self)[self.unpad_mask])
-    hidden.__set_name__(Partition, "hidden_restore_idx")
-    monkeypatch.setattr(Partition, "allgather_restore_idx", wrong)
-    monkeypatch.setattr(Partition, "hidden_restore_idx", hidden)
+def test_wrong_slots_fail(played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = PlannedMetadata.__dict__["slot_mapping"].func
+
+    def swapped(self: PlannedMetadata) -> torch.Tensor:
+        slots = right(self).clone()
+        if len(slots) > 20:  # a prompt's, not a decode step's
+            slots[[3, 20]] = slots[[20, 3]]
+        return slots
+
+    wrong = cached_property(swapped)
+    wrong.__set_name__(PlannedMetadata, "slot_mapping")
+    monkeypatch.setattr(PlannedMetadata, "slot_mapping", wrong)
     assert demo.run(arguments("--pcp", "2", "--max-tokens", "64")) == 1
     out = capsys.readouterr().out
     row = table_rows(out)[0]

@@ -113,6 +113,8 @@ def test_exchange_and_cache_write_restore_the_order():
         ({"k_pe": torch.zeros(9, 4, dtype=torch.half)}, TypeError, "k_pe must be torch.float32, as kv_c, got torch.float16"),
         ({"kv_c": torch.zeros(9, 12).half(), "k_pe": torch.zeros(9, 4).half()}, TypeError, "kv_c must be torch.float32, as the"),
         ({"k_pe": 3}, TypeError, "k_pe must be a tensor, got int"),
+        ({"kv_c": torch.zeros(9, 1, 12)}, ValueError, r"kv_c must have 2 dimensions \[tokens, width\], got 3"),
+        ({"k_pe": torch.zeros(9, 4, device="meta")}, ValueError, "k_pe must be on cpu, as meta, got meta"),
         ({"meta": PCPMetadata.build([9], world_size=2, rank=0)}, ValueError, "meta must be for rank 0 of 1"),
         ({"k_pe": torch.zeros(4, 9).T}, ValueError, "k_pe must have a contiguous last dimension, got strides .1, 9."),
         (
@@ -128,6 +130,16 @@ def test_errors(change, error, words):
     exchange.all_gather(**good)
     with pytest.raises(error, match=words):
         exchange.all_gather(**{**good, **change})
+
+
+def test_metadata_of_another_rank_of_a_played_group():
+    def rank(group):
+        meta = PCPMetadata.build([9], world_size=2, rank=1 - group.rank)
+        exchange = LatentExchange(group, 9, DIMS, torch.float32)
+        exchange.all_gather(torch.zeros(meta.num_tokens, 12), torch.zeros(meta.num_tokens, 4), meta)
+
+    with pytest.raises(ValueError, match="meta must be for rank 0 of 2, as the group, got rank 1 of 2"):
+        play(2, rank)
 
 
 def test_bad_capacity():

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcp_mla.metadata import PCPMetadata
-from pcp_mla.pipeline import MLADims, attend_row, pcp_layer, restore_to_key_order
-from pcp_mla.played import PlayedGroup, play
+from pcp_mla import LatentExchange, PCPMetadata, PCPPlanner
+from pcp_mla import pipeline as pipeline_module
+from pcp_mla.exchange import group_rank, group_world_size
+from pcp_mla.launch import run_distributed
+from pcp_mla.pipeline import MLADims, attend_row, attend_row_with_lse, pcp_layer
+from pcp_mla.played import play
 from pcp_mla.seed_path import seed_cu_seqlens, seed_layer
+from pcp_mla.slots import PagedCache
 
 # No two widths alike, so that a width in the wrong place shows.
 DIMS = MLADims(num_heads=3, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=5, kv_lora_rank=7)
 SCALE = 0.35
+BLOCK = 4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,11 +68,29 @@ class Batch:
             start, cached = start + new, cached + old
         return out
 
-    def run(self, layer: Any, group: PlayedGroup, layout: str, dtype: torch.dtype) -> tuple[PCPMetadata, torch.Tensor]:
-        meta = PCPMetadata.build(
-            self.query_lens, self.context_lens, self.is_prefill, world_size=group.world_size, rank=group.rank, layout=layout
+    def plan(self, group: Any, layout: str, workspace: int | None = None) -> tuple[PCPMetadata, torch.Tensor]:
+        """The step for one rank, and the cache before it: blocks in no order, NaN wherever there is no token yet."""
+        lengths = [new + old for new, old in zip(self.query_lens, self.context_lens, strict=True)]
+        columns = max(1, -(-max(lengths, default=0) // BLOCK))
+        tables = np.random.default_rng(sum(lengths)).permutation(len(lengths) * columns).astype(np.int32).reshape(-1, columns)
+        planner = PCPPlanner(
+            len(lengths), sum(self.query_lens), group_world_size(group), group_rank(group), layout=layout, block_size=BLOCK
         )
+        meta = planner.plan(self.query_lens, self.context_lens, self.is_prefill, tables, workspace_tokens=workspace)
+        cache = torch.full((tables.size, BLOCK, DIMS.latent_dim), torch.nan, dtype=torch.float64)
+        requests = np.repeat(np.arange(len(lengths)), self.context_lens)
+        positions = np.concatenate([np.arange(n) for n in (*self.context_lens, 0)])
+        cache.flatten(0, 1)[torch.from_numpy(PagedCache(BLOCK).slots(tables, requests, positions))] = self.context
+        return meta, cache
 
+    def build(self, group: Any, layout: str) -> PCPMetadata:
+        """The step for one rank, without a cache."""
+        world, rank = group_world_size(group), group_rank(group)
+        return PCPMetadata.build(self.query_lens, None, self.is_prefill, world_size=world, rank=rank, layout=layout)
+
+    def run(
+        self, layer: Any, group: Any, meta: PCPMetadata, cache: torch.Tensor | None, dtype: torch.dtype = torch.float64
+    ) -> torch.Tensor:
         # A pad takes the last row; with a large number there, a real token that sees a pad shows.
         def local(natural: torch.Tensor) -> torch.Tensor:
             rows = torch.cat(
@@ -74,29 +98,47 @@ class Batch:
             )
             return rows[meta.local_token_indices.long()].to(dtype)
 
-        latents = local(self.latents)
-        kv_c, k_pe = latents.split([DIMS.kv_lora_rank, DIMS.qk_rope_head_dim], dim=1)
-        context = self.context.to(dtype) if len(self.context) else None
-        return meta, layer(local(self.q), kv_c, k_pe, self.weight.to(dtype), meta, group, DIMS, SCALE, context)
+        kv_c, k_pe = local(self.latents).split([DIMS.kv_lora_rank, DIMS.qk_rope_head_dim], dim=1)
+        cache = None if cache is None else cache.to(dtype)
+        return layer(local(self.q), kv_c, k_pe, self.weight.to(dtype), meta, group, DIMS, SCALE, cache)
 
-    def check(self, layer: Any, world_size: int, layout: str, dtype: torch.dtype = torch.float64, tolerance: float = 1e-11) -> None:
+    def one_rank(
+        self, layer: Any, group: Any, layout: str, cached: bool, dtype: torch.dtype = torch.float64, workspace: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of one rank, -1 for pads, and their outputs."""
+        meta, cache = self.plan(group, layout, workspace) if cached else (self.build(group, layout), None)
+        if workspace is not None:
+            assert all(chunk.num_rows <= workspace for chunk in meta.host_key_chunks)
+        return meta.local_token_indices.clone(), self.run(layer, group, meta, cache, dtype)
+
+    def compare(self, results: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, tolerance: float) -> None:
         reference = self.reference()
         seen = torch.zeros(len(reference), dtype=torch.int64)
-        for meta, out in play(world_size, lambda group: self.run(layer, group, layout, dtype)):
-            assert out.shape == (meta.num_tokens, DIMS.num_heads, DIMS.v_head_dim)
+        for tokens, out in results:
+            assert out.shape == (len(tokens), DIMS.num_heads, DIMS.v_head_dim)
             assert out.dtype == dtype
-            real = meta.local_token_indices >= 0
-            tokens = meta.local_token_indices[real].long()
-            torch.testing.assert_close(out[real].double(), reference[tokens], rtol=tolerance, atol=tolerance)
-            seen[tokens] += 1
+            real = tokens >= 0
+            torch.testing.assert_close(out[real].double(), reference[tokens[real].long()], rtol=tolerance, atol=tolerance)
+            seen[tokens[real].long()] += 1
         assert (seen >= 1).all()
+
+    def check(self, layer: Any, world_size: int, layout: str) -> None:
+        """With the cache, and without one where there is no context."""
+        for cached in (True, False)[: 2 - any(self.context_lens)]:
+            results = play(world_size, lambda group, cached=cached: self.one_rank(layer, group, layout, cached))
+            self.compare(results, torch.float64, 1e-11)
+
+
+def ours(q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, weight: Any, meta: Any, group: Any, *rest: Any) -> torch.Tensor:
+    """``pcp_layer`` with an exchange of its own, so that both layers are called alike."""
+    return pcp_layer(q, kv_c, k_pe, weight, meta, LatentExchange(group, meta.num_tokens_padded, DIMS, q.dtype), *rest)
 
 
 def edge_lengths(world_size: int) -> list[int]:
     return [0, 1, 2 * world_size - 1, 2 * world_size, 2 * world_size + 1, 17]
 
 
-LAYERS = [pytest.param(pcp_layer, id="pcp"), pytest.param(seed_layer, id="seed")]
+LAYERS = [pytest.param(ours, id="pcp"), pytest.param(seed_layer, id="seed")]
 
 
 @pytest.mark.parametrize("layout", ["unpadded", "padded"])
@@ -121,10 +163,6 @@ def test_rank_without_tokens(layer: Any) -> None:
     Batch([1, 2], [0, 0], [True, True]).check(layer, 4, "unpadded")
 
 
-def test_float32() -> None:
-    Batch([33, 5], [4, 0], [True, True]).check(pcp_layer, 2, "unpadded", torch.float32, 1e-4)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     requests=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 6), st.booleans()), min_size=1, max_size=5),
@@ -133,19 +171,111 @@ def test_float32() -> None:
 )
 def test_random_batches(requests: list[tuple[int, int, bool]], world_size: int, layout: str) -> None:
     queries, contexts, prefills = (list(column) for column in zip(*requests, strict=True))
-    Batch(queries, contexts, prefills).check(pcp_layer, world_size, layout)
+    Batch(queries, contexts, prefills).check(ours, world_size, layout)
+
+
+DTYPES = [(torch.float32, 1e-4), (torch.bfloat16, 0.1)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
+    batch = Batch([33, 5], [4, 0], [True, True])
+    batch.compare(play(2, lambda group: batch.one_rank(ours, group, "unpadded", True, dtype)), dtype, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_keys_that_do_not_fit_the_workspace(world_size: int, layout: str, dtype: torch.dtype, tolerance: float) -> None:
+    # The context's windows of 56 rows begin and end within requests, and some rows have no keys in some.
+    batch = Batch([1, 9, 3, 0, 17, 1], [60, 4, 91, 30, 0, 0], [False, True, True, True, True, False])
+    assert len(batch.plan(None, layout, 56)[0].host_key_chunks) == 5
+    results = play(world_size, lambda group: batch.one_rank(ours, group, layout, True, dtype, 56))
+    batch.compare(results, dtype, tolerance)
+
+
+def in_process(group: Any, batch: Batch, layout: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [batch.one_rank(ours, group, layout, True, torch.float32, workspace) for workspace in (None, 64)]
 
 
 @pytest.mark.parametrize("layout", ["unpadded", "padded"])
-def test_seed_path_and_layer_give_equal_bits(layout: str) -> None:
-    batch = Batch([1, 9, 40, 1], [6, 4, 0, 0], [False, True, True, False])
+def test_processes(layout: str) -> None:
+    batch = Batch([1, 29, 3], [30, 44, 0], [False, True, True])
+    for results in zip(*run_distributed(2, in_process, batch, layout), strict=True):
+        batch.compare(list(results), torch.float32, 1e-4)
 
-    def both(group: PlayedGroup) -> tuple[torch.Tensor, torch.Tensor]:
-        ours = batch.run(pcp_layer, group, layout, torch.float32)[1]
-        return ours, batch.run(seed_layer, group, layout, torch.float32)[1]
 
-    for ours, seed in play(3, both):
-        assert torch.equal(ours, seed)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_steps_over_used_blocks_that_wrap_around(world_size: int) -> None:
+    """A request in three steps, then another that gets the blocks back: the last ones first, then around to the start."""
+    whole = [Batch([29], [0], [True]), Batch([26], [0], [True])]
+    tables = [np.roll(np.arange(8, dtype=np.int32), 3)[None], np.roll(np.arange(8, dtype=np.int32), -2)[None]]
+
+    def steps(group: Any) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        planner = PCPPlanner(1, 29, group.world_size, group.rank, block_size=BLOCK)
+        cache = torch.full((8, BLOCK, DIMS.latent_dim), torch.nan, dtype=torch.float64)
+        results = []
+        for batch, table in zip(whole, tables, strict=True):
+            done, parts = 0, []
+            for length in (13, 1, batch.query_lens[0] - 14):
+                part = Batch([length], [done], [True])
+                part.weight = batch.weight
+                part.q, part.latents = (x[done : done + length] for x in (batch.q, batch.latents))
+                meta = planner.plan([length], [done], [True], table)
+                parts.append((meta.local_token_indices + done, part.run(ours, group, meta, cache)))
+                done += length
+            results.append(parts)
+        return results
+
+    ranks = play(world_size, steps)
+    for number, batch in enumerate(whole):
+        batch.compare([part for rank in ranks for part in rank[number]], torch.float64, 1e-11)
+
+
+def test_two_requests_share_blocks_of_a_prefix() -> None:
+    long, short = Batch([21], [0], [True]), Batch([17], [0], [True])
+    short.latents[:8], short.weight = long.latents[:8], long.weight
+    batch = Batch([13, 9], [8, 8], [True, True])
+    batch.q, batch.latents = (torch.cat([a[8:], b[8:]]) for a, b in ((long.q, short.q), (long.latents, short.latents)))
+    batch.weight = long.weight
+    wanted = torch.cat([long.reference()[8:], short.reference()[8:]])
+
+    def rank(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        planner = PCPPlanner(2, 22, group.world_size, group.rank, block_size=BLOCK)
+        meta = planner.plan([13, 9], [8, 8], None, [[6, 1, 2, 9, 4, 8], [6, 1, 5, 0, 3, 3]])
+        cache = torch.full((10, BLOCK, DIMS.latent_dim), torch.nan, dtype=torch.float64)
+        cache[[6, 1]] = long.latents[:8].view(2, BLOCK, -1)
+        return meta.local_token_indices.clone(), batch.run(ours, group, meta, cache)
+
+    for tokens, out in play(2, rank):
+        torch.testing.assert_close(out, wanted[tokens.long()], rtol=1e-11, atol=1e-11)
+
+
+def test_cache_holds_the_latents_bit_for_bit() -> None:
+    batch = Batch([9, 2], [3, 6], [True, False])
+
+    def rank(group: Any) -> torch.Tensor:
+        meta, cache = batch.plan(group, "padded")
+        batch.run(ours, group, meta, cache)
+        rows = meta.kv_rows
+        return cache.flatten(0, 1)[rows[rows >= 0].long()]
+
+    wanted = torch.cat([batch.context[:3], batch.latents[:9], batch.context[3:], batch.latents[9:]])
+    for held in play(2, rank):
+        assert torch.equal(held, wanted)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+def test_seed_path_and_layer_give_equal_bits(layout: str, cached: bool) -> None:
+    batch = Batch([1, 9, 40, 1], [6, 4, 0, 0] if cached else [0] * 4, [False, True, True, False])
+
+    def both(group: Any) -> list[torch.Tensor]:
+        results = [batch.one_rank(layer, group, layout, cached, torch.float32) for layer in (ours, seed_layer)]
+        return [out[tokens >= 0] for tokens, out in results]
+
+    for our_bits, seed_bits in play(3, both):
+        assert torch.equal(our_bits, seed_bits)
 
 
 @pytest.mark.parametrize("layout", ["unpadded", "padded"])
@@ -155,24 +285,61 @@ def test_seed_lengths_are_those_of_the_metadata(layout: str) -> None:
     assert torch.equal(seed_cu_seqlens(meta), torch.stack(wanted, dim=1))
 
 
-def test_module_and_weight_give_the_same() -> None:
-    batch = Batch([6], [0], [True])
-    linear = torch.nn.Linear(DIMS.kv_lora_rank, len(batch.weight), bias=False, dtype=torch.float64)
-    linear.weight.data.copy_(batch.weight)
-    meta = PCPMetadata.build([6], world_size=1, rank=0)
-    parts = batch.latents.split([DIMS.kv_lora_rank, DIMS.qk_rope_head_dim], dim=1)
-    outs = [pcp_layer(batch.q, *parts, projection, meta, None, DIMS, SCALE) for projection in (linear, batch.weight)]
-    assert torch.equal(*outs)
+class Tripled(torch.nn.Linear):
+    """A module whose weight is not all that it does, as with quantised ones; engines return a bias beside the result."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return 3 * super().forward(x), None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [False, True])
+def test_modules(cached: bool) -> None:
+    batch = Batch([6], [5] if cached else [0], [True])
+    meta, cache = batch.plan(None, "unpadded") if cached else (batch.build(None, "unpadded"), None)
+
+    def run(module: Any) -> torch.Tensor:
+        return batch.run(lambda q, kv_c, k_pe, _, *rest: ours(q, kv_c, k_pe, module, *rest), None, meta, cache)
+
+    plain = torch.nn.Linear(*reversed(batch.weight.shape), bias=False, dtype=torch.float64)
+    biased = torch.nn.Linear(*reversed(batch.weight.shape), dtype=torch.float64)
+    tripled = Tripled(*reversed(batch.weight.shape), bias=False, dtype=torch.float64)
+    for module in (plain, biased):
+        module.weight.copy_(batch.weight)
+    biased.bias.zero_()
+    tripled.weight.copy_(batch.weight / 3)
+    wanted = run(batch.weight)
+    assert torch.equal(run(plain), wanted)
+    for module in (biased, tripled):
+        torch.testing.assert_close(run(module), wanted, rtol=1e-11, atol=1e-11)
+    biased.bias.fill_(1.0)
+    assert (run(biased) - wanted).abs().min() > 0.1  # a bias is not left out
+
+
+@pytest.mark.parametrize("block", [2**24, 20, 1])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (4, 4), (4, 9)])
-def test_row_is_aligned_bottom_right(n: int, m: int) -> None:
+def test_row_is_aligned_bottom_right(n: int, m: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # With equal scores a query's output is the mean of the values it sees: key i's value is i.
-    out = attend_row(torch.zeros(n, 1, 2), torch.zeros(m, 1, 2), torch.arange(float(m)).view(m, 1, 1), 1.0)
-    assert out.flatten().tolist() == pytest.approx([(m - n + j) / 2 for j in range(n)])
+    monkeypatch.setattr(pipeline_module, "_BLOCK", block)
+    row = torch.zeros(n, 1, 2), torch.zeros(m, 1, 2), torch.arange(float(m)).view(m, 1, 1)
+    means = [(m - n + j) / 2 for j in range(n)]
+    assert attend_row(*row, 1.0).flatten().tolist() == pytest.approx(means)
+    out, lse = attend_row_with_lse(*row, True, 1.0)
+    assert out.flatten().tolist() == pytest.approx(means)
+    assert lse.exp().flatten().tolist() == pytest.approx([m - n + j + 1 for j in range(n)])
+    out, lse = attend_row_with_lse(*row, False, 1.0)
+    assert out.flatten().tolist() == pytest.approx([(m - 1) / 2] * n)
+    assert lse.exp().flatten().tolist() == pytest.approx([m] * n)
 
 
-# Bad input.
+# Bad input: before anything is exchanged or written.
+
+
+def planned(**options: Any) -> Any:
+    return PCPPlanner(1, 6, 1, 0, block_size=BLOCK, **options).plan([6], [2], None, [[1, 0]])
+
+
+CACHE = torch.zeros(2, BLOCK, 11)
 
 
 @pytest.mark.parametrize(
@@ -184,25 +351,44 @@ def test_row_is_aligned_bottom_right(n: int, m: int) -> None:
         ({"k_pe": torch.zeros(6, 4, dtype=torch.float16)}, TypeError, "k_pe must be torch.float32, as q, got torch.float16"),
         ({"kv_b_proj": torch.zeros(40, 7)}, ValueError, r"kv_b_proj must have a weight of shape \(39, 7\), got \(40, 7\)"),
         ({"kv_b_proj": torch.nn.Linear(7, 38)}, ValueError, r"kv_b_proj must have a weight of shape \(39, 7\), got \(38, 7\)"),
-        ({"context": torch.zeros(2, 11)}, ValueError, r"context must have shape \(0, 11\), got \(2, 11\)"),
+        (
+            {"kv_b_proj": torch.zeros(39, 7).half()},
+            TypeError,
+            "kv_b_proj must have a weight of torch.float32, as q, got torch.float16",
+        ),
+        ({"kv_b_proj": torch.nn.Linear(7, 39)}, NotImplementedError, "inputs must not require gradients, there is no backward"),
+        ({"cache": None}, ValueError, "cache must be given, as meta has 2 tokens of context, got None"),
+        ({"meta": PCPMetadata.build([6], world_size=1, rank=0)}, ValueError, "meta must have cache slots, as a cache is given"),
+        ({"meta": PCPPlanner(1, 6, 1, 0).plan([6])}, ValueError, "plan it with block tables, got none"),
+        ({"meta": planned(dcp_world_size=2)}, NotImplementedError, "a cache that is not shared out, got 2 DCP shards"),
+        ({"cache": torch.zeros(4, 2, 11)}, ValueError, r"cache must be .* = \(any, 4, 11\), got \(4, 2, 11\)"),
+        ({"cache": torch.zeros(8, 11)}, ValueError, r"cache must be .* = \(any, 4, 11\), got \(8, 11\)"),
+        ({"cache": CACHE.half()}, TypeError, "cache must be torch.float32, as kv_c, got torch.float16"),
+        ({"cache": torch.zeros(2, BLOCK, 11, device="meta")}, ValueError, "cache must be on cpu, as kv_c, got meta"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    class NoExchange:
+        def all_gather(self, *_: Any) -> None:
+            pytest.fail("exchanged")
+
     arguments = {
         "q": torch.zeros(6, 3, 12),
         "kv_c": torch.zeros(6, 7),
         "k_pe": torch.zeros(6, 4),
         "kv_b_proj": torch.zeros(39, 7),
-        "meta": PCPMetadata.build([6], world_size=1, rank=0),
-        "group": None,
+        "meta": planned(),
+        "exchange": NoExchange(),
         "dims": DIMS,
         "softmax_scale": SCALE,
+        "cache": CACHE,
     }
     with pytest.raises(error, match=message):
         pcp_layer(**(arguments | change))
 
 
-def test_missing_context() -> None:
-    meta = PCPMetadata.build([3], [2], world_size=1, rank=0)
-    with pytest.raises(ValueError, match=r"restore_to_key_order: context must have shape \(2, 11\), got \(0, 11\)"):
-        restore_to_key_order(torch.zeros(3, 11), meta)
+def test_seed_path_expands_all_keys_at_a_time() -> None:
+    batch = Batch([4], [9], [True])
+    meta, cache = batch.plan(None, "unpadded", 8)
+    with pytest.raises(NotImplementedError, match="seed_layer: meta must have one key chunk, got 3"):
+        batch.run(seed_layer, None, meta, cache)

@@ -1,4 +1,4 @@
-"""The collectives of a context-parallel group, and the exchange of latents by them."""
+"""The collectives of a context-parallel group."""
 
 from __future__ import annotations
 
@@ -109,29 +109,3 @@ def check_latents(op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMeta
             raise ValueError(f"{op}: {name} must be on {meta.device}, as meta, got {tensor.device}")
     if kv_c.dtype != k_pe.dtype:
         raise TypeError(f"{op}: k_pe must be {kv_c.dtype}, as kv_c, got {k_pe.dtype}")
-
-
-def all_gather_latents(kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, group: Group) -> torch.Tensor:
-    """Give every rank the latents of all: both parts travel in one buffer, by one collective.
-
-    Args:
-        kv_c: [T, kv_lora_rank] this rank's normed latents in local order.
-        k_pe: [T, rope] their rotated keys, same dtype.
-        meta: the step, for this rank of ``group``.
-        group: a ``torch.distributed`` process group, a :class:`PlayedGroup`, or None for a world of one rank.
-
-    Returns:
-        [P * Np, kv_lora_rank + rope], rank-major; rows that pad a rank to Np are zero.
-
-    Raises:
-        ValueError, TypeError: a tensor or the group does not fit ``meta``; the message has the argument and its value.
-    """
-    check_group("all_gather_latents", group, meta)
-    check_latents("all_gather_latents", kv_c, k_pe, meta)
-    width = kv_c.shape[1]
-    rows = kv_c.new_empty(meta.num_tokens_padded, width + k_pe.shape[1])
-    rows[: meta.num_tokens, :width] = kv_c
-    rows[: meta.num_tokens, width:] = k_pe
-    if meta.num_tokens < meta.num_tokens_padded:
-        rows[meta.num_tokens :].zero_()
-    return all_gather_rows(rows, group)

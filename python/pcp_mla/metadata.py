@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .partition import Partition, partition
+from .slots import KeyChunk, PagedCache, key_chunks
 
 # Partition arrays that live on the device from the start: they travel in one buffer, in this order.
 _PACKED = (
@@ -129,6 +130,26 @@ class PCPMetadata:
     @cached_property
     def num_requests(self) -> int:
         return self.partition.num_requests
+
+    @cached_property
+    def host_key_chunks(self) -> tuple[KeyChunk, ...]:
+        """The step's attention calls, with arrays on the host; see :func:`pcp_mla.slots.key_chunks`. More than one only in a
+        planner's metadata whose keys do not fit the workspace."""
+        return tuple(key_chunks(self.partition))
+
+    # Only a planner's metadata has places in a cache.
+
+    @property
+    def paged_cache(self) -> PagedCache | None:
+        return None
+
+    @property
+    def slot_mapping(self) -> torch.Tensor | None:
+        return None
+
+    @property
+    def kv_rows(self) -> torch.Tensor | None:
+        return None
 
     # cu_seqlens of two separate attention calls, one over the heads and one over the tails.
 

@@ -1,18 +1,23 @@
 """One MLA layer under prefill context parallelism: latents of this rank in, attention output of this rank out.
 
-Every stage is one small function, so that a fused kernel can take its place. Nothing is gathered or restored around the attention:
-the head and the tail of a request are two rows over one K/V prefix, and q is in local order already.
+Every stage is one small function, so that a fused kernel can take its place. Nothing is gathered or restored in between: rows are
+written and read by their address, the head and the tail of a request are two rows over one K/V prefix, and q is in local order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .exchange import Group, all_gather_latents
+from .latent_cache import write_latent_cache
+from .latent_exchange import LatentExchange
+from .merge import merge_attn_states
 from .metadata import PCPMetadata
+from .slots import KeyChunk
+from .up_project import kv_up_project
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,28 @@ class MLADims:
 
 KVProjection = torch.nn.Module | torch.Tensor
 
+# Numbers in a mask, or in a block of scores, that is made at a time.
+_BLOCK = 2**24
 
-def check_layer_inputs(op: str, q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, dims: MLADims) -> None:
-    """Raise ValueError or TypeError unless the shapes and dtypes are those of ``dims`` and ``meta``."""
+
+def _plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
+    """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does; subclasses may hold it quantised."""
+    if isinstance(kv_b_proj, torch.Tensor):
+        return kv_b_proj
+    return kv_b_proj.weight if type(kv_b_proj) is torch.nn.Linear and kv_b_proj.bias is None else None
+
+
+def check_layer_inputs(
+    op: str,
+    q: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_b_proj: KVProjection,
+    meta: PCPMetadata,
+    dims: MLADims,
+    cache: torch.Tensor | None,
+) -> None:
+    """Raise ValueError, TypeError or NotImplementedError unless shapes and dtypes are those of ``dims`` and ``meta``."""
     wanted = {
         "q": (q, (meta.num_tokens, dims.num_heads, dims.qk_head_dim)),
         "kv_c": (kv_c, (meta.num_tokens, dims.kv_lora_rank)),
@@ -54,61 +78,49 @@ def check_layer_inputs(op: str, q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must be {q.dtype}, as q, got {tensor.dtype}")
-
-
-def restore_to_key_order(gathered: torch.Tensor, meta: PCPMetadata, context: torch.Tensor | None = None) -> torch.Tensor:
-    """Latents of the new tokens in natural order, each request's cached ones in front of them.
-
-    Args:
-        gathered: [P * Np, W] rank-major.
-        context: [sum(context_lens), W] cached latents in natural order; None if no request has any.
-
-    Returns:
-        [N, W] in key order.
-
-    Raises:
-        ValueError: ``context`` has not as many rows as ``meta`` counts, or another width.
-    """
-    part = meta.partition
-    new = gathered.index_select(0, meta.allgather_restore_idx[: int(part.padded_lens.sum())])  # a padded plan's index has more
-    cached = int(part.context_lens.sum())
-    shape = (0, gathered.shape[1]) if context is None else tuple(context.shape)
-    if shape != (cached, gathered.shape[1]):
-        raise ValueError(f"restore_to_key_order: context must have shape {(cached, gathered.shape[1])}, got {shape}")
-    if context is None or cached == 0:
-        return new
-    old_parts = context.split(part.context_lens.tolist())
-    new_parts = new.split(part.padded_lens.tolist())
-    return torch.cat([piece for pair in zip(old_parts, new_parts, strict=True) for piece in pair])
-
-
-def exchange_latents(
-    kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, group: Group, context: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[T, kv_lora_rank] and [T, rope] of this rank to the latents of all, [N, kv_lora_rank + rope] in key order."""
-    return restore_to_key_order(all_gather_latents(kv_c, k_pe, meta, group), meta, context)
-
-
-def project_kv(kv_c: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims) -> torch.Tensor:
-    """[N, kv_lora_rank] to [N, heads, nope + v] by a linear module or its weight [heads * (nope + v), kv_lora_rank].
-
-    ValueError if the weight has another shape.
-    """
-    weight = kv_b_proj if isinstance(kv_b_proj, torch.Tensor) else getattr(kv_b_proj, "weight", None)
-    shape = (dims.num_heads * (dims.expanded_dim), dims.kv_lora_rank)
+    weight = kv_b_proj.weight if type(kv_b_proj) is torch.nn.Linear else _plain_weight(kv_b_proj)
+    shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
     if weight is not None and tuple(weight.shape) != shape:
-        raise ValueError(f"project_kv: kv_b_proj must have a weight of shape {shape}, got {tuple(weight.shape)}")
-    expanded = F.linear(kv_c, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj(kv_c)
-    return expanded.view(-1, dims.num_heads, dims.expanded_dim)
+        raise ValueError(f"{op}: kv_b_proj must have a weight of shape {shape}, got {tuple(weight.shape)}")
+    if weight is not None and weight.dtype != q.dtype:
+        raise TypeError(f"{op}: kv_b_proj must have a weight of {q.dtype}, as q, got {weight.dtype}")
+    parameters = [kv_b_proj] if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj.parameters()
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, kv_c, k_pe, *parameters)):
+        raise NotImplementedError(f"{op}: inputs must not require gradients, there is no backward: call under torch.no_grad()")
+    _check_cache(op, kv_c, meta, dims, cache)
 
 
-def build_kv(expanded: torch.Tensor, k_pe: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
-    """K [N, heads, nope + rope], k_pe [N, rope] shared by all heads, and V [N, heads, v], a strided view of ``expanded``."""
-    k_nope, v = expanded.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=-1)
-    k = expanded.new_empty(expanded.shape[0], dims.num_heads, dims.qk_head_dim)
-    k[..., : dims.qk_nope_head_dim] = k_nope
-    k[..., dims.qk_nope_head_dim :] = k_pe[:, None, :]
-    return k, v
+def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, cache: torch.Tensor | None) -> None:
+    if cache is None:
+        cached = int(meta.partition.context_lens.sum())
+        if cached:
+            raise ValueError(f"{op}: cache must be given, as meta has {cached} tokens of context, got None")
+        return
+    paged = meta.paged_cache
+    if paged is None:
+        raise ValueError(f"{op}: meta must have cache slots, as a cache is given: plan it with block tables, got none")
+    if paged.dcp_world_size > 1:
+        raise NotImplementedError(f"{op}: meta must be for a cache that is not shared out, got {paged.dcp_world_size} DCP shards")
+    shape = (paged.block_size, dims.latent_dim)
+    if cache.dim() != 3 or tuple(cache.shape[1:]) != shape:
+        raise ValueError(
+            f"{op}: cache must be [num_blocks, block_size, width] = (any, {shape[0]}, {shape[1]}), got {tuple(cache.shape)}"
+        )
+    if cache.dtype != kv_c.dtype:
+        raise TypeError(f"{op}: cache must be {kv_c.dtype}, as kv_c, got {cache.dtype}")
+    if cache.device != kv_c.device:
+        raise ValueError(f"{op}: cache must be on {kv_c.device}, as kv_c, got {cache.device}")
+
+
+def expand_rows(
+    latents: torch.Tensor, rows: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K [n, heads, nope + rope] and V [n, heads, v] of the latents at ``rows`` (int32 [n]), by a weight or a module."""
+    weight = _plain_weight(kv_b_proj)
+    if weight is not None:
+        return kv_up_project(latents, rows, weight, dims)
+    assert not isinstance(kv_b_proj, torch.Tensor)
+    return kv_up_project(latents, rows, None, dims, linear=kv_b_proj)
 
 
 def attend_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
@@ -117,44 +129,104 @@ def attend_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale:
     q [n, heads, D], k [m, heads, D], v [m, heads, Dv], m >= n >= 1; returns [n, heads, Dv].
     """
     n, m = q.shape[0], k.shape[0]
-    mask = None
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     # torch's is_causal is aligned top-left: only right for n = m. A single query sees every key.
-    if 1 < n < m:
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=1 < n == m,
-        scale=softmax_scale,
-    )
-    return out[0].transpose(0, 1)
+    if n in (1, m):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, scale=softmax_scale)[0].transpose(0, 1)
+    pieces = []
+    block = max(1, _BLOCK // m)
+    for first in range(0, n, block):
+        last = min(first + block, n)
+        seen = m - n + last
+        mask = torch.ones(last - first, seen, dtype=torch.bool, device=q.device).tril(m - n + first)
+        pieces.append(
+            F.scaled_dot_product_attention(
+                q[:, :, first:last], k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=softmax_scale
+            )[0].transpose(0, 1)
+        )
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def attend_row_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one row to some of its keys: all of them, or causal as :func:`attend_row`. Computed in float32.
+
+    q [n, heads, D], k [m, heads, D], v [m, heads, Dv], m >= 1; returns out [n, heads, Dv] and LSE [n, heads], both float32.
+    """
+    q, k, v = (x.transpose(0, 1).float() for x in (q, k, v))
+    n, m = q.shape[1], k.shape[1]
+    outs, lses = [], []
+    block = max(1, _BLOCK // (m * q.shape[0]))
+    for first in range(0, n, block):
+        scores = q[:, first : first + block] @ k.mT * softmax_scale
+        if causal:
+            unseen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(m - n + first + 1)
+            scores.masked_fill_(unseen, -torch.inf)
+        lses.append(scores.logsumexp(-1))
+        outs.append((scores - lses[-1][..., None]).exp() @ v)
+    return torch.cat(outs, 1).transpose(0, 1), torch.cat(lses, 1).T
+
+
+def _rows_of(meta: PCPMetadata, chunk: KeyChunk) -> Iterator[tuple[slice, slice]]:
+    """Queries and keys of each row that has some of both, from the host: nothing waits for the device."""
+    starts_q, starts_k, used = (x.tolist() for x in (meta.partition.cu_seqlens_q, chunk.cu_seqlens_k, chunk.seqused_k))
+    for row, length in enumerate(used):
+        if length:
+            yield slice(starts_q[row], starts_q[row + 1]), slice(starts_k[row], starts_k[row] + length)
 
 
 def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata, softmax_scale: float) -> torch.Tensor:
     """Attention of all rows over the shared K/V: q [T, heads, D] in local order, k and v [N, heads, ...] in key order.
 
-    Returns [T, heads, Dv] in local order. The row bounds come from the host: nothing waits for the device.
+    Returns [T, heads, Dv] in local order.
     """
-    part = meta.partition
-    starts_q, starts_k, used = part.cu_seqlens_q.tolist(), part.cu_seqlens_k.tolist(), part.seqused_k.tolist()
-    rows = []
-    for row, length in enumerate(used):
-        if length == 0:
-            continue
-        keys = slice(starts_k[row], starts_k[row] + length)
-        rows.append(attend_row(q[starts_q[row] : starts_q[row + 1]], k[keys], v[keys], softmax_scale))
+    (chunk,) = meta.host_key_chunks
+    rows = [attend_row(q[queries], k[keys], v[keys], softmax_scale) for queries, keys in _rows_of(meta, chunk)]
     return torch.cat(rows) if rows else q.new_empty(0, q.shape[1], v.shape[2])
 
 
+def attend_chunk(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata, chunk: KeyChunk, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of all rows, q [T, heads, D], to their keys in one chunk, k and v [chunk.num_rows, heads, ...].
+
+    Returns out [T, heads, Dv] and LSE [T, heads] in local order, float32; 0 and -inf where a row has no keys in the chunk.
+    """
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float32)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    for queries, keys in _rows_of(meta, chunk):
+        out[queries], lse[queries] = attend_row_with_lse(q[queries], k[keys], v[keys], chunk.causal, softmax_scale)
+    return out, lse
+
+
 def attend_latents(
-    q: torch.Tensor, latents: torch.Tensor, kv_b_proj: KVProjection, meta: PCPMetadata, dims: MLADims, softmax_scale: float
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    rows: torch.Tensor,
+    kv_b_proj: KVProjection,
+    meta: PCPMetadata,
+    dims: MLADims,
+    softmax_scale: float,
 ) -> torch.Tensor:
-    """q [T, heads, nope + rope] in local order, latents [N, kv_lora_rank + rope] in key order: [T, heads, v] in local order."""
-    kv_c, k_pe = latents.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1)
-    k, v = build_kv(project_kv(kv_c, kv_b_proj, dims), k_pe, dims)
-    return attend_rows(q, k, v, meta, softmax_scale)
+    """Attention to latents anywhere, each expanded once for a request's head and tail.
+
+    q [T, heads, nope + rope] in local order; latents [S, W] or [num_blocks, block_size, W]; rows int32 [N] where each key lies in
+    them, for the key chunks one after another. Returns [T, heads, v] in local order.
+    """
+    chunks = meta.host_key_chunks
+    if len(chunks) == 1:
+        return attend_rows(q, *expand_rows(latents, rows, kv_b_proj, dims), meta, softmax_scale)
+    out = lse = None
+    for chunk in chunks:
+        k, v = expand_rows(latents, rows[chunk.first_row :][: chunk.num_rows], kv_b_proj, dims)
+        part = attend_chunk(q, k, v, meta, chunk, softmax_scale)
+        if out is None or lse is None:
+            out, lse = part
+        else:
+            merge_attn_states(out, lse, *part, out=out, lse_out=lse)
+    assert out is not None
+    return out.to(q.dtype)
 
 
 def pcp_layer(
@@ -163,28 +235,39 @@ def pcp_layer(
     k_pe: torch.Tensor,
     kv_b_proj: KVProjection,
     meta: PCPMetadata,
-    group: Group,
+    exchange: LatentExchange,
     dims: MLADims,
     softmax_scale: float,
-    context: torch.Tensor | None = None,
+    cache: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """MLA attention of this rank's tokens over all tokens of their requests.
+    """MLA attention of this rank's tokens over all tokens of their requests, cached ones included.
+
+    One collective; rank-major rows to their slots; K and V of the keys' slots, in key order; the attention. The order of the rows
+    is restored by no op of its own. A step whose plan was given ``workspace_tokens`` never holds more rows of K and V at a time.
 
     Args:
         q: [T, heads, nope + rope] in local order, rope applied.
         kv_c: [T, kv_lora_rank] normed latents in local order, same dtype.
         k_pe: [T, rope] rotated keys in local order, same dtype.
         kv_b_proj: linear module, or its weight [heads * (nope + v), kv_lora_rank].
-        meta: the step, for this rank of ``group``.
-        group: a ``torch.distributed`` process group, a :class:`PlayedGroup`, or None for a world of one rank.
-        context: [sum(context_lens), kv_lora_rank + rope] cached latents in natural order, if any request has some.
+        meta: the step, for this rank of the exchange's group; with a cache, from :meth:`PCPPlanner.plan` with block tables.
+        exchange: of this group, these widths and this dtype.
+        cache: [num_blocks, block_size, kv_lora_rank + rope] this layer's paged latent cache, same dtype; the new tokens' latents
+            are written to it. Not needed if no request has context.
 
     Returns:
         [T, heads, v] in local order.
 
     Raises:
-        ValueError, TypeError: an argument does not fit ``dims`` or ``meta``; the message has its name and value.
+        ValueError, TypeError: an argument does not fit ``dims``, ``meta`` or the exchange; the message has its name and value, and
+            nothing was exchanged or written.
+        NotImplementedError: a cache that decode context parallelism shares out, or an input that requires gradients.
     """
-    check_layer_inputs("pcp_layer", q, kv_c, k_pe, meta, dims)
-    latents = exchange_latents(kv_c, k_pe, meta, group, context)
-    return attend_latents(q, latents, kv_b_proj, meta, dims, softmax_scale)
+    check_layer_inputs("pcp_layer", q, kv_c, k_pe, kv_b_proj, meta, dims, cache)
+    latents = exchange.all_gather(kv_c, k_pe, meta)
+    if cache is None:
+        return attend_latents(q, latents, meta.allgather_restore_idx, kv_b_proj, meta, dims, softmax_scale)
+    assert meta.slot_mapping is not None
+    assert meta.kv_rows is not None
+    write_latent_cache(latents, cache, meta.slot_mapping)
+    return attend_latents(q, cache, meta.kv_rows, kv_b_proj, meta, dims, softmax_scale)

@@ -10,7 +10,7 @@ import torch
 
 from .metadata import PCPMetadata
 from .partition import Partition, partition
-from .slots import KeyChunk
+from .slots import KeyChunk, PagedCache, key_chunks
 
 if TYPE_CHECKING:
     from .planner import PCPPlanner
@@ -23,6 +23,7 @@ class PlannedMetadata(PCPMetadata):
 
     Attributes:
         num_requests: R, with those that pad the batch.
+        paged_cache: shape of the cache that the slots are in; None without block tables.
         slot_mapping: [P * Np] int64 in gathered order, -1 for pads and further copies of a decode; None without block tables.
         kv_rows: int32 slot of every key, for the key chunks one after another; None without block tables.
         key_chunks: the attention calls over these rows; see :func:`pcp_mla.slots.key_chunks`.
@@ -81,6 +82,14 @@ class PlannedMetadata(PCPMetadata):
             decode_policy=self._planner.decode_policy,
             prompt_lens=lengths[2] if self._asked[2] else None,
         )
+
+    @cached_property
+    def host_key_chunks(self) -> tuple[KeyChunk, ...]:
+        return tuple(key_chunks(self.partition, self._asked[1]))
+
+    @property
+    def paged_cache(self) -> PagedCache | None:
+        return None if self._block_tables is None else self._planner.cache
 
     # Arrays of the step buffer.
 

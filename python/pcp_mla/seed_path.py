@@ -1,7 +1,7 @@
 """The same layer in the way of the first implementations, to compare with: rows gathered and restored around two attention calls.
 
-Per layer: two all-gathers, two restores, kv_b_proj, two copies for K, small integer ops for the lengths, six ``index_select``, an
-attention call for the heads and one for the tails, a concat and a restore.
+Per layer: two all-gathers, two restores, the cache write, kv_b_proj, two copies for K, small integer ops for the lengths, six
+``index_select``, an attention call for the heads and one for the tails, a concat and a restore.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from .exchange import Group, all_gather_rows, check_group, check_latents
+from .latent_cache import gather_latents, write_latent_cache
 from .metadata import PCPMetadata
-from .pipeline import KVProjection, MLADims, attend_row, build_kv, check_layer_inputs, project_kv, restore_to_key_order
+from .pipeline import KVProjection, MLADims, attend_row, check_layer_inputs
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,30 @@ class VarlenCall:
 def gather_part(part: torch.Tensor, meta: PCPMetadata, group: Group) -> torch.Tensor:
     """[T, W] of this rank to [P * Np, W] of all: one of the two collectives."""
     return all_gather_rows(F.pad(part, (0, 0, 0, meta.num_tokens_padded - meta.num_tokens)).contiguous(), group)
+
+
+def restore_latents(
+    kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, dims: MLADims, cache: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both parts [P * Np, ...] of the latents, rank-major, to key order [N, ...]; with a cache, written to it."""
+    if cache is not None:
+        assert meta.slot_mapping is not None
+        write_latent_cache(kv_c, cache[..., : dims.kv_lora_rank], meta.slot_mapping)
+        write_latent_cache(k_pe, cache[..., dims.kv_lora_rank :], meta.slot_mapping)
+        if meta.partition.context_lens.any():
+            kv_c, k_pe = gather_latents(cache, meta.kv_rows).split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)
+            return kv_c, k_pe
+    return kv_c.index_select(0, meta.allgather_restore_idx), k_pe.index_select(0, meta.allgather_restore_idx)
+
+
+def build_kv(kv_c: torch.Tensor, k_pe: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
+    """K [N, heads, nope + rope] and V [N, heads, v], a strided view, of latents in key order."""
+    expanded = F.linear(kv_c, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj(kv_c)
+    k_nope, v = expanded.view(-1, dims.num_heads, dims.expanded_dim).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=-1)
+    k = k_nope.new_empty(len(k_nope), dims.num_heads, dims.qk_head_dim)
+    k[..., : dims.qk_nope_head_dim] = k_nope
+    k[..., dims.qk_nope_head_dim :] = k_pe[:, None, :]
+    return k, v
 
 
 def seed_cu_seqlens(meta: PCPMetadata) -> torch.Tensor:
@@ -92,16 +117,17 @@ def seed_layer(
     group: Group,
     dims: MLADims,
     softmax_scale: float,
-    context: torch.Tensor | None = None,
+    cache: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """MLA attention of this rank's tokens. Arguments, result and errors as :func:`pcp_mla.pipeline.pcp_layer`."""
-    check_layer_inputs("seed_layer", q, kv_c, k_pe, meta, dims)
+    """MLA attention of this rank's tokens. As :func:`pcp_mla.pipeline.pcp_layer`, but with the group in place of the exchange, and
+    with all keys expanded at a time."""
+    check_layer_inputs("seed_layer", q, kv_c, k_pe, kv_b_proj, meta, dims, cache)
     check_group("seed_layer", group, meta)
     check_latents("seed_layer", kv_c, k_pe, meta)
-    old_kv_c, old_k_pe = (None, None) if context is None else context.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1)
-    kv_c = restore_to_key_order(gather_part(kv_c, meta, group), meta, old_kv_c)
-    k_pe = restore_to_key_order(gather_part(k_pe, meta, group), meta, old_k_pe)
-    k, v = build_kv(project_kv(kv_c, kv_b_proj, dims), k_pe, dims)
+    if len(meta.host_key_chunks) > 1:
+        raise NotImplementedError(f"seed_layer: meta must have one key chunk, got {len(meta.host_key_chunks)}")
+    kv_c, k_pe = restore_latents(gather_part(kv_c, meta, group), gather_part(k_pe, meta, group), meta, dims, cache)
+    k, v = build_kv(kv_c, k_pe, kv_b_proj, dims)
     head, tail = gather_calls(q, k, v, meta)
     out = torch.cat([attend_call(head, softmax_scale), attend_call(tail, softmax_scale)])
     return out.index_select(0, meta.output_restore_idx)

@@ -166,7 +166,7 @@ def _through_module(
     expanded = linear(kv_c)
     expanded = expanded[0] if isinstance(expanded, tuple) else expanded  # engines return a bias beside it
     check_tensor(op, "linear's result", expanded, (count, dims.num_heads * dims.expanded_dim), "[rows, heads * (nope + v)]", None)
-    k_nope, v = expanded.view(count, dims.num_heads, -1).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=2)
+    k_nope, v = expanded.view(count, dims.num_heads, dims.expanded_dim).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=2)
     if k_out is None:
         k_out = concat_k(k_nope, k_pe)
     else:

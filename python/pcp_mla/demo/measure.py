@@ -13,11 +13,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..exchange import Group, group_rank, group_world_size
-from ..metadata import PCPMetadata
+from ..latent_exchange import LatentExchange
 from ..pipeline import MLADims, pcp_layer
+from ..planner import PCPPlanner
 from ..played import PlayedGroup
 from ..seed_path import seed_layer
 
+BLOCK_SIZE = 16
 WARM_UP = 2
 REPEATS = 7
 
@@ -121,9 +123,12 @@ def _milliseconds(fn: Callable[[], Any], device: torch.device) -> float:
 def measure_layers(
     tokens: int, kv_b_proj: torch.nn.Module, dims: MLADims, softmax_scale: float, group: Group, device: torch.device
 ) -> LayerCosts:
-    """Cost of our layer and of the seed path for a prompt of ``tokens``, on the same random inputs, called in turn."""
+    """Cost of our layer and of the seed path for a step of ``tokens`` new ones, on the same random inputs, called in turn. Both
+    write a paged cache."""
     rank = group_rank(group)
-    meta = PCPMetadata.build([tokens], world_size=group_world_size(group), rank=rank, device=device)
+    planner = PCPPlanner(1, tokens, group_world_size(group), rank, block_size=BLOCK_SIZE, device=device)
+    blocks = -(-tokens // BLOCK_SIZE)
+    meta = planner.plan([tokens], block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None])
     generator = torch.Generator().manual_seed(rank)
 
     def random(*shape: int) -> torch.Tensor:
@@ -131,17 +136,21 @@ def measure_layers(
 
     q, kv_c, k_pe = random(dims.num_heads, dims.qk_head_dim), random(dims.kv_lora_rank), random(dims.qk_rope_head_dim)
 
-    def runner(layer: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
+    cache = torch.empty(blocks, BLOCK_SIZE, dims.latent_dim, device=device)
+
+    def runner(layer: Callable[..., torch.Tensor], end_of: Callable[[Group], Any]) -> Callable[[], torch.Tensor]:
         replayed = ReplayedGroup(group) if isinstance(group, PlayedGroup) else None
+        end = end_of(replayed or group)
 
         def run() -> torch.Tensor:
             if replayed is not None:
                 replayed.rewind()
-            return layer(q, kv_c, k_pe, kv_b_proj, meta, replayed or group, dims, softmax_scale)
+            return layer(q, kv_c, k_pe, kv_b_proj, meta, end, dims, softmax_scale, cache)
 
         return run
 
-    ours, seed = runner(pcp_layer), runner(seed_layer)
+    ours = runner(pcp_layer, lambda end: LatentExchange(end, planner.max_local_tokens, dims, q.dtype, device))
+    seed = runner(seed_layer, lambda end: end)
     difference = (ours() - seed()).abs()
     times: dict[Callable[[], torch.Tensor], list[float]] = {ours: [], seed: []}
     for _ in range(WARM_UP + REPEATS):

@@ -3,13 +3,14 @@
 :func:`enable_pcp` replaces the forward of every attention module; :func:`prefill`, :func:`extend`, :func:`decode` and
 :func:`generate` drive the model. For inference only.
 
-A prefill cuts every request over the ranks. Every rank sees all latents in each layer, so it keeps the whole latent cache, in
-natural order, and a decode step runs on all ranks alike, with no collective.
+A prefill cuts every request over the ranks. Every rank sees all latents in each layer, so it keeps the whole latent cache, in paged
+blocks that requests with a common prefix share, and a decode step runs on all ranks alike, with no collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,31 +19,46 @@ import numpy as np
 import torch
 
 from ..exchange import Group, all_gather_rows, group_rank, group_world_size
+from ..latent_exchange import LatentExchange
 from ..metadata import PCPMetadata
 from ..partition import check_layout
-from ..pipeline import MLADims, attend_latents, check_layer_inputs, exchange_latents
+from ..pipeline import MLADims, pcp_layer
+from ..planner import PCPPlanner
 from .deepseek import check_model, copy_sharing_weights, model_dims, project_inputs
+from .paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
 
 __all__ = ["PCPContext", "copy_sharing_weights", "decode", "disable_pcp", "enable_pcp", "extend", "generate", "prefill"]
 
 
 @dataclass
-class LatentCache:
-    """Tokens that each request has in the cache, and one tensor per attention module, [sum(lengths), kv_lora_rank + rope] in
-    natural order."""
-
-    lengths: list[int] = field(default_factory=list)
-    latents: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass
 class PCPStep:
-    """A running step: its metadata, its group (None in a decode step), the cache before it and the cache after it."""
+    """A running step: its plan and the exchange of its latents."""
 
     meta: PCPMetadata
-    group: Group
-    before: LatentCache
-    after: LatentCache
+    exchange: LatentExchange
+
+
+class StepPlanner:
+    """Plans the steps of one rank of a group, once a step for all layers. Planner and exchange are made anew for a larger step."""
+
+    def __init__(self, group: Group, layout: str, dims: MLADims, dtype: torch.dtype, device: torch.device) -> None:
+        self.group, self._layout, self._dims, self._dtype, self._device = group, layout, dims, dtype, device
+        self._make(0, 0)
+
+    def _make(self, max_requests: int, max_tokens: int) -> None:
+        world, rank = group_world_size(self.group), group_rank(self.group)
+        sizes = max_requests, max_tokens, world, rank
+        self._planner = PCPPlanner(*sizes, layout=self._layout, block_size=BLOCK_SIZE, device=self._device)
+        self._exchange = LatentExchange(self.group, self._planner.max_local_tokens, self._dims, self._dtype, self._device)
+
+    def plan(self, lengths: list[int], cached: CachedRequests, decode: bool) -> PCPStep:
+        """A step of ``lengths`` new tokens, whose blocks ``cached`` has already. Valid until the next one."""
+        planner = self._planner
+        if len(lengths) > planner.max_requests or sum(lengths) > planner.max_tokens:
+            self._make(max(len(lengths), planner.max_requests), max(sum(lengths), planner.max_tokens))
+        is_prefill = [not decode] * len(lengths)
+        meta = self._planner.plan(lengths, cached.lengths, is_prefill, cached.block_tables())
+        return PCPStep(meta, self._exchange)
 
 
 @dataclass
@@ -52,7 +68,9 @@ class PCPContext:
     Attributes:
         group, world_size, rank, layout: as enabled.
         dims: widths of its attention.
-        cache: of the requests that the last :func:`prefill` started; a step that fails leaves it as it was.
+        blocks: the latent cache of all layers.
+        requests: those that the last :func:`prefill` started; a step that fails leaves them as they were.
+        planner, decode_planner: for steps of the group, and for those that each rank makes on its own.
         step: the running step, None between steps.
     """
 
@@ -61,8 +79,22 @@ class PCPContext:
     rank: int
     layout: str
     dims: MLADims
-    cache: LatentCache = field(default_factory=LatentCache)
+    blocks: LatentBlocks
+    planner: StepPlanner
+    decode_planner: StepPlanner
+    requests: CachedRequests = field(default_factory=CachedRequests)
     step: PCPStep | None = None
+
+    @contextmanager
+    def update(self, requests: CachedRequests) -> Iterator[None]:
+        """Around steps that add tokens to ``requests``: if all succeed they take the place of the last ones, else they go."""
+        try:
+            yield
+        except BaseException:
+            self.blocks.release(requests)
+            raise
+        self.blocks.release(self.requests)
+        self.requests = requests
 
 
 def _context(op: str, model: Any) -> PCPContext:
@@ -76,7 +108,8 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCP
     """Make ``model`` compute its attention by prefill context parallelism, until :func:`disable_pcp`.
 
     Args:
-        model: transformers' ``DeepseekV2ForCausalLM`` or ``DeepseekV3ForCausalLM``, the same weights on every rank.
+        model: transformers' ``DeepseekV2ForCausalLM`` or ``DeepseekV3ForCausalLM``, the same weights on every rank, on its device
+            and in its dtype: the cache is made for these.
         group: a ``torch.distributed`` process group, a :class:`PlayedGroup`, or None for a world of one rank. Played ranks need a
             model each: see :func:`copy_sharing_weights`.
         layout: as :func:`pcp_mla.partition`.
@@ -91,7 +124,11 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCP
     if "_pcp" in model.__dict__:
         raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
     dims = model_dims(model)
-    context = PCPContext(group, group_world_size(group, "enable_pcp"), group_rank(group), layout, dims)
+    world, rank, weight = group_world_size(group, "enable_pcp"), group_rank(group), model.model.embed_tokens.weight
+    place = weight.dtype, weight.device
+    blocks = LatentBlocks(model.config.num_hidden_layers, dims.latent_dim, *place)
+    planner, decode_planner = (StepPlanner(g, layout, dims, *place) for g in (group, None))
+    context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner)
     model.__dict__["_pcp"] = context
     for layer in model.model.layers:
         layer.self_attn.forward = partial(_attention_forward, layer.self_attn, context)
@@ -116,23 +153,14 @@ def _attention_forward(
     step, dims = context.step, context.dims
     if step is None:
         raise ValueError("attention: the model is under PCP, call prefill, extend, decode or generate, got a direct call")
-    meta = step.meta
-    q, kv_c, k_pe = (x[: meta.num_tokens] for x in project_inputs(attention, hidden_states, position_embeddings, dims))
-    check_layer_inputs("attention", q, kv_c, k_pe, meta, dims)
-    latents = exchange_latents(kv_c, k_pe, meta, step.group, step.before.latents.get(attention.layer_idx))
-    step.after.latents[attention.layer_idx] = _without_pads(latents, meta)
+    tokens = step.meta.num_tokens
+    q, kv_c, k_pe = (x[:tokens] for x in project_inputs(attention, hidden_states, position_embeddings, dims))
+    cache = context.blocks.cache[attention.layer_idx]
     out = hidden_states.new_zeros(hidden_states.shape[1], dims.num_heads * dims.v_head_dim)
-    out[: meta.num_tokens] = attend_latents(q, latents, attention.kv_b_proj, meta, dims, attention.scaling).flatten(1)
+    out[:tokens] = pcp_layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, step.exchange, dims, attention.scaling, cache).flatten(
+        1
+    )
     return attention.o_proj(out)[None], None
-
-
-def _without_pads(latents: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
-    """[N, W] in key order to [sum(context + new), W]: what the cache keeps."""
-    part = meta.partition
-    if not part.num_pcp_pads.any():
-        return latents
-    kept = (part.context_lens + part.query_lens).tolist()
-    return torch.cat([piece[:n] for piece, n in zip(latents.split(np.diff(part.cu_seqlens_kv).tolist()), kept, strict=True)])
 
 
 def _token_lists(op: str, model: Any, requests: Any) -> list[list[int]]:
@@ -150,34 +178,25 @@ def _token_lists(op: str, model: Any, requests: Any) -> list[list[int]]:
     return [list(request) for request in requests]
 
 
-def _step(model: Any, context: PCPContext, cache: LatentCache, requests: list[list[int]], decode: bool = False) -> torch.Tensor:
-    """Run new tokens of every request after those in ``cache``: last hidden states [new tokens, hidden] in natural order."""
+def _step(model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], decode: bool = False) -> torch.Tensor:
+    """Run new tokens of every request and add them to ``requests``: last hidden states [new tokens, hidden] in natural order."""
     device = model.model.embed_tokens.weight.device
-    lengths = [len(request) for request in requests]
+    lengths = [len(new) for new in tokens]
     if not sum(lengths):
         raise ValueError("step: requests must hold at least one token, got none")
-    group = None if decode else context.group
-    meta = PCPMetadata.build(
-        lengths,
-        cache.lengths,
-        [not decode] * len(requests),
-        world_size=group_world_size(group),
-        rank=group_rank(group),
-        layout=context.layout,
-        device=device,
-    )
-    tokens = np.concatenate([*(np.asarray(request, np.int64) for request in requests), np.zeros(1, np.int64)])
-    local = tokens[meta.partition.local_token_indices]  # index -1, a pad, takes the last entry: token 0
-    positions = meta.partition.positions.astype(np.int64)
+    context.blocks.reserve(requests, lengths)
+    planner = context.decode_planner if decode else context.planner
+    context.step = planner.plan(lengths, requests, decode)
+    meta = context.step.meta
+    natural = torch.tensor([*(token for new in tokens for token in new), 0], device=device)
+    local, positions = natural[meta.local_token_indices.long()], meta.positions.long()  # index -1, a pad, takes the last entry
     if not meta.num_tokens:
         # Modules of the model fail on no tokens at all; the attention leaves this one out.
-        local, positions = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    after = LatentCache([old + new for old, new in zip(cache.lengths, lengths, strict=True)])
-    context.step = PCPStep(meta, group, cache, after)
+        local, positions = natural[-1:], natural.new_zeros(1)
     try:
         hidden = model.model(
-            input_ids=torch.from_numpy(local)[None].to(device),
-            position_ids=torch.from_numpy(positions)[None].to(device),
+            input_ids=local[None],
+            position_ids=positions[None],
             # A four-dimensional mask is passed on as it is, and ours is not read: without it, positions that jump (head to tail,
             # request to request) are taken for packed sequences and a [T, T] mask is built.
             attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
@@ -187,17 +206,43 @@ def _step(model: Any, context: PCPContext, cache: LatentCache, requests: list[li
         context.step = None
     padded = hidden.new_zeros(meta.num_tokens_padded, hidden.shape[1])
     padded[: meta.num_tokens] = hidden
-    restored = all_gather_rows(padded, group).index_select(0, meta.hidden_restore_idx)
-    context.cache = after
+    restored = all_gather_rows(padded, planner.group).index_select(0, meta.hidden_restore_idx)
+    requests.lengths = [old + new for old, new in zip(requests.lengths, lengths, strict=True)]
     return restored
 
 
-def _new_cache(requests: list[list[int]]) -> LatentCache:
-    return LatentCache([0] * len(requests))
+def _chunks(tokens: list[list[int]], chunk_tokens: int) -> Iterator[list[list[int]]]:
+    """The requests' tokens in steps of ``chunk_tokens``, in natural order: what each request has in the step, often nothing."""
+    starts = np.cumsum([0, *map(len, tokens)]).tolist()
+    for first in range(0, max(1, starts[-1]), chunk_tokens):
+        last = first + chunk_tokens
+        yield [new[max(0, first - start) : max(0, last - start)] for new, start in zip(tokens, starts, strict=False)]
+
+
+def _checked_prefix(context: PCPContext, prefix: Any, count: int) -> list[tuple[int, int] | None]:
+    if prefix is None:
+        return [None] * count
+    lengths = context.requests.lengths
+    wanted = f"a (request, tokens) or None for each of the {count} requests"
+    if not isinstance(prefix, Sequence) or isinstance(prefix, str | bytes):
+        raise TypeError(f"prefill: prefix must be a list with {wanted}, got {type(prefix).__name__}")
+    if len(prefix) != count:
+        raise ValueError(f"prefill: prefix must have {wanted}, got {len(prefix)}")
+    for entry in prefix:
+        if entry is None:
+            continue
+        if not isinstance(entry, tuple) or len(entry) != 2 or not all(type(number) is int for number in entry):
+            raise TypeError(f"prefill: prefix must have {wanted}, got {entry!r}")
+        request, tokens = entry
+        if not 0 <= request < len(lengths):
+            raise ValueError(f"prefill: prefix must name one of the {len(lengths)} requests of the last prefill, got {request}")
+        if not 0 <= tokens <= lengths[request]:
+            raise ValueError(f"prefill: prefix must have 0 to {lengths[request]} tokens of request {request}, got {tokens}")
+    return list(prefix)
 
 
 def _check_count(argument: str, context: PCPContext, requests: list[list[int]]) -> None:
-    count = len(context.cache.lengths)
+    count = len(context.requests.lengths)
     if len(requests) != count:
         raise ValueError(
             f"{argument} must have one entry for each of the {count} requests of the last prefill, got {len(requests)}"
@@ -205,28 +250,46 @@ def _check_count(argument: str, context: PCPContext, requests: list[list[int]]) 
 
 
 @torch.no_grad()
-def prefill(model: Any, requests: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Start new requests; what the cache held is dropped.
+def prefill(
+    model: Any,
+    requests: Sequence[Sequence[int]],
+    *,
+    chunk_tokens: int | None = None,
+    prefix: Sequence[tuple[int, int] | None] | None = None,
+) -> torch.Tensor:
+    """Start new requests; what the cache held is dropped, but for what the new ones share.
 
     Args:
         requests: token ids of each request; lengths may differ and be 0, not all of them.
+        chunk_tokens: tokens of a step; a longer prefill takes several steps (chunked prefill). By default one step.
+        prefix: for each new request None, or ``(request, tokens)``: it begins with that many tokens of a request that is in the
+            cache, whose blocks it shares. They are not computed again, and ``requests`` has the tokens behind them.
 
     Returns:
         Logits [sum of lengths, vocabulary] in natural order, on every rank.
 
     Raises:
-        TypeError, ValueError: wrong model, not under PCP, token ids out of range, or no token at all.
+        TypeError, ValueError: wrong model, not under PCP, token ids or prefixes out of range, or no token at all.
     """
     context, lists = _context("prefill", model), _token_lists("prefill", model, requests)
-    return model.lm_head(_step(model, context, _new_cache(lists), lists))
+    prefixes = _checked_prefix(context, prefix, len(lists))
+    if chunk_tokens is None:
+        chunk_tokens = max(1, sum(map(len, lists)))
+    if chunk_tokens < 1:
+        raise ValueError(f"prefill: chunk_tokens must be at least 1, got {chunk_tokens}")
+    started = context.blocks.fork_prefixes(context.requests, prefixes)
+    with context.update(started):
+        return torch.cat([model.lm_head(_step(model, context, started, new)) for new in _chunks(lists, chunk_tokens)])
 
 
 @torch.no_grad()
 def extend(model: Any, requests: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Add a further chunk of tokens to each request of the last :func:`prefill`; arguments, result and errors as there."""
+    """Add a further chunk of tokens to each request of the last :func:`prefill`; result and errors as there."""
     context, lists = _context("extend", model), _token_lists("extend", model, requests)
     _check_count("extend: requests", context, lists)
-    return model.lm_head(_step(model, context, context.cache, lists))
+    extended = context.blocks.fork(context.requests)
+    with context.update(extended):
+        return model.lm_head(_step(model, context, extended, lists))
 
 
 @torch.no_grad()
@@ -237,7 +300,9 @@ def decode(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     """
     context, lists = _context("decode", model), _token_lists("decode", model, [[token] for token in tokens])
     _check_count("decode: tokens", context, lists)
-    return model.lm_head(_step(model, context, context.cache, lists, decode=True))
+    extended = context.blocks.fork(context.requests)
+    with context.update(extended):
+        return model.lm_head(_step(model, context, extended, lists, decode=True))
 
 
 @torch.no_grad()
@@ -251,7 +316,9 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], n: int) -> list[list[
         raise ValueError(f"generate: n must be at least 1, got {n}")
     if not all(lists):
         raise ValueError(f"generate: prompts must not be empty, got no tokens for prompt {lists.index([])}")
-    hidden = _step(model, context, _new_cache(lists), lists)
+    started = context.blocks.fork_prefixes(context.requests, [None] * len(lists))
+    with context.update(started):
+        hidden = _step(model, context, started, lists)
     ends = torch.from_numpy(np.cumsum([len(prompt) for prompt in lists]) - 1).to(hidden.device)
     tokens = model.lm_head(hidden.index_select(0, ends)).argmax(-1).tolist()
     chosen = [tokens]

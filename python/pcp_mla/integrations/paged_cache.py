@@ -1,0 +1,104 @@
+"""A paged latent cache for all layers of a model: blocks from a pool, shared by requests that have a prefix in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+# Tokens of a block.
+BLOCK_SIZE = 16
+
+
+@dataclass
+class CachedRequests:
+    """Requests whose tokens are in the cache: how many tokens each has, and the numbers of its blocks in order."""
+
+    lengths: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+
+    def block_tables(self) -> np.ndarray:
+        """int32 [R, blocks of the longest], padded with 0."""
+        tables = np.zeros((len(self.blocks), max(map(len, self.blocks), default=0)), np.int32)
+        for row, blocks in zip(tables, self.blocks, strict=True):
+            row[: len(blocks)] = blocks
+        return tables
+
+
+class LatentBlocks:
+    """The blocks, and how many requests use each.
+
+    A block that several requests use is full, or is written behind the tokens of all of them but one: nobody's tokens change.
+
+    Attributes:
+        cache: [layers, num_blocks, BLOCK_SIZE, W], a larger tensor after the pool has grown.
+    """
+
+    def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
+            self.cache = torch.empty(layers, 0, BLOCK_SIZE, width, dtype=dtype, device=device)
+        self._users: list[int] = []
+        self._free: list[int] = []
+
+    def _take(self, count: int) -> list[int]:
+        """Free blocks, now with one user each; the pool grows if there are too few."""
+        missing, old = count - len(self._free), len(self._users)
+        if missing > 0:
+            more = max(missing, old // 4)
+            with torch.inference_mode(False), torch.no_grad():
+                grown = self.cache.new_empty(self.cache.shape[0], old + more, *self.cache.shape[2:])
+                grown[:, :old] = self.cache
+            self.cache = grown
+            self._users += [0] * more
+            self._free += reversed(range(old, old + more))
+        taken = [self._free.pop() for _ in range(count)]
+        self._use(taken)
+        return taken
+
+    def _use(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._users[block] += 1
+
+    def release(self, requests: CachedRequests) -> None:
+        """The requests are done: blocks that no other one uses are free."""
+        for blocks in requests.blocks:
+            for block in blocks:
+                self._users[block] -= 1
+                if not self._users[block]:
+                    self._free.append(block)
+
+    def fork(self, requests: CachedRequests) -> CachedRequests:
+        """The same requests over the same blocks, to add tokens to; the given ones stay as they are."""
+        for blocks in requests.blocks:
+            self._use(blocks)
+        return CachedRequests(list(requests.lengths), [list(blocks) for blocks in requests.blocks])
+
+    def fork_prefixes(self, requests: CachedRequests, prefixes: Sequence[tuple[int, int] | None]) -> CachedRequests:
+        """New requests: each begins with the first ``tokens`` tokens of an old one, as (request, tokens), or with none.
+
+        Full blocks are shared; a block that the prefix fills in part is copied, as both requests may add tokens to it.
+        """
+        copies = self._take(sum(prefix is not None and prefix[1] % BLOCK_SIZE > 0 for prefix in prefixes))
+        new = CachedRequests()
+        for prefix in prefixes:
+            request, tokens = prefix or (0, 0)
+            full, rest = divmod(tokens, BLOCK_SIZE)
+            blocks = requests.blocks[request][:full] if full else []
+            self._use(blocks)
+            if rest:
+                copy = copies.pop()
+                self.cache[:, copy] = self.cache[:, requests.blocks[request][full]]
+                blocks.append(copy)
+            new.lengths.append(tokens)
+            new.blocks.append(blocks)
+        return new
+
+    def reserve(self, requests: CachedRequests, new_tokens: Sequence[int]) -> None:
+        """Give each request the blocks that it needs for so many more tokens."""
+        totals = [old + new for old, new in zip(requests.lengths, new_tokens, strict=True)]
+        missing = [-(-total // BLOCK_SIZE) - len(blocks) for total, blocks in zip(totals, requests.blocks, strict=True)]
+        taken = iter(self._take(sum(missing)))
+        for blocks, count in zip(requests.blocks, missing, strict=True):
+            blocks += [next(taken) for _ in range(count)]
