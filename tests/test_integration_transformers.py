@@ -20,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from pcp_mla import PCPPlanner
 from pcp_mla.integrations.transformers import copy_sharing_weights, decode, disable_pcp, enable_pcp, extend, generate, prefill
 from pcp_mla.launch import run_distributed
 from pcp_mla.played import play
@@ -174,6 +175,51 @@ def test_prefill_in_chunks_then_decode(model: Any, layout: str) -> None:
         check_close(fourth, rows(19, [[token] for token in token_after]))
 
 
+def stock_rows(model: Any, prefixes: list[list[int]], new: list[list[int]]) -> torch.Tensor:
+    """Stock logits of each request's new tokens, in one pass over the whole request."""
+    return torch.cat([stock_logits(model, [old + n])[-len(n) :] for old, n in zip(prefixes, new, strict=True) if n])
+
+
+def chunked_then_shared(model: Any, group: Any, layout: str = "unpadded") -> list[torch.Tensor]:
+    """A prefill in steps; requests that share its first one's prefix, up to within a block; a decode; an extension in steps."""
+    first, new = prompts([43, 5]), prompts([0, 6, 9, 4])
+    enable_pcp(model, group, layout)
+    logits = [prefill(model, first, chunk_tokens=10)]
+    logits.append(prefill(model, new, chunk_tokens=7, prefix=[(0, 43), (0, 21), (0, 32), None]))
+    logits.append(decode(model, [1, 2, 3, 4]))
+    logits.append(extend(model, [[5], [], [6, 7, 8], [9]]))
+    logits.append(prefill(model, [[], [7, 8]], prefix=[(1, 16), (1, 16)]))
+    return logits
+
+
+def check_chunked_then_shared(model: Any, logits: list[torch.Tensor]) -> None:
+    first, new = prompts([43, 5]), prompts([0, 6, 9, 4])
+    check_close(logits[0], stock_logits(model, first))
+    texts = [first[0], first[0][:21], first[0][:32], []]
+    further = [new, [[1], [2], [3], [4]], [[5], [], [6, 7, 8], [9]]]
+    for rows, step in zip(logits[1:], further, strict=False):
+        check_close(rows, stock_rows(model, texts, step))
+        texts = [old + n for old, n in zip(texts, step, strict=True)]
+    check_close(logits[4], stock_rows(model, [texts[1][:16]], [[7, 8]]))
+
+
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_chunked_prefill_and_shared_prefix(model: Any, world_size: int, layout: str) -> None:
+    for logits in play(world_size, lambda group: chunked_then_shared(copy_sharing_weights(model), group, layout)):
+        check_chunked_then_shared(model, logits)
+
+
+def test_one_plan_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plans = build("v3"), []
+    plan = PCPPlanner.plan
+    monkeypatch.setattr(PCPPlanner, "plan", lambda self, lengths, *rest: plans.append(lengths) or plan(self, lengths, *rest))
+    enable_pcp(model)
+    prefill(model, prompts([9, 0, 4]), chunk_tokens=6)
+    decode(model, [1, 2, 3])
+    assert plans == [[6, 0, 0], [3, 0, 3], [0, 0, 1], [1, 1, 1]]
+
+
 def test_rank_without_tokens(model: Any) -> None:
     # Two tokens over four ranks: ranks 2 and 3 have none.
     def rank(group: Any) -> torch.Tensor:
@@ -185,16 +231,13 @@ def test_rank_without_tokens(model: Any) -> None:
         check_close(logits, stock_logits(model, [[7], [9]]))
 
 
-def prefill_in_process(group: Any, requests: list[list[int]]) -> torch.Tensor:
-    model = build("v3")
-    enable_pcp(model, group)
-    return prefill(model, requests)
+def in_process(group: Any) -> list[torch.Tensor]:
+    return chunked_then_shared(build("v3"), group)
 
 
-def test_prefill_in_processes() -> None:
-    requests = prompts()
-    for logits in run_distributed(2, prefill_in_process, requests):
-        check_close(logits, stock_logits(build("v3"), requests))
+def test_processes() -> None:
+    for logits in run_distributed(2, in_process):
+        check_chunked_then_shared(build("v3"), logits)
 
 
 def test_disable_restores_the_model(model: Any) -> None:
@@ -216,17 +259,35 @@ def test_copy_shares_weights_and_nothing_else(model: Any) -> None:
     stock_logits(model, prompts([3]))  # the original is not under PCP
 
 
-def test_failed_step_leaves_the_cache() -> None:
-    model = build("v3")
-    enable_pcp(model)
-    prefill(model, prompts([5]))
-    handle = model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("broken")))
+@pytest.mark.parametrize(
+    ("failing", "step"),
+    [
+        pytest.param(1, lambda model: decode(model, [1]), id="decode"),
+        pytest.param(1, lambda model: extend(model, [[1, 2, 3]]), id="extend"),
+        pytest.param(2, lambda model: prefill(model, prompts([30]), chunk_tokens=20), id="second chunk"),
+        pytest.param(2, lambda model: prefill(model, prompts([30]), chunk_tokens=20, prefix=[(0, 19)]), id="shared prefix"),
+        pytest.param(1, lambda model: generate(model, [[1, 2]], 2), id="generate"),
+    ],
+)
+def test_failed_step_leaves_the_cache(failing: int, step: Any) -> None:
+    model, runs = build("v3"), []
+    context = enable_pcp(model)
+    prefill(model, prompts([21]))
+
+    def break_down(*_: Any) -> None:
+        runs.append(None)
+        if len(runs) == failing:
+            raise KeyError("broken")
+
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(break_down)
     with pytest.raises(KeyError, match="broken"):
-        decode(model, [1])
+        step(model)
     handle.remove()
+    assert context.requests.lengths == [21]
+    assert len(context.blocks._free) == context.blocks.cache.shape[1] - len(context.requests.blocks[0])
     logits = decode(model, [1])
     disable_pcp(model)
-    check_close(logits, stock_logits(model, [prompts([5])[0] + [1]])[-1:])
+    check_close(logits, stock_logits(model, [[*prompts([21])[0], 1]])[-1:])
 
 
 def test_no_quadratic_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +342,8 @@ def test_bad_calls() -> None:
         prefill(model, [1, 2])
     with pytest.raises(ValueError, match="requests must hold at least one token, got none"):
         prefill(model, [[], []])
+    with pytest.raises(ValueError, match="prefill: chunk_tokens must be at least 1, got 0"):
+        prefill(model, [[1]], chunk_tokens=0)
     with pytest.raises(ValueError, match="generate: n must be at least 1, got 0"):
         generate(model, [[1]], 0)
     with pytest.raises(ValueError, match="prompts must not be empty, got no tokens for prompt 1"):
@@ -294,3 +357,24 @@ def test_bad_calls() -> None:
         ValueError, match="extend: requests must have one entry for each of the 2 requests of the last prefill, got 3"
     ):
         extend(model, [[1], [2], [3]])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "error", "message"),
+    [
+        (3, TypeError, r"must be a list with a \(request, tokens\) or None for each of the 2 requests, got int"),
+        ([None], ValueError, r"must have a \(request, tokens\) or None for each of the 2 requests, got 1"),
+        ([None, 3], TypeError, r"must have a \(request, tokens\) or None for each of the 2 requests, got 3"),
+        ([None, (0, 1.5)], TypeError, r"must have a .* for each of the 2 requests, got \(0, 1.5\)"),
+        ([(2, 0), None], ValueError, "must name one of the 2 requests of the last prefill, got 2"),
+        ([None, (1, 4)], ValueError, "must have 0 to 3 tokens of request 1, got 4"),
+    ],
+)
+def test_bad_prefix(prefix: Any, error: type[Exception], message: str) -> None:
+    model = build("v3")
+    enable_pcp(model)
+    with pytest.raises(ValueError, match="must name one of the 0 requests of the last prefill, got 0"):
+        prefill(model, [[1]], prefix=[(0, 0)])
+    prefill(model, [[1, 2], [3, 4, 5]])
+    with pytest.raises(error, match=f"prefill: prefix {message}"):
+        prefill(model, [[1], [2]], prefix=prefix)

@@ -19,46 +19,13 @@ import numpy as np
 import torch
 
 from ..exchange import Group, all_gather_rows, group_rank, group_world_size
-from ..latent_exchange import LatentExchange
-from ..metadata import PCPMetadata
 from ..partition import check_layout
 from ..pipeline import MLADims, pcp_layer
-from ..planner import PCPPlanner
 from .deepseek import check_model, copy_sharing_weights, model_dims, project_inputs
-from .paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
+from .paged_cache import CachedRequests, LatentBlocks
+from .steps import PCPStep, StepPlanner
 
 __all__ = ["PCPContext", "copy_sharing_weights", "decode", "disable_pcp", "enable_pcp", "extend", "generate", "prefill"]
-
-
-@dataclass
-class PCPStep:
-    """A running step: its plan and the exchange of its latents."""
-
-    meta: PCPMetadata
-    exchange: LatentExchange
-
-
-class StepPlanner:
-    """Plans the steps of one rank of a group, once a step for all layers. Planner and exchange are made anew for a larger step."""
-
-    def __init__(self, group: Group, layout: str, dims: MLADims, dtype: torch.dtype, device: torch.device) -> None:
-        self.group, self._layout, self._dims, self._dtype, self._device = group, layout, dims, dtype, device
-        self._make(0, 0)
-
-    def _make(self, max_requests: int, max_tokens: int) -> None:
-        world, rank = group_world_size(self.group), group_rank(self.group)
-        sizes = max_requests, max_tokens, world, rank
-        self._planner = PCPPlanner(*sizes, layout=self._layout, block_size=BLOCK_SIZE, device=self._device)
-        self._exchange = LatentExchange(self.group, self._planner.max_local_tokens, self._dims, self._dtype, self._device)
-
-    def plan(self, lengths: list[int], cached: CachedRequests, decode: bool) -> PCPStep:
-        """A step of ``lengths`` new tokens, whose blocks ``cached`` has already. Valid until the next one."""
-        planner = self._planner
-        if len(lengths) > planner.max_requests or sum(lengths) > planner.max_tokens:
-            self._make(max(len(lengths), planner.max_requests), max(sum(lengths), planner.max_tokens))
-        is_prefill = [not decode] * len(lengths)
-        meta = self._planner.plan(lengths, cached.lengths, is_prefill, cached.block_tables())
-        return PCPStep(meta, self._exchange)
 
 
 @dataclass
@@ -156,10 +123,9 @@ def _attention_forward(
     tokens = step.meta.num_tokens
     q, kv_c, k_pe = (x[:tokens] for x in project_inputs(attention, hidden_states, position_embeddings, dims))
     cache = context.blocks.cache[attention.layer_idx]
+    attended = pcp_layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, step.exchange, dims, attention.scaling, cache)
     out = hidden_states.new_zeros(hidden_states.shape[1], dims.num_heads * dims.v_head_dim)
-    out[:tokens] = pcp_layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, step.exchange, dims, attention.scaling, cache).flatten(
-        1
-    )
+    out[:tokens] = attended.flatten(1)
     return attention.o_proj(out)[None], None
 
 
@@ -186,13 +152,14 @@ def _step(model: Any, context: PCPContext, requests: CachedRequests, tokens: lis
         raise ValueError("step: requests must hold at least one token, got none")
     context.blocks.reserve(requests, lengths)
     planner = context.decode_planner if decode else context.planner
-    context.step = planner.plan(lengths, requests, decode)
-    meta = context.step.meta
+    step = planner.plan(lengths, requests, decode)
+    meta = step.meta
     natural = torch.tensor([*(token for new in tokens for token in new), 0], device=device)
     local, positions = natural[meta.local_token_indices.long()], meta.positions.long()  # index -1, a pad, takes the last entry
     if not meta.num_tokens:
         # Modules of the model fail on no tokens at all; the attention leaves this one out.
         local, positions = natural[-1:], natural.new_zeros(1)
+    context.step = step
     try:
         hidden = model.model(
             input_ids=local[None],
