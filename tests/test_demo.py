@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from pcp_mla import demo
 from pcp_mla.demo import measure, outcome, ranks, report
+from pcp_mla.integrations import paged_cache
 from pcp_mla.launch import RankError
 from pcp_mla.planned import PlannedMetadata
 from pcp_mla.played import play
@@ -56,6 +58,8 @@ def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert row[:3] == ["2", backend, "29 to 32"]
     assert float(row[3]) < 1e-4
     assert row[4:6] == ["100.00%", "16 of 16 equal"]
+    assert float(row[6]) < 1e-4
+    assert "second prompt of 30 tokens, the first 15 of them" in out
     assert row[-1] == "agrees"
     assert str(text) in out
     assert "61 tokens" in out
@@ -68,9 +72,10 @@ def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     [line] = written["rows"]
     assert line["tokens_per_rank"] == [29, 32]
     assert f"{line['comparison']['logit_difference']:.2e}" == row[3]
+    assert f"{line['comparison']['second_difference']:.2e}" == row[6]
     assert line["comparison"]["logit_difference"] <= written["tolerance"]["value"]
     assert line["comparison"]["continuation"] == written["continuation"]
-    assert [str(line["seed_launches"]), str(line["our_launches"])] == row[6:8]
+    assert [str(line["seed_launches"]), str(line["our_launches"])] == row[7:9]
     assert line["seed_launches"] > line["our_launches"] > 5
 
 
@@ -78,6 +83,36 @@ def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
 def test_several_world_sizes(played: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.run(arguments("--pcp", "1", "3", "--max-tokens", "40")) == 0
     assert [row[:3] for row in table_rows(capsys.readouterr().out)] == [["1", "played", "40"], ["3", "played", "12 to 14"]]
+
+
+@pytest.mark.timeout(120)
+def test_steps(played: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.run(arguments("--pcp", "1", "2", "--max-tokens", "100", "--chunk-tokens", "16")) == 0
+    out = capsys.readouterr().out
+    assert "prefill    in steps of 16 tokens; then a second prompt of 50 tokens, the first 25 of them" in out
+    for row in table_rows(out):
+        assert row[2] == {"1": "16", "2": "8"}[row[0]]
+        assert 0 < float(row[3]) < 1e-4
+        assert 0 < float(row[6]) < 1e-4
+        assert row[-1] == "agrees"
+
+
+@pytest.mark.timeout(120)
+def test_wrong_prefix_fails(played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second prompt reads other tokens than those of the prefix; the first one agrees."""
+    right = paged_cache.LatentBlocks.fork_prefixes
+
+    def other_block(self: Any, requests: Any, prefixes: Any) -> Any:
+        new = right(self, requests, prefixes)
+        if new.lengths[0]:
+            new.blocks[0][0] = requests.blocks[0][2]
+        return new
+
+    monkeypatch.setattr(paged_cache.LatentBlocks, "fork_prefixes", other_block)
+    assert demo.run(arguments("--pcp", "2", "--max-tokens", "128")) == 1
+    row = table_rows(capsys.readouterr().out)[0]
+    assert float(row[3]) < 1e-4 < 1e-2 < float(row[6])
+    assert row[-1] == "DIFFERS"
 
 
 @pytest.mark.timeout(120)
@@ -139,6 +174,7 @@ def test_default_text(size: int) -> None:
     [
         (["--max-tokens", "0"], None, "--max-tokens must be at least 1, got 0"),
         (["--max-tokens", "-5"], None, "--max-tokens must be at least 1, got -5"),
+        (["--chunk-tokens", "0"], None, "--chunk-tokens must be at least 1, got 0"),
         (["--pcp", "2", "0"], None, "--pcp must be at least 1, got 0"),
         (["--pcp", "-1"], None, "--pcp must be at least 1, got -1"),
         (["--pcp", "2", "9", "--max-tokens", "8"], None, "--pcp must not be more than the tokens, got 9 processes for 8 tokens"),
@@ -182,7 +218,7 @@ def test_without_transformers() -> None:
 
 
 def an_outcome(tokens: list[int], logits: torch.Tensor, steps: torch.Tensor, experts: list[int]) -> outcome.Outcome:
-    return outcome.Outcome(logits, tokens, steps, torch.tensor([experts]))
+    return outcome.Outcome(logits, tokens, steps, torch.tensor([experts]), torch.zeros(1, 2))
 
 
 def test_comparison_stops_where_the_texts_part() -> None:
@@ -199,13 +235,14 @@ def test_comparison_stops_where_the_texts_part() -> None:
 
 def test_nan_never_agrees() -> None:
     stock = an_outcome([0], torch.zeros(1, 2), torch.zeros(1, 2), [])
-    broken = an_outcome([0], torch.tensor([[0.0, float("nan")]]), torch.zeros(1, 2), [])
-    assert outcome.compare(stock, broken).logit_difference == float("inf")
+    nan = torch.tensor([[0.0, float("nan")]])
+    assert outcome.compare(stock, an_outcome([0], nan, torch.zeros(1, 2), [])).logit_difference == float("inf")
+    assert outcome.compare(stock, replace(stock, second_logits=nan)).second_difference == float("inf")
 
 
 def test_note_on_a_tie() -> None:
     def row(margin: float) -> report.PCPRow:
-        comparison = outcome.Comparison(1e-5, 1.0, 3, margin, 0, [])
+        comparison = outcome.Comparison(1e-5, 1e-5, 1.0, 3, margin, 0, [])
         return report.PCPRow(2, "gloo", [4, 4], comparison, 9, 5, 1.0, 1.0, 0.0, 3, True)
 
     tolerance = report.Tolerance(1e-4, "")

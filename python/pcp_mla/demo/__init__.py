@@ -17,7 +17,7 @@ import torch
 from ..launch import RankError
 from ..partition import partition
 from .models import MODELS, build_model
-from .outcome import run_stock
+from .outcome import Work, run_stock
 from .progress import Progress
 from .ranks import run_ranks
 from .report import as_json, format_table, make_row, make_tolerance, notes
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pcp", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="numbers of ranks (default: 1 2 4)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: the Declaration of Independence)")
     parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="bytes of the text to use (default: %(default)s)")
+    parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a prefill step (default: all in one step)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE as well")
 
 
@@ -56,6 +57,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[str, list[int]]:
     """Name of the text and its tokens. ValueError or ImportError if the demo cannot run."""
     if args.max_tokens < 1:
         raise ValueError(f"demo: --max-tokens must be at least 1, got {args.max_tokens}")
+    if args.chunk_tokens is not None and args.chunk_tokens < 1:
+        raise ValueError(f"demo: --chunk-tokens must be at least 1, got {args.chunk_tokens}")
     for world_size in args.pcp:
         if world_size < 1:
             raise ValueError(f"demo: --pcp must be at least 1, got {world_size}")
@@ -71,7 +74,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[str, list[int]]:
     return name, prompt
 
 
-def _describe(args: argparse.Namespace, model: Any, text: str, prompt: list[int]) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, model: Any, text: str, work: Work) -> dict[str, Any]:
     config = model.config
     gpu = torch.cuda.is_available()
     return {
@@ -90,7 +93,10 @@ def _describe(args: argparse.Namespace, model: Any, text: str, prompt: list[int]
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "text": text,
-        "tokens": len(prompt),
+        "tokens": len(work.prompt),
+        "chunk_tokens": work.chunk_tokens,
+        "second_tokens": len(work.second),
+        "shared_tokens": work.shared,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
         "on_gpu": gpu,
     }
@@ -107,20 +113,26 @@ def _print_head(facts: dict[str, Any]) -> None:
         f"{f['experts_per_token']} of {f['experts']} experts"
     )
     print(f"text       {f['text']}, {f['tokens']} tokens (bytes)")
+    steps = "one step" if f["chunk_tokens"] == f["tokens"] else f"steps of {f['chunk_tokens']} tokens"
+    print(
+        f"prefill    in {steps}; then a second prompt of {f['second_tokens']} tokens, the first {f['shared_tokens']} of them "
+        "a cached prefix that it shares"
+    )
     print(f"device     {f['device']}", flush=True)
 
 
 def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
     with Progress(f"building {args.model}"):
         model = build_model(args.model)
-    facts = _describe(args, model, text, prompt)
+    work = Work.make(prompt, CONTINUATION, args.chunk_tokens)
+    facts = _describe(args, model, text, work)
     _print_head(facts)
     with tempfile.TemporaryDirectory(prefix="pcp-mla-demo-") as folder:
         model_file = os.path.join(folder, "model.pt")
         with Progress("saving it for the ranks"):
             torch.save(model, model_file)
         with Progress("stock model, one process"):
-            stock, routing = run_stock(model.to("cuda") if facts["on_gpu"] else model, prompt, CONTINUATION)
+            stock, routing = run_stock(model.to("cuda") if facts["on_gpu"] else model, work)
         facts["continuation"] = stock.tokens
         tolerance = make_tolerance(stock, facts["layers"], facts["hidden"])
         # The ranks map the file; this copy would be one too many.
@@ -130,8 +142,8 @@ def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
         rows = []
         for world_size in args.pcp:
             with Progress(f"the model under PCP, P = {world_size}"):
-                backend, results = run_ranks(world_size, model_file, prompt, CONTINUATION, routing)
-            tokens = partition([len(prompt)], world_size=world_size, rank=0).tokens_per_rank.tolist()
+                backend, results = run_ranks(world_size, model_file, work, routing)
+            tokens = partition([work.chunk_tokens], world_size=world_size, rank=0).tokens_per_rank.tolist()
             rows.append(make_row(stock, results, backend, tokens, tolerance))
     agrees = all(row.agrees for row in rows)
     print(f"tolerance  {tolerance.value:.2e} = {tolerance.derivation}\n")

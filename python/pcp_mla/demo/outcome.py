@@ -14,29 +14,60 @@ from .routing import RecordRouting, Routing, rounding_share
 
 
 @dataclass
+class Work:
+    """What both models do: read ``prompt`` (under PCP in steps of ``chunk_tokens``), continue it by ``count`` greedy tokens, and
+    read ``second``, whose first ``shared`` tokens are the prompt's (under PCP they are in the cache)."""
+
+    prompt: list[int]
+    count: int
+    chunk_tokens: int
+    second: list[int]
+    shared: int
+
+    @classmethod
+    def make(cls, prompt: list[int], count: int, chunk_tokens: int | None) -> Work:
+        """A second prompt of the first quarter and the last one; a single step by default."""
+        shared = max(1, len(prompt) // 4)
+        size = len(prompt) if chunk_tokens is None else min(chunk_tokens, len(prompt))
+        return cls(prompt, count, size, prompt[:shared] + prompt[-shared:], shared)
+
+
+@dataclass
 class Outcome:
     """``logits`` [T, vocabulary] of the prompt; ``tokens`` [n] its greedy continuation; ``step_logits`` [n, vocabulary] that each
-    was chosen from; ``experts`` [T, choices of all MoE layers], sorted within a layer; ``ties``: choices for this rank's tokens
-    that were broken as the stock model broke them. On the CPU."""
+    was chosen from; ``experts`` [T, choices of all MoE layers], sorted within a layer; ``second_logits`` of the second prompt's
+    tokens behind the shared ones; ``ties``: choices for this rank's tokens that were broken as the stock model broke them. On the
+    CPU."""
 
     logits: torch.Tensor
     tokens: list[int]
     step_logits: torch.Tensor
     experts: torch.Tensor
+    second_logits: torch.Tensor
     ties: int = 0
+
+
+@dataclass
+class StockRouting:
+    """How the stock model routed the two prompts, on the CPU."""
+
+    prompt: Routing
+    second: Routing
 
 
 @dataclass
 class Comparison:
     """One run against the stock one.
 
-    ``logit_difference``: largest over the prompt and the continuation's steps, up to where it parts. ``same_argmax``: share of
-    the prompt's tokens. ``parts_at``: first token of the continuation that differs, None if none does. ``parting_margin``: how far
-    apart the stock logits of the two tokens are there. ``expert_changes``: expert choices for the prompt's tokens that differ.
+    ``logit_difference``: largest over the prompt and the continuation's steps, up to where it parts. ``second_difference``: largest
+    over the second prompt. ``same_argmax``: share of the prompt's tokens. ``parts_at``: first token of the continuation that
+    differs, None if none does. ``parting_margin``: how far apart the stock logits of the two tokens are there.
+    ``expert_changes``: expert choices for the prompt's tokens that differ.
     ``continuation``: the run's own.
     """
 
     logit_difference: float
+    second_difference: float
     same_argmax: float
     parts_at: int | None
     parting_margin: float | None
@@ -61,40 +92,63 @@ def _sorted_experts(routing: Routing, tokens: int, device: torch.device) -> torc
 
 
 @torch.no_grad()
-def run_stock(model: Any, prompt: list[int], count: int) -> tuple[Outcome, Routing]:
-    """The model as it is, in one process, with transformers' own cache. Also how it routed the prompt, on the CPU."""
+def run_stock(model: Any, work: Work) -> tuple[Outcome, StockRouting]:
+    """The model as it is, in one process, each prompt in one pass, with transformers' own cache for the continuation."""
     device = model.lm_head.weight.device
     with RecordRouting(model) as record:
-        first = model(torch.tensor([prompt], device=device), use_cache=True)
+        first = model(torch.tensor([work.prompt], device=device), use_cache=True)
     cache = first.past_key_values
 
     def step(token: int) -> torch.Tensor:
         return model(torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True).logits[0, -1]
 
-    tokens, rows = _continue(first.logits[0], count, step)
-    experts = _sorted_experts(record.routing, len(prompt), device)
-    everything = torch.arange(len(prompt))
-    return Outcome(first.logits[0].cpu(), tokens, rows, experts.cpu()), record.routing.rows(everything)
+    tokens, rows = _continue(first.logits[0], work.count, step)
+    experts = _sorted_experts(record.routing, len(work.prompt), device)
+    with RecordRouting(model) as second:
+        second_logits = model(torch.tensor([work.second], device=device), use_cache=False).logits[0, work.shared :]
+    routings = (r.routing.rows(torch.arange(len(text))) for r, text in ((record, work.prompt), (second, work.second)))
+    return Outcome(first.logits[0].cpu(), tokens, rows, experts.cpu(), second_logits.cpu()), StockRouting(*routings)
+
+
+def _run_steps(
+    model: Any, group: Group, text: list[int], cached: int, size: int, stock: Routing
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A request of ``text`` in steps of ``size`` tokens, but for its first ``cached`` tokens, which the last request begins with.
+
+    Logits, experts and ties as in :class:`Outcome`, of the tokens that were not cached.
+    """
+    from ..integrations.transformers import extend, prefill
+
+    device = model.lm_head.weight.device
+    tie = rounding_share(model.config.num_hidden_layers, model.config.hidden_size)
+    logits, experts, ties = [], [], 0
+    for start in range(cached, len(text), size):
+        new = text[start : start + size]
+        meta = PCPMetadata.build([len(new)], world_size=group_world_size(group), rank=group_rank(group), device=device)
+        with RecordRouting(model, stock.rows(meta.local_token_indices + start), tie) as record:
+            if start > cached:
+                logits.append(extend(model, [new]))
+            else:
+                logits.append(prefill(model, [new], prefix=[(0, cached) if cached else None]))
+        local = _sorted_experts(record.routing, meta.num_tokens, device)
+        padded = local.new_zeros(meta.num_tokens_padded, local.shape[1])
+        padded[: meta.num_tokens] = local
+        experts.append(all_gather_rows(padded, group).index_select(0, meta.hidden_restore_idx))
+        ties += record.ties
+    return torch.cat(logits), torch.cat(experts), ties
 
 
 @torch.no_grad()
-def run_pcp(model: Any, group: Group, prompt: list[int], count: int, stock: Routing) -> Outcome:
+def run_pcp(model: Any, group: Group, work: Work, stock: StockRouting) -> Outcome:
     """The same under PCP; every rank gets the whole outcome. ``model`` is put under PCP and left so. Routing ties are broken as in
     ``stock``."""
-    from ..integrations.transformers import decode, enable_pcp, prefill
+    from ..integrations.transformers import decode, enable_pcp
 
     enable_pcp(model, group)
-    device = model.lm_head.weight.device
-    meta = PCPMetadata.build([len(prompt)], world_size=group_world_size(group), rank=group_rank(group), device=device)
-    tie = rounding_share(model.config.num_hidden_layers, model.config.hidden_size)
-    with RecordRouting(model, stock.rows(meta.local_token_indices), tie) as record:
-        logits = prefill(model, [prompt])
-    local = _sorted_experts(record.routing, meta.num_tokens, device)
-    padded = local.new_zeros(meta.num_tokens_padded, local.shape[1])
-    padded[: meta.num_tokens] = local
-    experts = all_gather_rows(padded, group).index_select(0, meta.hidden_restore_idx)
-    tokens, rows = _continue(logits, count, lambda token: decode(model, [token])[0])
-    return Outcome(logits.cpu(), tokens, rows, experts.cpu(), record.ties)
+    logits, experts, ties = _run_steps(model, group, work.prompt, 0, work.chunk_tokens, stock.prompt)
+    tokens, rows = _continue(logits, work.count, lambda token: decode(model, [token])[0])
+    second, _, more_ties = _run_steps(model, group, work.second, work.shared, work.chunk_tokens, stock.second)
+    return Outcome(logits.cpu(), tokens, rows, experts.cpu(), second.cpu(), ties + more_ties)
 
 
 def compare(stock: Outcome, other: Outcome) -> Comparison:
@@ -102,6 +156,7 @@ def compare(stock: Outcome, other: Outcome) -> Comparison:
     # Past the parting the two continue different texts; the step where they part still has the same text before it.
     steps = len(stock.tokens) if parts_at is None else parts_at + 1
     difference = torch.cat([other.logits - stock.logits, other.step_logits[:steps] - stock.step_logits[:steps]]).abs()
+    second = (other.second_logits - stock.second_logits).abs()
     margin = None
     if parts_at is not None:
         row = stock.step_logits[parts_at]
@@ -109,6 +164,7 @@ def compare(stock: Outcome, other: Outcome) -> Comparison:
     return Comparison(
         # A NaN anywhere must not look like agreement.
         logit_difference=float(difference.nan_to_num(nan=float("inf")).max()),
+        second_difference=float(second.nan_to_num(nan=float("inf")).max()),
         same_argmax=float((other.logits.argmax(-1) == stock.logits.argmax(-1)).double().mean()),
         parts_at=parts_at,
         parting_margin=margin,

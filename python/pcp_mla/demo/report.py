@@ -45,7 +45,9 @@ class PCPRow:
 
 def make_row(stock: Outcome, results: list[RankResult], backend: str, tokens_per_rank: list[int], tolerance: Tolerance) -> PCPRow:
     # Every rank holds all logits: the row shows the rank that is furthest off.
-    comparison = max((compare(stock, result.outcome) for result in results), key=lambda c: c.logit_difference)
+    comparison = max(
+        (compare(stock, result.outcome) for result in results), key=lambda c: max(c.logit_difference, c.second_difference)
+    )
     return PCPRow(
         pcp=len(results),
         backend=backend,
@@ -57,7 +59,7 @@ def make_row(stock: Outcome, results: list[RankResult], backend: str, tokens_per
         our_milliseconds=max(result.costs.ours.milliseconds for result in results),
         layer_difference=max(result.costs.difference for result in results),
         routing_ties=sum(result.outcome.ties for result in results),
-        agrees=comparison.logit_difference <= tolerance.value,
+        agrees=max(comparison.logit_difference, comparison.second_difference) <= tolerance.value,
     )
 
 
@@ -67,9 +69,9 @@ def _continuation(row: PCPRow, count: int) -> str:
 
 
 def format_table(rows: list[PCPRow], count: int, on_gpu: bool) -> str:
-    """``count``: tokens of the greedy continuation."""
+    """``count``: tokens of the greedy continuation. Both differences are the largest of any logit."""
     launches = "launches/layer" if on_gpu else "op calls/layer"
-    header = ["P", "backend", "tokens/rank", "largest logit diff", "same argmax", "continuation"]
+    header = ["P", "backend", "tokens/rank", "logit diff", "same argmax", "continuation", "shared prefix"]
     header += [f"{launches} seed", "ours", "ms/layer seed", "ours", "verdict"]
     lines = [header]
     for row in rows:
@@ -81,6 +83,7 @@ def format_table(rows: list[PCPRow], count: int, on_gpu: bool) -> str:
             f"{row.comparison.logit_difference:.2e}",
             f"{row.comparison.same_argmax:.2%}",
             _continuation(row, count),
+            f"{row.comparison.second_difference:.2e}",
             str(row.seed_launches),
             str(row.our_launches),
             f"{row.seed_milliseconds:.2f}",
