@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("transformers", minversion="5")
 
 from pcp_mla import demo
-from pcp_mla.demo import measure, outcome, ranks, report
+from pcp_mla.demo import measure, models, outcome, ranks, report
 from pcp_mla.integrations import paged_cache
 from pcp_mla.launch import RankError
 from pcp_mla.planned import PlannedMetadata
@@ -249,6 +249,23 @@ def test_note_on_a_tie() -> None:
     assert "a tie within the tolerance" in report.notes([row(1e-4)], tolerance)[0]
     assert "3 routings were ties" in report.notes([row(1e-4)], tolerance)[1]
     assert "no tie" in report.notes([row(1e-3)], tolerance)[0]
+
+
+@torch.no_grad()
+def test_long_prompts_need_no_score_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = models.build_model("tiny"), torch.arange(200)[None]
+    wanted = model(tokens, use_cache=False).logits
+    models.bound_memory(model, 11_000)
+    assert model.config._attn_implementation == "sdpa"
+    models.bound_memory(model, 12_000)
+    widths, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **options: widths.append((q.shape[-1], v.shape[-1])) or attend(q, k, v, **options),
+    )
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert widths == [(48, 48)] * 4
 
 
 def test_op_calls_count_work_only() -> None:

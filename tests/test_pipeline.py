@@ -316,6 +316,13 @@ def test_modules(cached: bool) -> None:
     assert (run(biased) - wanted).abs().min() > 0.1  # a bias is not left out
 
 
+@pytest.mark.parametrize("v_dim", [3, 8])
+def test_row_with_v_of_another_width(v_dim: int) -> None:
+    q, k, v = (torch.randn(n, 2, width, dtype=torch.float64) for n, width in ((4, 6), (9, 6), (9, v_dim)))
+    scores = torch.einsum("nhd,mhd->hnm", q, k).masked_fill(torch.ones(4, 9).triu(6).bool(), -torch.inf)
+    torch.testing.assert_close(attend_row(q, k, v, 1.0), torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v))
+
+
 @pytest.mark.parametrize("block", [2**24, 20, 1])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (4, 4), (4, 9)])
 def test_row_is_aligned_bottom_right(n: int, m: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +337,14 @@ def test_row_is_aligned_bottom_right(n: int, m: int, block: int, monkeypatch: py
     out, lse = attend_row_with_lse(*row, False, 1.0)
     assert out.flatten().tolist() == pytest.approx([(m - 1) / 2] * n)
     assert lse.exp().flatten().tolist() == pytest.approx([m] * n)
+
+
+def test_module_without_keys() -> None:
+    batch = Batch([0], [0], [True])
+    meta, cache = batch.plan(None, "unpadded")
+    module = torch.nn.Linear(*reversed(batch.weight.shape), dtype=torch.float64).requires_grad_(False)
+    out = batch.run(lambda q, kv_c, k_pe, _, *rest: ours(q, kv_c, k_pe, module, *rest), None, meta, cache)
+    assert out.shape == (0, DIMS.num_heads, DIMS.v_head_dim)
 
 
 # Bad input: before anything is exchanged or written.

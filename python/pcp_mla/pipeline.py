@@ -128,22 +128,24 @@ def attend_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale:
 
     q [n, heads, D], k [m, heads, D], v [m, heads, Dv], m >= n >= 1; returns [n, heads, Dv].
     """
-    n, m = q.shape[0], k.shape[0]
+    n, m, width = q.shape[0], k.shape[0], v.shape[2]
+    if q.device.type == "cpu" and width < q.shape[2]:
+        # torch's flash kernel for CPUs takes one width; without it all scores are in memory at a time, and it is slower.
+        v = F.pad(v, (0, q.shape[2] - width))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     # torch's is_causal is aligned top-left: only right for n = m. A single query sees every key.
     if n in (1, m):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, scale=softmax_scale)[0].transpose(0, 1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, scale=softmax_scale)
+        return out[0, ..., :width].transpose(0, 1)
     pieces = []
     block = max(1, _BLOCK // m)
     for first in range(0, n, block):
         last = min(first + block, n)
         seen = m - n + last
         mask = torch.ones(last - first, seen, dtype=torch.bool, device=q.device).tril(m - n + first)
-        pieces.append(
-            F.scaled_dot_product_attention(
-                q[:, :, first:last], k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=softmax_scale
-            )[0].transpose(0, 1)
-        )
+        queries, keys, values = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=softmax_scale)
+        pieces.append(out[0, ..., :width].transpose(0, 1))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -82,6 +82,9 @@ _YARN: dict[str, Any] = {
     "original_max_position_embeddings": 4096,
 }
 
+# Scores [heads, tokens, tokens] that torch's SDPA may keep in memory: 4 GiB in float32.
+_MAX_SCORES = 2**30
+
 # Logits must depend on what attention reads, or a wrong order of the keys would hardly show: these gains make scores differ by a
 # few units instead of nearly none, and what attention adds as large as the residual stream.
 _QUERY_GAIN = 3.0
@@ -118,3 +121,25 @@ def build_model(name: str) -> Any:
             (attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj).weight.mul_(_QUERY_GAIN)
             attention.o_proj.weight.mul_(_OUTPUT_GAIN)
     return model
+
+
+def bound_memory(model: Any, tokens: int) -> None:
+    """Let the stock model read so many tokens on a CPU: torch's SDPA keeps all scores where V is narrower than K. If they are too
+    many, V is padded with zeros, as transformers itself does for FlashAttention, and torch takes its flash kernel."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    if model.device.type != "cpu" or model.config.num_attention_heads * tokens**2 <= _MAX_SCORES:
+        return
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        padded = torch.nn.functional.pad(value, (0, query.shape[-1] - value.shape[-1]))
+        out, weights = sdpa_attention_forward(module, query, key, padded, *rest, **options)
+        return out[..., : value.shape[-1]], weights
+
+    AttentionInterface.register("sdpa_padded", attend)
+    AttentionMaskInterface.register("sdpa_padded", sdpa_mask)
+    model.set_attn_implementation("sdpa_padded")

@@ -10,6 +10,7 @@ import torch
 
 from ..exchange import Group, all_gather_rows, group_rank, group_world_size
 from ..metadata import PCPMetadata
+from .models import bound_memory
 from .routing import RecordRouting, Routing, rounding_share
 
 
@@ -95,6 +96,7 @@ def _sorted_experts(routing: Routing, tokens: int, device: torch.device) -> torc
 def run_stock(model: Any, work: Work) -> tuple[Outcome, StockRouting]:
     """The model as it is, in one process, each prompt in one pass, with transformers' own cache for the continuation."""
     device = model.lm_head.weight.device
+    bound_memory(model, len(work.prompt))
     with RecordRouting(model) as record:
         first = model(torch.tensor([work.prompt], device=device), use_cache=True)
     cache = first.past_key_values
