@@ -64,6 +64,44 @@ def test_played_and_alone(device, layout):
     assert all(exchange_all(None, device, layout))
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_replicated_decodes_are_not_sent(planned, monkeypatch):
+    """Decodes alone need no collective: each rank has their latents. Any prefill token, another layout or policy, a graph do."""
+
+    def no_collective(*_):
+        raise AssertionError("a collective was called")
+
+    def metadata(rank, lengths, prefills, padded=None, **options):
+        context = [8] * len(lengths)
+        if not planned:
+            return PCPMetadata.build(lengths, context, prefills, world_size=2, rank=rank, **options)
+        tables = torch.arange(4 * len(lengths), dtype=torch.int32).view(-1, 4)
+        planner = PCPPlanner(4, 40, 2, rank, block_size=8, **options)
+        return planner.plan(lengths, context, prefills, tables, num_tokens_padded=padded)
+
+    monkeypatch.setattr("pcp_mla.latent_exchange.all_gather_into", no_collective)
+
+    def run(group):
+        exchange = LatentExchange(group, 40, DIMS, torch.float32)
+        for lengths, prefills in (([2, 1], [False, False]), ([2, 0], [False, True])):
+            meta = metadata(group.rank, lengths, prefills)
+            latents = torch.randn(meta.num_tokens, 16)
+            for kv_c, k_pe in ((latents[:, :12], latents[:, 12:]), (latents[:, :12].clone(), latents[:, 12:].clone())):
+                got = exchange.all_gather(kv_c, k_pe, meta)
+                assert len(got) == 2 * meta.num_tokens_padded
+                assert torch.equal(got[meta.allgather_restore_idx.long()], latents)
+        sent = [metadata(group.rank, [2, 1], [False, True]), metadata(group.rank, [2, 1], [False, False], layout="padded")]
+        sent.append(metadata(group.rank, [2, 1], [False, False], decode_policy="round_robin"))
+        if planned:
+            sent.append(metadata(group.rank, [2, 1], [False, False], padded=8))
+        for meta in sent:
+            latents = torch.randn(meta.num_tokens, 16)
+            with pytest.raises(AssertionError, match="a collective was called"):
+                exchange.all_gather(latents[:, :12], latents[:, 12:], meta)
+
+    play(2, run)
+
+
 def test_latents_side_by_side_are_not_copied():
     meta = PCPMetadata.build([9], world_size=1, rank=0)
     exchange = LatentExchange(None, 9, DIMS, torch.float32)

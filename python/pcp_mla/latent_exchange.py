@@ -48,7 +48,7 @@ class LatentExchange:
         self._in_place = isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == "nccl"
 
     def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
-        """One collective, none for a world of one.
+        """One collective; none for a world of one, and none for a step of replicated decodes alone, which every rank has.
 
         Latents that lie side by side already, ``kv_c`` and ``k_pe`` being slices of one [T, W], are sent as they are if this rank
         has no pads; else they are packed.
@@ -59,8 +59,9 @@ class LatentExchange:
             meta: the step, for this rank of the group.
 
         Returns:
-            [P * Np, W], rank-major: what ``meta.slot_mapping`` and ``meta.allgather_restore_idx`` count in. Pads are zeros. It is a
-            view of the exchange's buffer, valid until the next call (in a world of one it may be the input).
+            [P * Np, W], rank-major: what ``meta.slot_mapping`` and ``meta.allgather_restore_idx`` count in. Pads are zeros;
+            further copies of decodes, in which nothing counts, may be anything. It is a view of the exchange's buffer, valid until
+            the next call (in a world of one it may be the input).
 
         Raises:
             ValueError, TypeError: a tensor does not fit ``meta`` or the exchange; before the collective.
@@ -80,15 +81,19 @@ class LatentExchange:
             if x.stride(1) != 1 and x.shape[1] > 1:
                 raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
         gathered = self._gathered[: self.world_size * padded]
-        rows = self._side_by_side(kv_c, k_pe) if tokens == padded else None
+        alone = self.world_size > 1 and meta.is_replicated  # what counts then is the place of rank 0's copy
+        rows = self._side_by_side(kv_c, k_pe) if tokens == padded and not alone else None
         if rows is None:
-            rows = gathered[self.rank * padded :][:padded] if self._in_place and self.world_size > 1 else self._send[:padded]
+            in_place = alone or (self._in_place and self.world_size > 1)
+            rows = gathered[0 if alone else self.rank * padded :][:padded] if in_place else self._send[:padded]
             if tokens:
                 torch.ops.pcp_mla.concat_k(kv_c[:, None], k_pe, rows[:tokens, None])  # a key of one head
             if tokens < padded:
                 rows[tokens:].zero_()
         if self.world_size == 1:
             return rows
+        if alone:
+            return gathered
         if rows.element_size() == 1:  # collectives know bytes, but not every float8
             all_gather_into(gathered.view(torch.uint8), rows.view(torch.uint8), self.group)
         else:

@@ -132,6 +132,12 @@ class PCPMetadata:
         return self.partition.num_requests
 
     @cached_property
+    def is_replicated(self) -> bool:
+        """Whether every rank has every new token of the step: decodes alone, in the layout that keeps one copy of each."""
+        part = self.partition
+        return part.layout == "unpadded" and part.decode_policy == "replicate" and not part.query_lens[part.is_prefill].any()
+
+    @cached_property
     def host_key_chunks(self) -> tuple[KeyChunk, ...]:
         """The step's attention calls, with arrays on the host; see :func:`pcp_mla.slots.key_chunks`. More than one only in a
         planner's metadata whose keys do not fit the workspace."""

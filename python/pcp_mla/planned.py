@@ -84,6 +84,15 @@ class PlannedMetadata(PCPMetadata):
         )
 
     @cached_property
+    def is_replicated(self) -> bool:
+        """As in PCPMetadata; never of a padded plan, whose captured graph another batch will use."""
+        planner = self._planner
+        if self._asked[0] is not None or planner.layout != "unpadded" or planner.decode_policy != "replicate":
+            return False
+        query_lens = np.frombuffer(self.batch, np.int32, self.num_requests)
+        return not query_lens[np.frombuffer(self.batch, np.bool_, offset=3 * query_lens.nbytes)].any()
+
+    @cached_property
     def host_key_chunks(self) -> tuple[KeyChunk, ...]:
         return tuple(key_chunks(self.partition, self._asked[1]))
 
