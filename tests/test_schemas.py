@@ -21,10 +21,10 @@ def test_native_libraries():
         assert native.status["_native_cuda"] == ""
 
 
-@pytest.mark.parametrize("op", backends.SCHEMAS)
+@pytest.mark.parametrize("op", [*backends.SCHEMAS, *backends.PYTHON_SCHEMAS])
 def test_python_and_native_schemas_are_equal(op):
     registered = str(getattr(torch.ops.pcp_mla, op).default._schema)
-    assert registered == f"pcp_mla::{op}{backends.SCHEMAS[op]}"
+    assert registered == f"pcp_mla::{op}{(backends.SCHEMAS | backends.PYTHON_SCHEMAS)[op]}"
 
 
 # Ops that users call through an object or by another op, not by a function of their own.
@@ -34,7 +34,7 @@ INTERNAL = {"plan_expand", *backends.COMPOSED.values()}
 def test_every_op_has_all_its_parts():
     defined = set(re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "ops.cpp").read_text()))
     assert defined == set(backends.SCHEMAS)
-    for op in defined - set(backends.COMPOSED.values()):
+    for op in (*(defined - set(backends.COMPOSED.values())), *backends.PYTHON_SCHEMAS):
         assert callable(getattr(reference, op))
     for op in (name for name in defined if name.removesuffix("_out") not in defined):
         name, stem = op if op in backends.FAMILIES else f"pcp_{op}", backends.family(op)

@@ -1,5 +1,6 @@
 """Prefill context parallelism for MLA models: fused kernels behind a thin layer. See the README for use."""
 
+from .attention import pcp_attention
 from .cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
 from .latent_cache import gather_latents, write_latent_cache
 from .latent_exchange import LatentExchange
@@ -30,6 +31,7 @@ __all__ = [
     "merge_attn_states",
     "merge_n_attn_states",
     "partition",
+    "pcp_attention",
     "pcp_fused_gather",
     "pcp_fused_restore",
     "write_latent_cache",

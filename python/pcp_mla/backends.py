@@ -62,6 +62,14 @@ SCHEMAS = {
     ),
 }
 
+# Ops of which csrc/ knows nothing: their kernels are Python, and so is their choice of a backend.
+PYTHON_SCHEMAS = {
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? k_pe, Tensor? kv_rows, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqused_k, "
+        "Tensor? prev_out, Tensor? prev_lse, float softmax_scale, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()"
+    ),
+}
+
 # The files of an op, where they have not its name: ops that share their kernels are one family.
 FAMILIES = {
     "merge_attn_states": "merge_states",
@@ -96,7 +104,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 _library = torch.library.Library("pcp_mla", "FRAGMENT")
 
 
-def _triton(op: str) -> Callable[..., Any]:
+def triton_form(op: str) -> Callable[..., Any]:
     """The Triton implementation, imported when it is first called: importing Triton takes longer than all the rest."""
 
     @functools.cache
@@ -145,7 +153,7 @@ def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         _library.define(op + SCHEMAS[op])
         _library.impl(op, getattr(reference, op), "CPU")
     if native.status["_native_cuda"]:
-        _library.impl(op, _triton(op) if HAS_TRITON else getattr(reference, op), "CUDA")
+        _library.impl(op, triton_form(op) if HAS_TRITON else getattr(reference, op), "CUDA")
     torch.library.register_fake(f"pcp_mla::{op}", fake, lib=_library)
     return getattr(torch.ops.pcp_mla, op).default
 
@@ -153,10 +161,11 @@ def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def register_composed(
     op: str, fake: Callable[..., Any], *, cpu: Callable[..., Any], cuda: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register an op of :data:`COMPOSED`, whose implementations are Python functions, and return the op to call."""
-    for name in (op, COMPOSED[op]):
-        if native.status["_native"]:
-            _library.define(name + SCHEMAS[name])
+    """Register an op of :data:`COMPOSED` or :data:`PYTHON_SCHEMAS`, whose implementations are Python functions, and return the op
+    to call."""
+    for name in (op, COMPOSED[op]) if op in COMPOSED else (op,):
+        if name in PYTHON_SCHEMAS or native.status["_native"]:
+            _library.define(name + (PYTHON_SCHEMAS.get(name) or SCHEMAS[name]))
         torch.library.register_fake(f"pcp_mla::{name}", fake, lib=_library)
     _library.impl(op, cpu, "CPU")
     _library.impl(op, cuda, "CUDA")
@@ -184,4 +193,4 @@ def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     wanted = "cpu" if backend == "cpu" else "cuda"
     if device_type != wanted and not interpreted:
         raise ValueError(f"{name}: backend {backend!r} needs tensors on a {wanted} device, got {device_type}")
-    return _triton(op) if backend == "triton" else getattr(torch.ops.pcp_mla, COMPOSED.get(op, op)).default
+    return triton_form(op) if backend == "triton" else getattr(torch.ops.pcp_mla, COMPOSED.get(op, op)).default

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from . import __version__, demo, native
+from . import __version__, attention_backends, demo, native
 from .backends import COMPOSED, SCHEMAS, availability, public_name
 
 
@@ -49,9 +49,11 @@ def print_env() -> int:
     for name, reason in native.status.items():
         print(f"{name:12} {reason or 'loaded'}")
     print()
-    for op in (name for name in SCHEMAS if not name.endswith("_out") and name not in COMPOSED.values()):
-        print(public_name(op))
-        for backend, reason in availability(op).items():
+    names = [op for op in SCHEMAS if not op.endswith("_out") and op not in COMPOSED.values()]
+    ops = {public_name(op): availability(op) for op in names} | {"pcp_attention": attention_backends.availability()}
+    for name, backends in ops.items():
+        print(name)
+        for backend, reason in backends.items():
             print(f"  {backend:10} {'no: ' + reason if reason else 'yes'}")
     return 0
 

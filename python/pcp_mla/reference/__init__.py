@@ -3,6 +3,7 @@
 Works in any dtype on any device. Nothing here is fast; on a GPU it synchronises with the host.
 """
 
+from .attention import attention
 from .latent_cache import gather_latents, write_latent_cache
 from .merge_states import (
     cp_correct_out,
@@ -16,6 +17,7 @@ from .rows import fused_gather, fused_gather_out, fused_restore, fused_restore_o
 from .up_project import concat_k, kv_up_project
 
 __all__ = [
+    "attention",
     "concat_k",
     "cp_correct_out",
     "fused_gather",

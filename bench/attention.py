@@ -1,0 +1,152 @@
+"""pcp_attention's Triton kernel beside FlashAttention 2 and 3, all in the one-call form: widths 192 and 128, bf16, rank 0 of P.
+
+FLOPs: two for each multiplication that the causal mask leaves. "rows" are the kernel's with ``kv_rows``, "prev" merges an earlier
+result. PCP_MLA_FA3 names a library to load that defines FlashAttention 3 as an op, such as the fa3-fwd wheel's.
+``python -m bench.attention sweep`` times the kernel's configurations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from pcp_mla import PCPMetadata, attention_backends, pcp_attention
+
+from . import timing
+
+NOPE, ROPE, V = 128, 64, 128
+SCALE = (NOPE + ROPE) ** -0.5
+# Tokens, heads, ranks.
+GPU_SHAPES = [(4096, 16, 2), (16384, 16, 2), (32768, 16, 8)]
+CPU_SHAPES = [(256, 2, 2)]
+Paths = dict[str, Callable[[], Any]]
+
+
+def flops(meta: PCPMetadata, heads: int) -> int:
+    part, pairs = meta.partition, 0
+    for queries, keys in zip((part.cu_seqlens_q[1:] - part.cu_seqlens_q[:-1]).tolist(), part.seqused_k.tolist(), strict=True):
+        pairs += queries * (keys - queries) + queries * (queries + 1) // 2
+    return 2 * (NOPE + ROPE + V) * heads * pairs
+
+
+def inputs(tokens: int, heads: int, ranks: int, device: str) -> tuple[PCPMetadata, dict[str, torch.Tensor]]:
+    meta = PCPMetadata.build([tokens], world_size=ranks, rank=0, device=device)
+    q = torch.randn(meta.num_tokens, heads, NOPE + ROPE, device=device).bfloat16()
+    expanded = torch.randn(tokens, heads, NOPE + V, device=device).bfloat16()  # as kv_b_proj gives it
+    k_pe = torch.randn(tokens, ROPE, device=device).bfloat16()
+    k_nope, v = expanded.split([NOPE, V], dim=-1)
+    k = torch.cat([k_nope, k_pe[:, None].expand(-1, heads, -1)], dim=-1)
+    return meta, {"q": q, "k": k, "v": v, "k_nope": k_nope, "k_pe": k_pe}
+
+
+def make_paths(meta: PCPMetadata, x: dict[str, torch.Tensor], device: str) -> Paths:
+    q, k, v, k_nope, k_pe = (x[name] for name in ("q", "k", "v", "k_nope", "k_pe"))
+    options: dict[str, Any] = {"softmax_scale": SCALE, "return_lse": True}
+    wanted = pcp_attention(q, k, v, meta, **options, backend="torch")
+    if device == "cpu":
+        return {"torch": lambda: pcp_attention(q, k, v, meta, **options)}
+    order = torch.arange(len(k), device=device, dtype=torch.int32)
+    mixed = torch.randperm(len(k), device=device)
+    mixed_k, mixed_pe, mixed_v = torch.empty_like(k_nope), torch.empty_like(k_pe), torch.empty_like(v)
+    mixed_k[mixed], mixed_pe[mixed], mixed_v[mixed] = k_nope, k_pe, v
+    nothing = (torch.zeros_like(wanted[0]), torch.full_like(wanted[1], -40.0))  # weighs nothing, but is read and merged
+    own = {**options, "backend": "triton"}
+    paths: Paths = {
+        "triton": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, **own),
+        "triton K": lambda: pcp_attention(q, k, v, meta, **own),
+        "triton rows": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, kv_rows=order, **own),
+        "triton random rows": lambda: pcp_attention(q, mixed_k, mixed_v, meta, k_pe=mixed_pe, kv_rows=mixed.int(), **own),
+        "triton prev": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, prev=nothing, **own),
+    }
+    for name in ("fa3", "fa2"):
+        if not attention_backends.missing(name, q.device):
+            paths[name] = lambda name=name: pcp_attention(q, k, v, meta, **options, backend=name)
+    for name, call in paths.items():  # a wrong result has no time
+        out, lse = call()
+        torch.testing.assert_close(out, wanted[0], rtol=2**-6, atol=2**-7, msg=f"{name} is wrong")
+        torch.testing.assert_close(lse, wanted[1], rtol=1e-4, atol=1e-4, msg=f"{name}'s LSE is wrong")
+    return paths
+
+
+def run(device: str) -> Iterator[dict[str, Any]]:
+    """One result a shape."""
+    gpu = device == "cuda"
+    if gpu and "PCP_MLA_FA3" in os.environ:
+        torch.ops.load_library(os.environ["PCP_MLA_FA3"])
+    for tokens, heads, ranks in GPU_SHAPES if gpu else CPU_SHAPES:
+        meta, x = inputs(tokens, heads, ranks, device)
+        result: dict[str, Any] = {"op": "attention", "tokens": tokens, "heads": heads, "P": ranks, "flops": flops(meta, heads)}
+        for name, call in make_paths(meta, x, device).items():
+            numbers: dict[str, Any] = {"cpu_us": timing.cpu_us(call, repeats=5, calls=5 if gpu else 1)}
+            if gpu:
+                numbers |= {"gpu_us": timing.gpu_us(call), "launches": timing.launches(call)}
+                numbers["tflops"] = result["flops"] / numbers["gpu_us"] / 1e6
+            result[name] = numbers
+        yield result
+
+
+def line(result: dict[str, Any]) -> str:
+    what = f"attention T={result['tokens']:<6} H={result['heads']:<3} P={result['P']} {result['flops'] / 1e12:.3f} TFLOP"
+    parts = []
+    for name, numbers in result.items():
+        if isinstance(numbers, dict):
+            gpu = f" {numbers['gpu_us']:.0f} us {numbers['tflops']:.0f} TFLOP/s" if "gpu_us" in numbers else ""
+            parts.append(f"{name}{gpu} cpu {numbers['cpu_us']:.0f} us")
+    return f"{what} | {' | '.join(parts)}"
+
+
+# Queries and keys of a tile, heads at a time, copy engine, scores ahead, warps, stages, registers a thread at most.
+CONFIGURATIONS = [
+    (128, 64, 16, True, True, 8, 2, None),
+    (128, 64, 4, True, True, 8, 2, None),
+    (128, 64, 2, True, True, 8, 2, None),
+    (128, 64, 16, True, True, 8, 3, None),
+    (128, 32, 16, True, True, 8, 3, None),
+    (64, 64, 16, True, True, 4, 2, None),
+    (128, 64, 16, True, False, 8, 3, None),
+    (128, 64, 16, True, False, 8, 2, None),
+    (128, 128, 16, True, False, 8, 2, None),
+    (128, 64, 16, True, False, 8, 1, 128),
+    (128, 32, 16, True, False, 8, 3, 128),
+    (64, 64, 16, True, False, 4, 2, None),
+    (64, 128, 16, True, False, 4, 2, None),
+    (128, 64, 16, False, False, 8, 3, None),
+    (128, 128, 16, False, False, 8, 2, None),
+]
+
+
+def sweep(tokens: int = 16384, heads: int = 16, ranks: int = 2) -> None:
+    """Time the kernel's configurations on one shape, K in two parts, and print a table."""
+    from pcp_mla.triton.attention import attention
+
+    meta, x = inputs(tokens, heads, ranks, "cuda")
+    work = flops(meta, heads)
+    out, lse = pcp_attention(x["q"], x["k"], x["v"], meta, softmax_scale=SCALE, return_lse=True, backend="torch")
+    got = torch.empty_like(out)
+    lengths = (meta.cu_seqlens_q, meta.cu_seqlens_k, meta.seqused_k)
+    print("queries keys heads TMA   ahead warps stages maxnreg      us  TFLOP/s")
+    for queries, keys, group, tma, ahead, warps, stages, registers in CONFIGURATIONS:
+        config = {"QUERIES": queries, "KEYS": keys, "HEADS": group, "TMA": tma, "AHEAD": ahead}
+        config |= {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+        arguments = (x["q"], x["k_nope"], x["v"], x["k_pe"], None, *lengths, None, None, SCALE, True, got, lse, config)
+        head = f"{queries:7} {keys:4} {group:5} {tma!s:5} {ahead!s:5} {warps:5} {stages:6} {registers!s:>7}"
+        try:
+            got.fill_(torch.nan)
+            attention(*arguments)
+            torch.testing.assert_close(got, out, rtol=2**-6, atol=2**-7)
+            us = timing.gpu_us(lambda arguments=arguments: attention(*arguments))
+            print(f"{head} {us:7.0f} {work / us / 1e6:8.0f}", flush=True)
+        except Exception as error:  # too much shared memory, say
+            print(f"{head} {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="bench.attention", description=__doc__)
+    parser.add_argument("what", choices=["sweep"], help="time the Triton kernel's configurations")
+    parser.parse_args()
+    with torch.inference_mode():
+        sweep()

@@ -1,0 +1,193 @@
+"""pcp_attention: the whole attention of a rank in one call; and the same by gathers and two calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import reference
+from .attention_backends import choose
+from .attention_checks import check_attention
+from .attention_libraries import LIBRARIES, Library, Rows, call, find
+from .backends import HAS_TRITON, register_composed, triton_form
+from .merge import merge_attn_states
+from .metadata import PCPMetadata
+from .ops import pcp_fused_gather, pcp_fused_restore
+from .slots import KeyChunk
+from .up_project import concat_k
+
+State = tuple[torch.Tensor, torch.Tensor]  # an output and its LSE
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def _fake(*args: Any) -> None:
+    if len({x.device for x in args if isinstance(x, torch.Tensor)}) > 1:
+        raise RuntimeError("pcp_mla: all tensors must be on one device")
+
+
+def _on_cuda(*args: Any) -> None:
+    (triton_form("attention") if HAS_TRITON else reference.attention)(*args)
+
+
+_attention = register_composed("attention", _fake, cpu=reference.attention, cuda=_on_cuda)
+
+
+def _kernel(name: str) -> Callable[..., None]:
+    """Our own implementation: the op under a compiler, else past the dispatcher, which costs more than the launch."""
+    if torch.compiler.is_compiling():
+        return _attention
+    return triton_form("attention") if name == "triton" else reference.attention
+
+
+def _by_library(
+    library: Library,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: Rows,
+    scale: float,
+    prev: State | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> Result:
+    part, part_lse = call(library, q, k, v, rows, scale, out if prev is None else None)
+    if prev is not None:
+        row_op = cu_seqlens = None
+        if out is not None and out.data_ptr() == prev[0].data_ptr():  # rows without keys stay as they are
+            row_op, cu_seqlens = rows.seqused_k.clamp(max=1) * 3, rows.cu_seqlens_q
+        return merge_attn_states(*prev, part, part_lse, out=out, lse_out=lse, row_op=row_op, cu_seqlens=cu_seqlens)
+    if out is not None and part.data_ptr() != out.data_ptr():
+        out.copy_(part)
+    if lse is not None:
+        lse.copy_(part_lse)
+    return part if out is None else out, part_lse if lse is None else lse
+
+
+def _run(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: Rows,
+    scale: float,
+    return_lse: bool,
+    k_pe: torch.Tensor | None = None,
+    kv_rows: torch.Tensor | None = None,
+    prev: State | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> Result:
+    """One call of the backend; outputs in ``out`` and ``lse`` where given."""
+    if name in LIBRARIES and len(q) and len(k):
+        library = find(name)
+        assert isinstance(library, Library)
+        return _by_library(library, q, k if k_pe is None else concat_k(k, k_pe), v, rows, scale, prev, out, lse)
+    if name in LIBRARIES:  # that refuse empty tensors
+        name = "triton" if HAS_TRITON else "torch"
+    if out is None:
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+    if lse is None and return_lse:
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    lengths = (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k)
+    _kernel(name)(q, k, v, k_pe, kv_rows, *lengths, *(prev or (None, None)), float(scale), rows.causal, out, lse)
+    return out, lse
+
+
+def _by_two_calls(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    meta: PCPMetadata,
+    scale: float,
+    return_lse: bool,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> Result:
+    """q, K and V of the heads and of the tails gathered, a call for each, and the outputs restored to local order."""
+    rows = pcp_fused_gather(q, k, v, meta)
+    halves = (
+        (rows.q_head, rows.k_head, rows.v_head, meta.cu_seqlens_q_head, meta.cu_seqlens_k_head),
+        (rows.q_tail, rows.k_tail, rows.v_tail, meta.cu_seqlens_q_tail, meta.cu_seqlens_k_tail),
+    )
+    states = []
+    for q_part, k_part, v_part, cu_seqlens_q, cu_seqlens_k in halves:
+        lengths = Rows(cu_seqlens_q, cu_seqlens_k, cu_seqlens_k.diff(), meta.max_seqlen_q, meta.max_seqlen_k, True)
+        states.append(_run(name, q_part, k_part, v_part, lengths, scale, return_lse))
+    (head, head_lse), (tail, tail_lse) = states
+    given = None if out is None else (out, lse)
+    return pcp_fused_restore(head, tail, head_lse if return_lse else None, tail_lse if return_lse else None, meta, out=given)
+
+
+def pcp_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    meta: PCPMetadata,
+    *,
+    softmax_scale: float,
+    return_lse: bool = False,
+    k_pe: torch.Tensor | None = None,
+    kv_rows: torch.Tensor | None = None,
+    prev: State | None = None,
+    chunk: KeyChunk | None = None,
+    out: torch.Tensor | State | None = None,
+    backend: str = "auto",
+) -> torch.Tensor | Result:
+    """Attention of this rank's tokens over all tokens of their requests, in one call: nothing is gathered before or restored after.
+
+    A request's head and its tail are two rows over the same keys. See docs/attention.md for what each backend supports; what it has
+    no kernel for but can be had from other ops here (``k_pe``, ``prev``) is composed.
+
+    Args:
+        q: [T or Np, H, D] in local order; rows past T = ``meta.num_tokens`` are neither read nor is their output written.
+        k: [N, H, D] in key order, N at least ``meta.num_kv_tokens``, or ``chunk.num_rows``. With ``k_pe`` [N, H, D - rope].
+        v: [N, H, Dv].
+        meta: of this rank and step, on the same device.
+        softmax_scale: factor of the scores, positive.
+        return_lse: whether the LSE is wanted too.
+        k_pe: [N, rope] the rest of K, shared by the heads. ``k`` and ``v`` can be the two slices of ``kv_b_proj``'s output.
+        kv_rows: int32, for each key of the call its row in ``k``, ``v`` and ``k_pe``, which may be in any order and number then.
+            Rows are not checked.
+        prev: an earlier result (out, lse) over other keys, [T, H, Dv] and float32 [T, H], merged in.
+        chunk: of ``meta.key_chunks``, to attend to some of the keys: k, v and ``kv_rows`` begin with its first. None: all keys.
+        out: what to write and return, a tensor or with ``return_lse`` a tuple. May be ``prev``: then a row that has no key in the
+            chunk costs nothing.
+        backend: ``fa3``, ``fa4``, ``fa2``, ``triton``, ``torch`` (the definition; any device), or ``auto``: fa3 on Hopper for
+            widths 192 and 128, else triton, on the CPU torch. Under ``torch.compile`` ``auto`` is triton on a GPU.
+
+    All of bf16, fp16 or fp32 (``torch``: also fp64), one dtype; any row and head strides with a contiguous last dimension. Causal,
+    aligned bottom-right; a chunk of context is seen by every query.
+
+    Returns:
+        out [T, H, Dv] in local order, and with ``return_lse`` the LSE, natural, float32 [T, H], of any strides. A token without
+        keys has 0 and -inf.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
+        NotImplementedError: an input requires gradients, or the backend does not support this; the message names those that do.
+        RuntimeError: the named backend is not available.
+    """
+    check_attention(q, k, v, meta, softmax_scale, k_pe, kv_rows, prev, chunk, out, return_lse)
+    if torch.compiler.is_compiling() and backend in ("auto", "triton"):
+        name = "triton"  # looking for libraries is nothing to compile
+    else:
+        name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
+    given, lse = out if isinstance(out, tuple) else (out, None)
+    library = find(name) if name in LIBRARIES else None
+    if isinstance(library, Library) and not library.shares_starts:
+        if chunk is not None or prev is not None:
+            raise NotImplementedError(
+                f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does"
+            )
+        k = k if k_pe is None else concat_k(k, k_pe)
+        state = _by_two_calls(
+            name, q, k[: meta.num_kv_tokens], v[: meta.num_kv_tokens], meta, softmax_scale, return_lse, given, lse
+        )
+        return state if return_lse else state[0]
+    of = meta if chunk is None else chunk
+    rows = Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)
+    state = _run(name, q, k, v, rows, softmax_scale, return_lse, k_pe, kv_rows, prev, given, lse)
+    return state if return_lse else state[0]

@@ -1,0 +1,110 @@
+"""The checks of pcp_attention's arguments, with the errors that its docstring names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .checks import check_meta, check_ragged
+from .merge_checks import check_lse, check_tensor
+from .metadata import PCPMetadata
+from .slots import KeyChunk
+
+OP = "pcp_attention"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: PCPMetadata, rows: int) -> None:
+    check_ragged(OP, "k", k, meta, q.dtype)
+    check_ragged(OP, "v", v, meta, q.dtype)
+    heads, width = q.shape[1:]
+    rope = 0
+    if k_pe is not None:
+        check_tensor(OP, "k_pe", k_pe, (len(k), None), "[keys, rope]", meta.device)
+        rope = k_pe.shape[1]
+        if k_pe.dtype != q.dtype:
+            raise TypeError(f"{OP}: k_pe must be {_name(q.dtype)} as q, got {_name(k_pe.dtype)}")
+        if k_pe.stride(1) != 1 and rope > 1:
+            raise ValueError(f"{OP}: k_pe must have a contiguous last dimension, got strides {k_pe.stride()}")
+        if not 0 < rope < width:
+            raise ValueError(f"{OP}: k_pe must be narrower than q, which is {width} wide, got {rope}")
+    if k.shape[1:] != (heads, width - rope):
+        wanted = f"the heads and the width of q{' less that of k_pe' if rope else ''}, {(heads, width - rope)}"
+        raise ValueError(f"{OP}: k must have {wanted}, got {tuple(k.shape[1:])}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"{OP}: v must have the rows and heads of k, {tuple(k.shape[:2])}, got {tuple(v.shape[:2])}")
+    if kv_rows is None:
+        if len(k) < rows:
+            raise ValueError(f"{OP}: k must have at least the {rows} keys of the call, got {len(k)}")
+        return
+    check_tensor(OP, "kv_rows", kv_rows, (None,), "[keys]", meta.device)
+    if kv_rows.dtype != torch.int32:
+        raise TypeError(f"{OP}: kv_rows must be int32, got {_name(kv_rows.dtype)}")
+    if not kv_rows.is_contiguous():
+        raise ValueError(f"{OP}: kv_rows must be contiguous, got strides {kv_rows.stride()}")
+    if len(kv_rows) < rows:
+        raise ValueError(f"{OP}: kv_rows must list at least the {rows} keys of the call, got {len(kv_rows)}")
+
+
+def _check_result(name: str, out: Any, lse: Any, q: torch.Tensor, v: torch.Tensor, written: bool) -> None:
+    check_tensor(OP, name, out, (*q.shape[:2], v.shape[2]), "[tokens, heads, v]", q.device)
+    if out.dtype != q.dtype:
+        raise TypeError(f"{OP}: {name} must be {_name(q.dtype)} as q, got {_name(out.dtype)}")
+    if out.stride(2) != 1 and out.shape[2] > 1:
+        raise ValueError(f"{OP}: {name} must have a contiguous last dimension, got strides {out.stride()}")
+    if lse is not None:
+        check_lse(OP, f"{name}'s LSE", lse, tuple(q.shape[:2]), "[tokens, heads]", q)
+    for x in (out, lse) if written else ():
+        if x is not None and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(f"{OP}: {name} must not be expanded, got strides {x.stride()} for {tuple(x.shape)}")
+
+
+def _check_chunk(chunk: Any, meta: PCPMetadata) -> None:
+    if not isinstance(chunk, KeyChunk):
+        raise TypeError(f"{OP}: chunk must be a KeyChunk of meta.key_chunks, got {type(chunk).__name__}")
+    for name, x, length in (
+        ("cu_seqlens_k", chunk.cu_seqlens_k, len(meta.cu_seqlens_k)),
+        ("seqused_k", chunk.seqused_k, len(meta.seqused_k)),
+    ):
+        check_tensor(OP, f"chunk.{name}", x, (length,), "[rows]", meta.device)
+
+
+def check_attention(
+    q: Any, k: Any, v: Any, meta: Any, scale: Any, k_pe: Any, kv_rows: Any, prev: Any, chunk: Any, out: Any, return_lse: bool
+) -> None:
+    """Raise unless the arguments of ``pcp_attention`` fit each other."""
+    check_meta(OP, meta)
+    check_ragged(OP, "q", q, meta, None)
+    if q.dtype not in DTYPES:
+        raise NotImplementedError(f"{OP}: q must be bfloat16, float16, float32 or float64, got {_name(q.dtype)}")
+    if len(q) not in (meta.num_tokens, meta.num_tokens_padded):
+        wanted = f"{meta.num_tokens} local tokens of the metadata (or {meta.num_tokens_padded} with pads)"
+        raise ValueError(f"{OP}: q must have the {wanted}, got {len(q)}")
+    if not isinstance(scale, float | int) or isinstance(scale, bool):
+        raise TypeError(f"{OP}: softmax_scale must be a float, got {type(scale).__name__}")
+    if not (0 < scale < math.inf):
+        raise ValueError(f"{OP}: softmax_scale must be positive and finite, got {scale}")
+    if chunk is not None:
+        _check_chunk(chunk, meta)
+    _check_keys(k, v, k_pe, kv_rows, q, meta, meta.num_kv_tokens if chunk is None else chunk.num_rows)
+    if prev is not None:
+        if not isinstance(prev, tuple) or len(prev) != 2:
+            raise TypeError(f"{OP}: prev must be a tuple (out, lse), got {type(prev).__name__}")
+        if prev[1] is None:
+            raise TypeError(f"{OP}: prev's LSE must be a torch.Tensor, got NoneType")
+        _check_result("prev", *prev, q, v, written=False)
+    if out is None:
+        return
+    if isinstance(out, tuple) != return_lse or (return_lse and len(out) != 2):
+        wanted = "a tuple (out, lse) with return_lse" if return_lse else "a tensor without return_lse"
+        raise TypeError(f"{OP}: out must be {wanted}, got {type(out).__name__}")
+    given, lse = out if return_lse else (out, None)
+    if return_lse and lse is None:
+        raise TypeError(f"{OP}: out's LSE must be a torch.Tensor, got NoneType")
+    _check_result("out", given, lse, q, v, written=True)

@@ -1,0 +1,190 @@
+"""How attention libraries are found and called.
+
+They are looked up when somebody asks, and once. The order of an op's arguments differs from version to version: they are placed by
+the names in its schema.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+BF16_FP16 = (torch.bfloat16, torch.float16)
+
+
+class Rows(NamedTuple):
+    """The rows of one call: row i's queries are ``cu_seqlens_q[i]`` to ``[i + 1]``, its keys ``seqused_k[i]`` from
+    ``cu_seqlens_k[i]`` on."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    seqused_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Library:
+    """A function of an attention library.
+
+    Attributes:
+        parameters: their names, False where one must be given.
+        dtypes: that it is built for.
+        flash2: V must be as wide as q, and a row without keys has an LSE of +inf.
+    """
+
+    call: Callable[..., Any]
+    parameters: Mapping[str, bool]
+    dtypes: tuple[torch.dtype, ...] = BF16_FP16
+    flash2: bool = False
+
+    @property
+    def shares_starts(self) -> bool:
+        """Whether key starts and key lengths are two arguments."""
+        return "seqused_k" in self.parameters
+
+
+# What libraries call the things that we pass, and values that leave out what we do not want.
+_NAMES = {
+    "q": ("q", "query"),
+    "k": ("k", "key"),
+    "v": ("v", "value"),
+    "out": ("out", "out_"),
+    "cu_seqlens_q": ("cu_seqlens_q", "cum_seq_q"),
+    "cu_seqlens_k": ("cu_seqlens_k", "cum_seq_k"),
+    "seqused_k": ("seqused_k",),
+    "max_seqlen_q": ("max_seqlen_q", "max_q"),
+    "max_seqlen_k": ("max_seqlen_k", "max_k"),
+    "softmax_scale": ("softmax_scale", "scale"),
+    "causal": ("causal", "is_causal"),
+}
+_NEUTRAL = {
+    "dropout_p": 0.0,
+    "p_dropout": 0.0,
+    "softcap": 0.0,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "attention_chunk": 0,
+    "is_rotary_interleaved": True,
+    "num_splits": 1,
+    "sm_margin": 0,
+    "cp_world_size": 1,
+    "cp_rank": 0,
+    "return_softmax": False,
+    "return_debug_mask": False,
+    "zero_tensors": False,
+    "return_lse": True,
+}
+
+
+def of_op(op: Any) -> Library:
+    """A dispatched op. An optional argument without a default is None where it is not given."""
+    defaults = {a.name: a.has_default_value() for a in op._schema.arguments}
+    absent = {a.name: None for a in op._schema.arguments if isinstance(a.type, torch.OptionalType) and not defaults[a.name]}
+    return Library(lambda **given: op(**absent | given), {name: known or name in absent for name, known in defaults.items()})
+
+
+def of_function(function: Callable[..., Any]) -> Library:
+    parameters = inspect.signature(function).parameters.values()
+    return Library(function, {p.name: p.default is not inspect.Parameter.empty for p in parameters})
+
+
+def arguments(library: Library, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` under the names that the library has for them, beside what it insists on.
+
+    Raises:
+        NotImplementedError: it has no argument for one of them that matters, or wants one that is not known here.
+    """
+    given = {}
+    for name, value in values.items():
+        known = [other for other in _NAMES[name] if other in library.parameters]
+        if known:
+            given[known[0]] = value
+        elif name not in ("out", "max_seqlen_q", "max_seqlen_k"):
+            raise NotImplementedError(f"pcp_attention: this version of the library has no argument {name}")
+    for name, optional in library.parameters.items():
+        if name in given or (optional and name not in ("return_lse", "num_splits")):
+            continue
+        if name not in _NEUTRAL:
+            raise NotImplementedError(f"pcp_attention: this version of the library wants {name}, which is not known here")
+        given[name] = _NEUTRAL[name]
+    return given
+
+
+def _op(namespace: str, name: str, *modules: str) -> Library | str:
+    """The op, after importing the modules that define it if it is not there yet; else why there is none."""
+    reasons = []
+    for module in ("", *modules):
+        try:
+            if module:
+                importlib.import_module(module)
+        except Exception as error:  # a library for another GPU or another torch may raise anything
+            reasons.append(f"{module}: {error}")
+            continue
+        if hasattr(getattr(torch.ops, namespace), name):
+            return of_op(getattr(getattr(torch.ops, namespace), name).default)
+    return "; ".join(reasons) or f"torch.ops.{namespace}.{name} is not defined"
+
+
+def _fa3() -> Library | str:
+    reasons = []
+    for namespace, module in (
+        ("_vllm_fa3_C", "vllm.vllm_flash_attn"),
+        ("fa3_fwd", "fa3_fwd"),
+        ("flash_attn_3", "flash_attn_interface"),
+    ):
+        found = _op(namespace, "fwd", module)
+        if isinstance(found, Library):
+            return replace(found, dtypes=(torch.bfloat16,)) if namespace == "fa3_fwd" else found
+        reasons.append(found)
+    return f"no library ({'; '.join(reasons)}): pip install fa3-fwd"
+
+
+def _fa4() -> Library | str:
+    try:
+        return of_function(importlib.import_module("flash_attn.cute").flash_attn_varlen_func)
+    except Exception as error:  # as above
+        return f"no library (flash_attn.cute: {error}): pip install flash-attn-4"
+
+
+def _fa2() -> Library | str:
+    found = _op("flash_attn", "_flash_attn_varlen_forward", "flash_attn.flash_attn_interface")
+    if isinstance(found, Library):
+        return replace(found, flash2=True)
+    if torch.backends.cuda.is_flash_attention_available():
+        return replace(of_op(torch.ops.aten._flash_attention_forward.default), flash2=True)
+    return f"no library ({found}), and this torch has no FlashAttention: pip install flash-attn"
+
+
+LIBRARIES = {"fa3": _fa3, "fa4": _fa4, "fa2": _fa2}
+
+
+@functools.cache
+def find(name: str) -> Library | str:
+    """The library of ``fa3``, ``fa4`` or ``fa2``, or why there is none."""
+    return LIBRARIES[name]()
+
+
+def call(
+    library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, scale: float, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [T, H, Dv], in ``out`` if the library takes one, and LSE [T, H]; either may be a view."""
+    width = v.shape[2]
+    if library.flash2 and width < q.shape[2]:
+        v, out = F.pad(v, (0, q.shape[2] - width)), None
+    values = {"q": q, "k": k, "v": v, "softmax_scale": scale, "out": out, **rows._asdict()}
+    if not library.shares_starts:
+        del values["seqused_k"]
+    result = library.call(**arguments(library, values))
+    lse = result[1].T
+    if library.flash2:
+        lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+    return result[0][..., :width], lse

@@ -1,0 +1,178 @@
+"""How libraries are called: arguments by name in any order, what they lack composed; tried on ops that stand in for them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pcp_mla import PCPMetadata, PCPPlanner, attention, attention_backends, pcp_attention, reference
+from pcp_mla.attention_backends import SUPPORT
+from pcp_mla.attention_libraries import arguments, of_function, of_op
+
+SCALE = 0.3
+LIBRARY = torch.library.Library("pcp_mla_test", "FRAGMENT")
+# Three versions of a library: another order, other names, one that insists on things, one without lengths of its own.
+SCHEMAS = {
+    "fa3": (
+        "(Tensor v, Tensor k, Tensor q, Tensor? q_v, Tensor? out, Tensor? seqused_q, Tensor? seqused_k, Tensor? cu_seqlens_k, "
+        "Tensor? cu_seqlens_q, int? max_seqlen_k, int? max_seqlen_q, float softmax_scale, int sm_margin, bool is_causal, "
+        "int num_splits=0, int window_size_left=-1) -> Tensor[]"
+    ),
+    "fa2": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, int max_q, int max_k, float dropout_p, "
+        "bool is_causal, bool return_debug_mask, *, float? scale=None, Tensor? seqused_k=None) -> (Tensor, Tensor)"
+    ),
+    "old": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
+        "float p_dropout, float softmax_scale, bool causal) -> (Tensor, Tensor)"
+    ),
+}
+
+
+def compute(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, causal):
+    out, lse = q.new_full((*q.shape[:2], v.shape[2]), torch.nan), torch.full(q.shape[:2], torch.nan)
+    reference.attention(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, seqused_k, None, None, scale, causal, out, lse)
+    return out, lse.T.contiguous()
+
+
+def fa3(
+    v, k, q, q_v, out, seqused_q, seqused_k, cu_k, cu_q, max_k, max_q, scale, sm_margin, causal, num_splits=0, window_size_left=-1
+):
+    assert (q_v, seqused_q, sm_margin, num_splits, window_size_left) == (None, None, 0, 1, -1)
+    assert max_k >= seqused_k.max()
+    assert max_q >= cu_q.diff().max()
+    got, lse = compute(q, k, v, cu_q, cu_k, seqused_k, scale, causal)
+    return [got if out is None else out.copy_(got), lse]
+
+
+def fa2(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, seqused_k=None):
+    assert (dropout, debug) == (0.0, False)
+    assert q.shape[2] == v.shape[2]
+    out, lse = compute(q, k, v, cu_q, cu_k, seqused_k, scale, causal)
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def old(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal):
+    return compute(q, k, v, cu_q, cu_k, cu_k.diff(), scale, causal)
+
+
+for name, function in (("fa3", fa3), ("fa2", fa2), ("old", old)):
+    LIBRARY.define(name + SCHEMAS[name])
+    LIBRARY.impl(name, function, "CPU")
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Put a stand-in in the place of fa2."""
+
+    def use(name):
+        found = replace(of_op(getattr(torch.ops.pcp_mla_test, name).default), flash2=name != "fa3")
+        monkeypatch.setattr(attention, "find", lambda backend: found)
+        monkeypatch.setattr(attention_backends, "missing", lambda backend, device: "")
+
+    return use
+
+
+def batch(workspace=None):
+    planner = PCPPlanner(8, 400, 2, 1, device="cpu")
+    return planner.plan([21, 1, 9, 2], [30, 5, 0, 12], [True, False, True, True], workspace_tokens=workspace)
+
+
+def inputs(meta):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((meta.num_tokens, 3, 24), (meta.num_kv_tokens, 3, 24), (meta.num_kv_tokens, 3, 16))
+    return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+
+
+def attend(q, k, v, meta, **options):
+    return pcp_attention(q, k, v, meta, softmax_scale=SCALE, return_lse=True, **options)
+
+
+def same(got, wanted):
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_arguments_find_their_places(library, name):
+    library(name)
+    meta = batch()
+    q, k, v = inputs(meta)
+    wanted = attend(q, k, v, meta, backend="torch")
+    same(attend(q, k, v, meta, backend="fa2"), wanted)
+    same(attend(q, k[..., :16], v, meta, k_pe=k[:, 0, 16:], backend="fa2"),
+         attend(q, k[..., :16], v, meta, k_pe=k[:, 0, 16:], backend="torch"))  # fmt: skip
+    given = torch.full_like(wanted[0], torch.nan), torch.full_like(wanted[1], torch.nan)
+    got = attend(q, k, v, meta, out=given, backend="fa2")
+    assert (got[0] is given[0], got[1] is given[1]) == (True, True)
+    same(given, wanted)
+    assert torch.equal(pcp_attention(q, k, v, meta, softmax_scale=SCALE, backend="fa2"), wanted[0])
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa2"])
+def test_earlier_results_are_merged(library, name):
+    library(name)
+    meta = batch(workspace=35)
+    q, k, v = inputs(meta)
+    assert len(meta.key_chunks) == 3
+    for in_place in (False, True):
+        states = []
+        for backend in ("fa2", "torch"):
+            state = attend(q, k, v, meta, chunk=meta.key_chunks[-1], backend=backend)
+            for chunk in meta.key_chunks[:-1]:
+                out = state if in_place else None
+                state = attend(q, k, v, meta, chunk=chunk, prev=state, out=out, backend=backend)
+            states.append(state)
+        assert torch.allclose(states[0][0], states[1][0], atol=2**-6)
+        assert torch.allclose(states[0][1], states[1][1], rtol=1e-5)
+
+
+def test_no_queries_and_no_keys(library):
+    """FlashAttention refuses empty tensors."""
+    library("fa2")
+    meta = PCPMetadata.build([0, 0], [0, 5], world_size=2, rank=0)
+    q, k, v = (torch.zeros(n, 2, 24, dtype=torch.bfloat16) for n in (0, meta.num_kv_tokens, meta.num_kv_tokens))
+    out, lse = attend(q, k, v, meta, backend="fa2")
+    assert (out.shape, lse.shape) == ((0, 2, 24), (0, 2))
+
+
+def test_a_library_without_lengths_cannot_take_chunks(library):
+    library("old")
+    meta = batch(workspace=35)
+    q, k, v = inputs(meta)
+    with pytest.raises(NotImplementedError, match="chunk and prev need seqused_k, which this version of fa2 lacks; triton does"):
+        attend(q, k, v, meta, chunk=meta.key_chunks[0], backend="fa2")
+
+
+def test_unknown_arguments_are_named():
+    LIBRARY.define("strange(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, int magic) -> Tensor[]")
+    values = dict.fromkeys(("q", "k", "v", "cu_seqlens_q"))
+    with pytest.raises(NotImplementedError, match="wants magic, which is not known here"):
+        arguments(of_op(torch.ops.pcp_mla_test.strange.default), values)
+    with pytest.raises(NotImplementedError, match="has no argument seqused_k"):
+        arguments(of_op(torch.ops.pcp_mla_test.strange.default), values | {"seqused_k": None})
+
+
+def test_functions_of_python():
+    def varlen(q, k, v, cu_seqlens_q=None, causal=False, num_splits=0, return_lse=False):
+        return None
+
+    given = arguments(of_function(varlen), {"q": 1, "k": 2, "v": 3, "causal": True, "max_seqlen_q": 9})
+    assert given == {"q": 1, "k": 2, "v": 3, "causal": True, "num_splits": 1, "return_lse": True}
+
+
+def test_every_backend_has_a_reason_or_is_there():
+    reasons = attention_backends.availability()
+    assert set(reasons) == set(SUPPORT)
+    assert reasons["torch"] == ""
+    if not torch.cuda.is_available():
+        assert reasons["fa3"] == "no CUDA GPU is visible to torch"
+
+
+def test_the_table_of_the_page_is_the_table_of_the_code():
+    page = (Path(__file__).parent.parent / "docs" / "attention.md").read_text()
+    for name, support in SUPPORT.items():
+        cells = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |")).split("|")
+        assert support.words in cells[3]
+        assert ("yes" in cells[4], "yes" in cells[5]) == (support.kv_rows, support.k_pe)
