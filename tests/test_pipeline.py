@@ -378,6 +378,11 @@ CACHE = torch.zeros(2, BLOCK, 11)
         ({"meta": planned(dcp_world_size=2)}, NotImplementedError, "a cache that is not shared out, got 2 DCP shards"),
         ({"cache": torch.zeros(4, 2, 11)}, ValueError, r"cache must be .* = \(any, 4, 11\), got \(4, 2, 11\)"),
         ({"cache": torch.zeros(8, 11)}, ValueError, r"cache must be .* = \(any, 4, 11\), got \(8, 11\)"),
+        (
+            {"cache": torch.zeros(2, 11, BLOCK).mT},
+            ValueError,
+            r"cache must have a contiguous last dimension, got strides \(44, 1, 4\)",
+        ),
         ({"cache": CACHE.half()}, TypeError, "cache must be torch.float32, as kv_c, got torch.float16"),
         ({"cache": torch.zeros(2, BLOCK, 11, device="meta")}, ValueError, "cache must be on cpu, as kv_c, got meta"),
     ],

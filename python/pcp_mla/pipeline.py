@@ -106,6 +106,8 @@ def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, 
         raise ValueError(
             f"{op}: cache must be [num_blocks, block_size, width] = (any, {shape[0]}, {shape[1]}), got {tuple(cache.shape)}"
         )
+    if cache.stride(2) != 1 and cache.shape[2] > 1:
+        raise ValueError(f"{op}: cache must have a contiguous last dimension, got strides {cache.stride()}")
     if cache.dtype != kv_c.dtype:
         raise TypeError(f"{op}: cache must be {kv_c.dtype}, as kv_c, got {cache.dtype}")
     if cache.device != kv_c.device:
@@ -262,7 +264,7 @@ def pcp_layer(
 
     Raises:
         ValueError, TypeError: an argument does not fit ``dims``, ``meta`` or the exchange; the message has its name and value, and
-            nothing was exchanged or written.
+            nothing was exchanged or written, but where the result of a module that is no ``nn.Linear`` has another shape.
         NotImplementedError: a cache that decode context parallelism shares out, or an input that requires gradients.
     """
     check_layer_inputs("pcp_layer", q, kv_c, k_pe, kv_b_proj, meta, dims, cache)
