@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcp_mla import PCPMetadata, PCPPlanner, attention, attention_backends, pcp_attention, reference
+from pcp_mla import PCPMetadata, PCPPlanner, attention, attention_backends, attention_libraries, pcp_attention, reference
 from pcp_mla.attention_backends import SUPPORT
 from pcp_mla.attention_libraries import arguments, of_function, of_op
 
@@ -176,3 +176,18 @@ def test_the_table_of_the_page_is_the_table_of_the_code():
         cells = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |")).split("|")
         assert support.words in cells[3]
         assert ("yes" in cells[4], "yes" in cells[5]) == (support.kv_rows, support.k_pe)
+
+
+def test_a_loaded_library_is_found_without_imports(monkeypatch):
+    """An engine has loaded its own; importing others would take seconds."""
+    LIBRARY.define("fwd(Tensor q, Tensor k, Tensor v, Tensor? seqused_k) -> Tensor[]")
+    monkeypatch.setattr(attention_libraries, "_FA3", {"pcp_mla_elsewhere": "elsewhere", "pcp_mla_test": "here"})
+    monkeypatch.setattr(attention_libraries.importlib, "import_module", None)
+    found = attention_libraries.LIBRARIES["fa3"]()
+    assert found.parameters == {"q": False, "k": False, "v": False, "seqused_k": True}
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(attention_libraries, "_FA3", {"pcp_mla_elsewhere": "elsewhere"})
+    words = "no library (elsewhere: No module named 'elsewhere'): pip install fa3-fwd"
+    assert attention_libraries.LIBRARIES["fa3"]() == words

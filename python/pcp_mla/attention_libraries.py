@@ -134,17 +134,18 @@ def _op(namespace: str, name: str, *modules: str) -> Library | str:
     return "; ".join(reasons) or f"torch.ops.{namespace}.{name} is not defined"
 
 
+# Namespaces of FlashAttention 3's op, and what to import for it; vLLM last, which takes seconds.
+_FA3 = {"fa3_fwd": "fa3_fwd", "flash_attn_3": "flash_attn_interface", "_vllm_fa3_C": "vllm.vllm_flash_attn"}
+
+
 def _fa3() -> Library | str:
     reasons = []
-    for namespace, module in (
-        ("_vllm_fa3_C", "vllm.vllm_flash_attn"),
-        ("fa3_fwd", "fa3_fwd"),
-        ("flash_attn_3", "flash_attn_interface"),
-    ):
-        found = _op(namespace, "fwd", module)
+    loaded = [(namespace, ()) for namespace in _FA3]
+    for namespace, modules in [*loaded, *((namespace, (module,)) for namespace, module in _FA3.items())]:
+        found = _op(namespace, "fwd", *modules)
         if isinstance(found, Library):
             return replace(found, dtypes=(torch.bfloat16,)) if namespace == "fa3_fwd" else found
-        reasons.append(found)
+        reasons += [found] * len(modules)
     return f"no library ({'; '.join(reasons)}): pip install fa3-fwd"
 
 

@@ -20,10 +20,10 @@ def split_width(width: int) -> tuple[int, int]:
 def configuration(device: torch.device, dtype: torch.dtype, width: int, listed: bool) -> dict[str, Any]:
     """What is fast on this GPU for rows of K and V that are ``width`` numbers together, listed ones or not.
 
-    QUERIES and KEYS of a tile. HEADS: how many to take at a time, few enough for several tiles to read the same keys while these are
-    in L2, and enough for the longest tiles of the last ones not to end after all others. TMA: load K and V by the copy engine where
-    their strides allow it. AHEAD: :func:`_attend_ahead`, for TMA only; with listed rows it would want more registers than there are,
-    and the products would be waited for one by one.
+    QUERIES and KEYS of a tile. HEADS: how many to take at a time, few enough for several tiles to read the same keys while these
+    are in L2, and enough for the longest tiles of the last ones not to end after all others. TMA: load K and V by the copy engine
+    where their strides allow it. AHEAD: :func:`_attend_ahead`, for TMA only; with listed rows it would want more registers than
+    there are, and the products would be waited for one by one.
     """
     config = {"QUERIES": 64, "KEYS": 32, "HEADS": 16, "TMA": False, "AHEAD": False, "num_warps": 4, "num_stages": 2}
     if device.type != "cuda":
