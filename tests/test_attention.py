@@ -39,7 +39,7 @@ BATCHES = {
     "context": ([37, 20], [45, 3], [True, True], 2),
     "edges": ([0, 1, 3, 4, 5], [0, 7, 0, 2, 30], [True] * 5, 2),
     "shorter than the ranks": ([1, 5, 7, 2], [0] * 4, [True] * 4, 4),
-    "decodes among prefills": ([30, 1, 1, 9, 2], [0, 40, 17, 5, 21], [True, False, False, True, False], 2),
+    "decodes among prefills": ([21, 1, 1, 9, 2], [0, 20, 17, 5, 9], [True, False, False, True, False], 2),
     "nothing": ([0, 0], [5, 0], [True, True], 2),
     "no requests": ([], [], [], 3),
 }
@@ -131,7 +131,7 @@ def test_batches(device, backend, dtype, name):
 
 @everywhere
 @given(batches(max_requests=4, max_len=40, max_context=30))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 def test_random_batches(device, backend, batch):
     available(device, backend)
     meta = PCPMetadata.build(**batch, device=device)
@@ -167,7 +167,7 @@ def test_listed_rows(device, backend, order, separate):
 
 
 @everywhere
-@pytest.mark.parametrize("workspace", [40, 64, 90])
+@pytest.mark.parametrize("workspace", [40, 90])
 def test_key_chunks_are_merged_in_place(device, backend, workspace):
     available(device, backend)
     planner = PCPPlanner(8, 4000, 2, 1, device=device)
@@ -242,7 +242,7 @@ def test_one_call_equals_gathers_and_two_calls(device, backend, name):
     available(device, backend)
     for rank in range(BATCHES[name][3]):
         meta = meta_of(BATCHES[name], rank, device, length_factor(device))
-        q, k, v, *_ = inputs(meta, torch.bfloat16)
+        q, k, v, *_ = inputs(meta, torch.bfloat16, heads=1)
         k, v = k[: meta.num_kv_tokens], v[: meta.num_kv_tokens]
         out, lse = attend(q, k, v, meta, backend=backend)
         other, other_lse = _by_two_calls(backend, q, k, v, meta, SCALE, True)
