@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from batches import batches, poison, same_bits
 from pcp_mla import PCPMetadata, PCPPlanner, attention_backends, pcp_attention
 from pcp_mla.attention import _by_two_calls
-from pcp_mla.pipeline import attend_row
+from pcp_mla.row_attention import attend_row
 
 if torch.cuda.is_available() and "PCP_MLA_FA3" in os.environ:
     torch.ops.load_library(os.environ["PCP_MLA_FA3"])
@@ -265,8 +265,11 @@ def test_given_results(device, backend):
     assert torch.equal(lse, wanted[1])
     out.fill_(torch.nan)
     assert pcp_attention(q, k, v, meta, softmax_scale=SCALE, out=out, backend=backend) is out
-    assert torch.equal(out, wanted[0])
-    assert torch.equal(pcp_attention(q, k, v, meta, softmax_scale=SCALE, backend=backend), wanted[0])
+    assert torch.equal(pcp_attention(q, k, v, meta, softmax_scale=SCALE, backend=backend), out)
+    if backend == "torch":  # has another way to an output without an LSE
+        torch.testing.assert_close(out, wanted[0], rtol=2**-6, atol=2**-8)
+    else:
+        assert torch.equal(out, wanted[0])
 
 
 @ours
@@ -275,7 +278,7 @@ def test_pads_of_q_are_not_written(device, backend, padded):
     meta = meta_of(([7, 3], [0, 4], [True, True], 4), 3, device)
     assert meta.num_tokens < meta.num_tokens_padded
     q, k, v, *_ = inputs(meta, torch.bfloat16)
-    wanted = attend(q, k, v, meta, backend=backend)[0]
+    wanted = pcp_attention(q, k, v, meta, softmax_scale=SCALE, backend=backend)
     if padded:
         q = torch.cat([q, torch.full_like(q[:1], torch.nan).expand(meta.num_tokens_padded - len(q), -1, -1)])
     out = torch.full((len(q), 2, V), 7.0, dtype=q.dtype, device=device)

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcp_mla import LatentExchange, PCPMetadata, PCPPlanner
-from pcp_mla import pipeline as pipeline_module
+from pcp_mla import LatentExchange, MLAPrefill, PCPMetadata, PCPPlanner, row_attention
 from pcp_mla.exchange import group_rank, group_world_size
 from pcp_mla.launch import run_distributed
-from pcp_mla.pipeline import MLADims, attend_row, attend_row_with_lse, pcp_layer
+from pcp_mla.pipeline import MLADims
 from pcp_mla.played import play
+from pcp_mla.row_attention import attend_row
 from pcp_mla.seed_path import seed_cu_seqlens, seed_layer
 from pcp_mla.slots import PagedCache
 
@@ -108,7 +108,7 @@ class Batch:
         """The tokens of one rank, -1 for pads, and their outputs."""
         meta, cache = self.plan(group, layout, workspace) if cached else (self.build(group, layout), None)
         if workspace is not None:
-            assert all(chunk.num_rows <= workspace for chunk in meta.host_key_chunks)
+            assert all(chunk.num_rows <= workspace for chunk in meta.key_chunks)
         return meta.local_token_indices.clone(), self.run(layer, group, meta, cache, dtype)
 
     def compare(self, results: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, tolerance: float) -> None:
@@ -130,8 +130,10 @@ class Batch:
 
 
 def ours(q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, weight: Any, meta: Any, group: Any, *rest: Any) -> torch.Tensor:
-    """``pcp_layer`` with an exchange of its own, so that both layers are called alike."""
-    return pcp_layer(q, kv_c, k_pe, weight, meta, LatentExchange(group, meta.num_tokens_padded, DIMS, q.dtype), *rest)
+    """The layer with an exchange of its own, so that both layers are called alike."""
+    dims, softmax_scale, cache = rest
+    exchange = LatentExchange(group, meta.num_tokens_padded, DIMS, q.dtype)
+    return MLAPrefill(dims, softmax_scale, exchange)(q, kv_c, k_pe, weight, meta, cache)
 
 
 def edge_lengths(world_size: int) -> list[int]:
@@ -189,7 +191,7 @@ def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
 def test_keys_that_do_not_fit_the_workspace(world_size: int, layout: str, dtype: torch.dtype, tolerance: float) -> None:
     # The context's windows of 56 rows begin and end within requests, and some rows have no keys in some.
     batch = Batch([1, 9, 3, 0, 17, 1], [60, 4, 91, 30, 0, 0], [False, True, True, True, True, False])
-    assert len(batch.plan(None, layout, 56)[0].host_key_chunks) == 5
+    assert len(batch.plan(None, layout, 56)[0].key_chunks) == 5
     results = play(world_size, lambda group: batch.one_rank(ours, group, layout, True, dtype, 56))
     batch.compare(results, dtype, tolerance)
 
@@ -327,16 +329,11 @@ def test_row_with_v_of_another_width(v_dim: int) -> None:
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (4, 4), (4, 9)])
 def test_row_is_aligned_bottom_right(n: int, m: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # With equal scores a query's output is the mean of the values it sees: key i's value is i.
-    monkeypatch.setattr(pipeline_module, "_BLOCK", block)
+    monkeypatch.setattr(row_attention, "_BLOCK", block)
     row = torch.zeros(n, 1, 2), torch.zeros(m, 1, 2), torch.arange(float(m)).view(m, 1, 1)
     means = [(m - n + j) / 2 for j in range(n)]
     assert attend_row(*row, 1.0).flatten().tolist() == pytest.approx(means)
-    out, lse = attend_row_with_lse(*row, True, 1.0)
-    assert out.flatten().tolist() == pytest.approx(means)
-    assert lse.exp().flatten().tolist() == pytest.approx([m - n + j + 1 for j in range(n)])
-    out, lse = attend_row_with_lse(*row, False, 1.0)
-    assert out.flatten().tolist() == pytest.approx([(m - 1) / 2] * n)
-    assert lse.exp().flatten().tolist() == pytest.approx([m] * n)
+    assert attend_row(*row, 1.0, causal=False).flatten().tolist() == pytest.approx([(m - 1) / 2] * n)
 
 
 def test_module_without_keys() -> None:
@@ -398,13 +395,11 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         "k_pe": torch.zeros(6, 4),
         "kv_b_proj": torch.zeros(39, 7),
         "meta": planned(),
-        "exchange": NoExchange(),
-        "dims": DIMS,
-        "softmax_scale": SCALE,
         "cache": CACHE,
     }
+    layer = MLAPrefill(DIMS, SCALE, NoExchange())  # type: ignore[arg-type]
     with pytest.raises(error, match=message):
-        pcp_layer(**(arguments | change))
+        layer(**(arguments | change))
 
 
 def test_seed_path_expands_all_keys_at_a_time() -> None:

@@ -8,6 +8,7 @@ from .merge import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
 from .metadata import PCPMetadata
 from .ops import GatheredRows, pcp_fused_gather, pcp_fused_restore
 from .partition import Partition, partition
+from .pipeline import MLADims, MLAPrefill
 from .planner import PCPPlanner
 from .up_project import concat_k, kv_up_project
 
@@ -16,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GatheredRows",
     "LatentExchange",
+    "MLADims",
+    "MLAPrefill",
     "PCPMetadata",
     "PCPPlanner",
     "Partition",

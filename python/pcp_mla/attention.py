@@ -15,6 +15,7 @@ from .backends import HAS_TRITON, register_composed, triton_form
 from .merge import merge_attn_states
 from .metadata import PCPMetadata
 from .ops import pcp_fused_gather, pcp_fused_restore
+from .row_attention import attend_rows
 from .slots import KeyChunk
 from .up_project import concat_k
 
@@ -91,6 +92,9 @@ def _run(
     if lse is None and return_lse:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lengths = (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k)
+    if name == "torch" and lse is None and prev is None and kv_rows is None and not torch.compiler.is_compiling():
+        attend_rows(q, k if k_pe is None else concat_k(k, k_pe), v, *lengths, float(scale), rows.causal, out)
+        return out, None
     _kernel(name)(q, k, v, k_pe, kv_rows, *lengths, *(prev or (None, None)), float(scale), rows.causal, out, lse)
     return out, lse
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .partition import Partition, partition
-from .slots import KeyChunk, PagedCache, key_chunks
+from .slots import KeyChunk, PagedCache
 
 # Partition arrays that live on the device from the start: they travel in one buffer, in this order.
 _PACKED = (
@@ -137,13 +137,11 @@ class PCPMetadata:
         part = self.partition
         return part.layout == "unpadded" and part.decode_policy == "replicate" and not part.query_lens[part.is_prefill].any()
 
-    @cached_property
-    def host_key_chunks(self) -> tuple[KeyChunk, ...]:
-        """The step's attention calls, with arrays on the host; see :func:`pcp_mla.slots.key_chunks`. More than one only in a
-        planner's metadata whose keys do not fit the workspace."""
-        return tuple(key_chunks(self.partition))
+    # Only a planner's metadata has places in a cache, and keys in chunks.
 
-    # Only a planner's metadata has places in a cache.
+    @property
+    def key_chunks(self) -> tuple[KeyChunk, ...]:
+        return ()
 
     @property
     def paged_cache(self) -> PagedCache | None:

@@ -10,7 +10,7 @@ import torch
 
 from .metadata import PCPMetadata
 from .partition import Partition, partition
-from .slots import KeyChunk, PagedCache, key_chunks
+from .slots import KeyChunk, PagedCache
 
 if TYPE_CHECKING:
     from .planner import PCPPlanner
@@ -91,10 +91,6 @@ class PlannedMetadata(PCPMetadata):
             return False
         query_lens = np.frombuffer(self.batch, np.int32, self.num_requests)
         return not query_lens[np.frombuffer(self.batch, np.bool_, offset=3 * query_lens.nbytes)].any()
-
-    @cached_property
-    def host_key_chunks(self) -> tuple[KeyChunk, ...]:
-        return tuple(key_chunks(self.partition, self._asked[1]))
 
     @property
     def paged_cache(self) -> PagedCache | None:

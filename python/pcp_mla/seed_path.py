@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from .exchange import Group, all_gather_rows, check_group, check_latents
 from .latent_cache import gather_latents, write_latent_cache
 from .metadata import PCPMetadata
-from .pipeline import KVProjection, MLADims, attend_row, check_layer_inputs
+from .pipeline import KVProjection, MLADims, check_layer_inputs
+from .row_attention import attend_row
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,13 @@ def seed_layer(
     softmax_scale: float,
     cache: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """MLA attention of this rank's tokens. As :func:`pcp_mla.pipeline.pcp_layer`, but with the group in place of the exchange, and
+    """MLA attention of this rank's tokens. As :class:`pcp_mla.MLAPrefill`, but with the group in place of the exchange, and
     with all keys expanded at a time."""
     check_layer_inputs("seed_layer", q, kv_c, k_pe, kv_b_proj, meta, dims, cache)
     check_group("seed_layer", group, meta)
     check_latents("seed_layer", kv_c, k_pe, meta)
-    if len(meta.host_key_chunks) > 1:
-        raise NotImplementedError(f"seed_layer: meta must have one key chunk, got {len(meta.host_key_chunks)}")
+    if len(meta.key_chunks) > 1:
+        raise NotImplementedError(f"seed_layer: meta must have one key chunk, got {len(meta.key_chunks)}")
     kv_c, k_pe = restore_latents(gather_part(kv_c, meta, group), gather_part(k_pe, meta, group), meta, dims, cache)
     k, v = build_kv(kv_c, k_pe, kv_b_proj, dims)
     head, tail = gather_calls(q, k, v, meta)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..exchange import Group, group_rank, group_world_size
 from ..latent_exchange import LatentExchange
-from ..pipeline import MLADims, pcp_layer
+from ..pipeline import MLADims, MLAPrefill
 from ..planner import PCPPlanner
 from ..played import PlayedGroup
 from ..seed_path import seed_layer
@@ -138,19 +138,23 @@ def measure_layers(
 
     cache = torch.empty(blocks, BLOCK_SIZE, dims.latent_dim, device=device)
 
-    def runner(layer: Callable[..., torch.Tensor], end_of: Callable[[Group], Any]) -> Callable[[], torch.Tensor]:
+    def runner(make: Callable[[Any], Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:
         replayed = ReplayedGroup(group) if isinstance(group, PlayedGroup) else None
-        end = end_of(replayed or group)
+        layer = make(replayed or group)
 
         def run() -> torch.Tensor:
             if replayed is not None:
                 replayed.rewind()
-            return layer(q, kv_c, k_pe, kv_b_proj, meta, end, dims, softmax_scale, cache)
+            return layer()
 
         return run
 
-    ours = runner(pcp_layer, lambda end: LatentExchange(end, planner.max_local_tokens, dims, q.dtype, device))
-    seed = runner(seed_layer, lambda end: end)
+    def make_ours(end: Any) -> Callable[[], torch.Tensor]:
+        layer = MLAPrefill(dims, softmax_scale, LatentExchange(end, planner.max_local_tokens, dims, q.dtype, device))
+        return lambda: layer(q, kv_c, k_pe, kv_b_proj, meta, cache)
+
+    ours = runner(make_ours)
+    seed = runner(lambda end: lambda: seed_layer(q, kv_c, k_pe, kv_b_proj, meta, end, dims, softmax_scale, cache))
     difference = (ours() - seed()).abs()
     times: dict[Callable[[], torch.Tensor], list[float]] = {ours: [], seed: []}
     for _ in range(WARM_UP + REPEATS):

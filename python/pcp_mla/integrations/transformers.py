@@ -20,7 +20,7 @@ import torch
 
 from ..exchange import Group, all_gather_rows, group_rank, group_world_size
 from ..partition import check_layout
-from ..pipeline import MLADims, pcp_layer
+from ..pipeline import MLADims, MLAPrefill
 from .deepseek import check_model, copy_sharing_weights, model_dims, project_inputs
 from .paged_cache import CachedRequests, LatentBlocks
 from .steps import PCPStep, StepPlanner
@@ -123,7 +123,8 @@ def _attention_forward(
     tokens = step.meta.num_tokens
     q, kv_c, k_pe = (x[:tokens] for x in project_inputs(attention, hidden_states, position_embeddings, dims))
     cache = context.blocks.cache[attention.layer_idx]
-    attended = pcp_layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, step.exchange, dims, attention.scaling, cache)
+    layer = MLAPrefill(dims, attention.scaling, step.exchange)
+    attended = layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, cache)
     out = hidden_states.new_zeros(hidden_states.shape[1], dims.num_heads * dims.v_head_dim)
     out[:tokens] = attended.flatten(1)
     return attention.o_proj(out)[None], None
