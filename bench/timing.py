@@ -93,3 +93,9 @@ def copy_us(moved: int) -> float:
 def copy_gbps(moved: int = 4 << 30) -> float:
     """Measured copy bandwidth in GB/s of a copy so large that its start and end do not count."""
     return moved / copy_us(moved) / 1e3
+
+
+def gemm_tflops(size: int = 8192) -> float:
+    """Measured rate of a large bf16 matrix product in TFLOP/s."""
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    return 2 * size**3 / gpu_us(lambda: a @ b, 10) / 1e6

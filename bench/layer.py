@@ -1,0 +1,261 @@
+"""One MLA layer, latents in and output in local order out, three ways over the same attention kernel: MLAPrefill, the first
+implementation's way, and virtual rows.
+
+"seed": two all-gathers, two restores, a cache write, kv_b_proj and K concat in torch, lengths worked out on the device, six
+index_select, two attention calls, a concat and a restore. "rows": one all-gather, restore and cache write; every head and tail a
+sequence of its own, its keys gathered, expanded and concatenated for it alone; one attention call. Both in torch, and with vLLM's cache
+write where it is (bench/peers.py).
+
+On one GPU rank 0 of P is played, the collectives being copies of what they would give. On several, the ranks are real, over NCCL:
+time of a layer at each number of ranks, and the parallel efficiency t(1) / (P t(P)). Widths and dtype are DeepSeek's, bf16, the cache
+in blocks of 64. PCP_MLA_TRACE names a trace of requests (CSV: time, input tokens, cached of them) to take one more batch from.
+
+The floor is the time of all FLOPs at the rate of a large GEMM, and of the bytes that exchange and cache must move at the bandwidth of
+a large copy.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends
+from pcp_mla.attention import _run as attend
+from pcp_mla.attention_libraries import Rows
+from pcp_mla.exchange import all_gather_rows
+from pcp_mla.launch import run_distributed
+from pcp_mla.seed_path import build_kv, gather_calls
+
+from . import peers, timing
+
+BLOCK = 64
+SCALE = 192**-0.5
+Batch = tuple[list[int], list[int], int, int]  # new tokens, cached tokens, heads, ranks
+GPU_BATCHES: list[Batch] = [
+    *(([n // 4] * 4 if n == 512 else [n], [], 16, p) for n in (512, 4096, 8192, 16384, 32768, 131072) for p in (2, 8)),
+    ([32768], [], 128, 8),
+]
+CPU_BATCHES: list[Batch] = [([128], [], 2, 2)]
+RANKS_TOKENS = (8192, 32768, 131072)
+
+
+def trace_batch(path: str, tokens: int = 32768, ranks: int = 2) -> Batch:
+    """Requests of a trace, one after another, until they have ``tokens`` new ones: a serving step with cached prefixes."""
+    new: list[int] = []
+    cached: list[int] = []
+    with open(path, newline="") as file:
+        for _, total, prefix, *_ in list(csv.reader(file))[1:]:
+            if (length := min(int(total) - int(prefix), tokens - sum(new))) > 0:
+                new.append(length)
+                cached.append(int(prefix))
+    return new, cached, 16, ranks
+
+
+class Copied:
+    """A :class:`LatentExchange` of a played rank: its own rows are packed, the others' are copied from where they are."""
+
+    def __init__(self, exchange: LatentExchange, gathered: torch.Tensor) -> None:
+        self._exchange, self._others, self._buffer = exchange, gathered, torch.empty_like(gathered)
+
+    def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: Any) -> torch.Tensor:
+        self._buffer.copy_(self._others)
+        torch.ops.pcp_mla.concat_k(kv_c[:, None], k_pe, self._buffer[: meta.num_tokens, None])
+        return self._buffer
+
+
+class Layer:
+    """Inputs of rank ``rank`` of a step, and the paths."""
+
+    def __init__(self, batch: Batch, group: Any, rank: int, device: str) -> None:
+        lengths, contexts, heads, world = batch
+        contexts = contexts or [0] * len(lengths)
+        self.dims = MLADims(heads, 128, 64, 128, 512)
+        totals = [n + c for n, c in zip(lengths, contexts, strict=True)]
+        columns = -(-max(totals) // BLOCK)
+        tables = (
+            torch.randperm(len(totals) * columns, generator=torch.Generator().manual_seed(3)).int().view(-1, columns).to(device)
+        )
+        planner = PCPPlanner(len(totals), sum(lengths), world, rank, block_size=BLOCK, device=device)
+        self.meta = planner.plan(lengths, contexts, None, tables)
+        random = torch.Generator(device=device).manual_seed(5)
+
+        def values(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=device, generator=random).bfloat16()
+
+        meta, dims = self.meta, self.dims
+        self.cache = values(len(totals) * columns, BLOCK, dims.latent_dim)
+        self.weight = values(heads * dims.expanded_dim, dims.kv_lora_rank) * dims.kv_lora_rank**-0.5
+        gathered = values(world * meta.num_tokens_padded, dims.latent_dim)
+        mine = gathered[rank * meta.num_tokens_padded :][: meta.num_tokens]
+        self.kv_c, self.k_pe = (x.contiguous() for x in mine.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1))
+        self.q = values(meta.num_tokens, heads, dims.qk_head_dim)
+        self.parts = [x.contiguous() for x in gathered.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)]
+        self.gathered = gathered
+        exchange = LatentExchange(group, planner.max_local_tokens, dims, torch.bfloat16, device)
+        self.group = group
+        self.backend = attention_backends.choose("auto", self.q.device, torch.bfloat16, 192, 128, False)
+        self.layer = MLAPrefill(dims, SCALE, exchange if group is not None else Copied(exchange, gathered), self.backend)  # type: ignore[arg-type]
+        # Virtual rows: every row's keys on their own.
+        used = meta.partition.seqused_k
+        starts = np.repeat(meta.partition.cu_seqlens_kv[:-1], 2)
+        index = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, used, strict=True)])
+        self.row_slots = meta.kv_rows[torch.from_numpy(index).to(device)]
+        self.row_cu_seqlens = torch.from_numpy(np.append(0, used.cumsum()).astype(np.int32)).to(device)
+        self.in_order = meta.slot_mapping[meta.allgather_restore_idx.long()]
+        self.scale = torch.ones(1, device=device)
+
+    def ours(self) -> torch.Tensor:
+        return self.layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+
+    def gather(self, part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """A collective: real, or a copy of its result."""
+        if self.group is None:
+            return whole.clone()
+        pads = self.meta.num_tokens_padded - len(part)
+        return all_gather_rows(torch.nn.functional.pad(part, (0, 0, 0, pads)).contiguous(), self.group)
+
+    def write(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> None:
+        """Latents in natural order to their slots."""
+        if peers.has_vllm_ops() and kv_c.is_cuda:
+            torch.ops._C_cache_ops.concat_and_cache_mla(kv_c, k_pe, self.cache, self.in_order, "auto", self.scale)
+        else:
+            self.cache.view(-1, self.dims.latent_dim).index_copy_(0, self.in_order, torch.cat([kv_c, k_pe], dim=1))
+
+    def parts_of(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kv_c, k_pe = latents.split([self.dims.kv_lora_rank, self.dims.qk_rope_head_dim], dim=1)
+        return kv_c, k_pe
+
+    def seed(self) -> torch.Tensor:
+        meta = self.meta
+        parts = [self.gather(mine, whole) for mine, whole in zip((self.kv_c, self.k_pe), self.parts, strict=True)]
+        kv_c, k_pe = (part.index_select(0, meta.allgather_restore_idx) for part in parts)
+        self.write(kv_c, k_pe)
+        if meta.num_context_tokens:
+            kv_c, k_pe = self.parts_of(self.cache.view(-1, self.dims.latent_dim).index_select(0, meta.kv_rows))
+        calls = gather_calls(self.q, *build_kv(kv_c, k_pe, self.weight, self.dims), meta)
+        outs = []
+        for call in calls:
+            lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_k.diff(), meta.max_seqlen_q, meta.max_seqlen_k, True)
+            outs.append(attend(self.backend, call.q, call.k, call.v, Rows(*lengths), SCALE, False)[0])
+        return torch.cat(outs).index_select(0, meta.output_restore_idx)
+
+    def rows(self) -> torch.Tensor:
+        meta = self.meta
+        mine = torch.cat([self.kv_c, self.k_pe], dim=1)
+        restored = self.gather(mine, self.gathered).index_select(0, meta.allgather_restore_idx)
+        self.write(*self.parts_of(restored))
+        latents = self.cache.view(-1, self.dims.latent_dim).index_select(0, self.row_slots)
+        k, v = build_kv(*self.parts_of(latents), self.weight, self.dims)
+        lengths = (meta.cu_seqlens_q, self.row_cu_seqlens, meta.seqused_k, meta.max_seqlen_q, meta.max_seqlen_k, True)
+        return attend(self.backend, self.q, k, v, Rows(*lengths), SCALE, False)[0]
+
+    def paths(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """All three, checked against each other: a wrong result has no time."""
+        calls = {"seed": self.seed, "rows": self.rows, "ours": self.ours}
+        wanted = self.ours()
+        for name, call in calls.items():
+            torch.testing.assert_close(call(), wanted, rtol=2**-5, atol=2**-6, msg=f"{name} differs from ours")
+        return calls
+
+    def work(self) -> tuple[int, int]:
+        """FLOPs of the up-projection and the attention; bytes of the exchange's result, and of its way into the cache."""
+        meta, dims = self.meta, self.dims
+        queries, keys = np.diff(meta.partition.cu_seqlens_q).astype(np.int64), meta.partition.seqused_k.astype(np.int64)
+        pairs = int((queries * (keys - queries) + queries * (queries + 1) // 2).sum())
+        flops = 2 * pairs * dims.num_heads * (dims.qk_head_dim + dims.v_head_dim)
+        flops += 2 * meta.num_kv_tokens * self.weight.numel()
+        return flops, 4 * 2 * len(self.gathered) * dims.latent_dim
+
+
+def played(batch: Batch, device: str, rates: tuple[float, float] | None) -> dict[str, Any]:
+    """Rank 0 of a batch."""
+    layer = Layer(batch, None, 0, device)
+    flops, moved = layer.work()
+    result: dict[str, Any] = {"op": "layer", "tokens": sum(batch[0]), "requests": len(batch[0]), "context": sum(batch[1])}
+    result |= {"heads": batch[2], "P": batch[3], "flops": flops, "bytes": moved, "backend": layer.backend}
+    if rates is not None:
+        result["floor_us"] = flops / rates[0] / 1e6 + moved / rates[1] / 1e3
+    for name, call in layer.paths().items():
+        result[name] = {"cpu_us": timing.cpu_us(call, 7, 10 if rates else 1)}
+        if rates is not None:
+            result[name] |= {"gpu_us": timing.gpu_us(call, 15), "launches": timing.launches(call)}
+            result[name]["share_of_floor"] = result["floor_us"] / result[name]["gpu_us"]
+    return result
+
+
+def on_ranks(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Time of a layer on real ranks, in microseconds: of calls one after another, on the slowest rank."""
+    load_attention()
+    results = []
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    with torch.inference_mode():
+        for tokens in sizes:
+            layer = Layer(([tokens], [], 16, world), group, rank, "cuda")
+            result: dict[str, Any] = {"op": "layer", "tokens": tokens, "heads": 16, "P": world, "backend": layer.backend}
+            for name, call in (("seed", layer.seed), ("ours", layer.ours)):
+                times = []
+                for _ in range(7):
+                    dist.barrier(group)
+                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    begin.record()
+                    for _ in range(5):
+                        call()
+                    end.record()
+                    torch.cuda.synchronize()
+                    times.append(begin.elapsed_time(end) / 5 * 1e3)
+                slowest = torch.tensor(statistics.median(times[2:]), device="cuda")
+                dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
+                result[name] = {"wall_us": float(slowest), "cpu_us": timing.cpu_us(call, 5, 5)}
+            results.append(result)
+    return results
+
+
+def load_attention() -> None:
+    if "PCP_MLA_FA3" in os.environ:
+        torch.ops.load_library(os.environ["PCP_MLA_FA3"])
+
+
+def run(device: str) -> Iterator[dict[str, Any]]:
+    """One result a batch, or on several GPUs one a size and number of ranks."""
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if gpus > 1:
+        alone: dict[int, float] = {}
+        for world in (1, 2, 4, 8):
+            if world > gpus:
+                break
+            for result in run_distributed(world, on_ranks, RANKS_TOKENS, backend="nccl", timeout=300.0)[0]:
+                for name in ("seed", "ours"):
+                    alone.setdefault(result["tokens"], result["ours"]["wall_us"])
+                    result[name]["efficiency"] = alone[result["tokens"]] / world / result[name]["wall_us"]
+                yield result
+        return
+    batches, rates = (GPU_BATCHES, (timing.gemm_tflops(), timing.copy_gbps())) if gpus else (CPU_BATCHES, None)
+    if gpus:
+        load_attention()
+    if os.environ.get("PCP_MLA_TRACE"):
+        batches = [*batches, trace_batch(os.environ["PCP_MLA_TRACE"])]
+    for batch in batches:
+        yield played(batch, device, rates)
+
+
+def line(result: dict[str, Any]) -> str:
+    text = f"layer T={result['tokens']:<6} H={result['heads']:<3} P={result['P']} {result['backend']}"
+    if "floor_us" in result:
+        text += f" R={result['requests']} context {result['context']} floor {result['floor_us']:.0f} us"
+    for name, numbers in result.items():
+        if not isinstance(numbers, dict):
+            continue
+        text += f" | {name}"
+        if "gpu_us" in numbers:
+            text += f" {numbers['gpu_us']:.0f} us {numbers['share_of_floor']:.0%} {numbers['launches']} launches"
+        if "wall_us" in numbers:
+            text += f" {numbers['wall_us']:.0f} us efficiency {numbers['efficiency']:.2f}"
+        text += f" cpu {numbers['cpu_us']:.0f} us"
+    return text
