@@ -3,15 +3,16 @@ implementation's way, and virtual rows.
 
 "seed": two all-gathers, two restores, a cache write, kv_b_proj and K concat in torch, lengths worked out on the device, six
 index_select, two attention calls, a concat and a restore. "rows": one all-gather, restore and cache write; every head and tail a
-sequence of its own, its keys gathered, expanded and concatenated for it alone; one attention call. Both in torch, and with vLLM's cache
-write where it is (bench/peers.py).
+sequence of its own, its keys gathered, expanded and concatenated for it alone; one attention call. Both in torch, and with vLLM's
+cache write where it is (bench/peers.py).
 
-On one GPU rank 0 of P is played, the collectives being copies of what they would give. On several, the ranks are real, over NCCL:
-time of a layer at each number of ranks, and the parallel efficiency t(1) / (P t(P)). Widths and dtype are DeepSeek's, bf16, the cache
-in blocks of 64. PCP_MLA_TRACE names a trace of requests (CSV: time, input tokens, cached of them) to take one more batch from.
+On one GPU rank 0 of P is played, the collectives being copies of what they would give. On several, the ranks are real, over
+NCCL: time of a layer at each number of ranks, and the parallel efficiency t(1) / (P t(P)). Widths and dtype are DeepSeek's, bf16,
+the cache in blocks of 64. PCP_MLA_TRACE names a trace of requests (CSV: time, input tokens, cached of them) to take one more batch
+from.
 
-The floor is the time of all FLOPs at the rate of a large GEMM, and of the bytes that exchange and cache must move at the bandwidth of
-a large copy.
+The floor is the time of all FLOPs at the rate of a large GEMM, and of the bytes that exchange and cache must move at the bandwidth
+of a large copy.
 """
 
 from __future__ import annotations
