@@ -2,7 +2,7 @@
 
 FLOPs: two for each multiplication that the causal mask leaves. "rows" are the kernel's with ``kv_rows``, "prev" merges an earlier
 result. PCP_MLA_FA3 names a library to load that defines FlashAttention 3 as an op, such as the fa3-fwd wheel's.
-``python -m bench.attention sweep`` times the kernel's configurations.
+``python -m bench.attention sweep`` times the kernel's configurations, and some of them with ``kv_rows``.
 """
 
 from __future__ import annotations
@@ -99,49 +99,54 @@ def line(result: dict[str, Any]) -> str:
     return f"{what} | {' | '.join(parts)}"
 
 
-# Queries and keys of a tile, heads at a time, copy engine, scores ahead, warps, stages, registers a thread at most.
+# Queries and keys of a tile, heads at a time, warps, stages, registers a thread at most.
 CONFIGURATIONS = [
-    (128, 64, 16, True, True, 8, 2, None),
-    (128, 64, 4, True, True, 8, 2, None),
-    (128, 64, 2, True, True, 8, 2, None),
-    (128, 64, 16, True, True, 8, 3, None),
-    (128, 32, 16, True, True, 8, 3, None),
-    (64, 64, 16, True, True, 4, 2, None),
-    (128, 64, 16, True, False, 8, 3, None),
-    (128, 64, 16, True, False, 8, 2, None),
-    (128, 128, 16, True, False, 8, 2, None),
-    (128, 64, 16, True, False, 8, 1, 128),
-    (128, 32, 16, True, False, 8, 3, 128),
-    (64, 64, 16, True, False, 4, 2, None),
-    (64, 128, 16, True, False, 4, 2, None),
-    (128, 64, 16, False, False, 8, 3, None),
-    (128, 128, 16, False, False, 8, 2, None),
+    (128, 64, 16, 8, 3, None),
+    (128, 64, 4, 8, 3, None),
+    (128, 64, 2, 8, 3, None),
+    (128, 64, 16, 8, 2, None),
+    (128, 64, 16, 8, 4, None),
+    (128, 128, 16, 8, 2, None),
+    (128, 32, 16, 8, 4, None),
+    (128, 32, 16, 8, 3, 128),
+    (64, 64, 16, 4, 3, None),
+    (64, 64, 16, 4, 2, None),
+]
+LISTED_CONFIGURATIONS = [
+    (128, 64, 16, 8, 3, None),
+    (128, 64, 16, 8, 4, None),
+    (128, 32, 16, 8, 3, 128),
+    (64, 64, 16, 4, 2, None),
 ]
 
 
 def sweep(tokens: int = 16384, heads: int = 16, ranks: int = 2) -> None:
-    """Time the kernel's configurations on one shape, K in two parts, and print a table."""
+    """Time the kernel's configurations on one shape, K in two parts: plain, and with rows listed in order or at random."""
     from pcp_mla.triton.attention import attention
 
     meta, x = inputs(tokens, heads, ranks, "cuda")
     work = flops(meta, heads)
-    out, lse = pcp_attention(x["q"], x["k"], x["v"], meta, softmax_scale=SCALE, return_lse=True, backend="torch")
-    got = torch.empty_like(out)
+    q, k, v, k_nope, k_pe = (x[name] for name in ("q", "k", "v", "k_nope", "k_pe"))
     lengths = (meta.cu_seqlens_q, meta.cu_seqlens_k, meta.seqused_k)
-    print("queries keys heads TMA   ahead warps stages maxnreg      us  TFLOP/s")
-    for queries, keys, group, tma, ahead, warps, stages, registers in CONFIGURATIONS:
-        config = {"QUERIES": queries, "KEYS": keys, "HEADS": group, "TMA": tma, "AHEAD": ahead}
-        config |= {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-        arguments = (x["q"], x["k_nope"], x["v"], x["k_pe"], None, *lengths, None, None, SCALE, True, got, lse, config)
-        head = f"{queries:7} {keys:4} {group:5} {tma!s:5} {ahead!s:5} {warps:5} {stages:6} {registers!s:>7}"
-        try:
-            got.fill_(torch.nan)
-            attention(*arguments)
-            torch.testing.assert_close(got, out, rtol=2**-6, atol=2**-7)
-            us = timing.gpu_us(lambda arguments=arguments: attention(*arguments))
-            print(f"{head} {us:7.0f} {work / us / 1e6:8.0f}", flush=True)
-        except Exception as error:  # too much shared memory, say
-            print(f"{head} {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+    order = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    tables = {"plain": None, "rows in order": order, "random rows": torch.randperm(tokens, device="cuda").int()}
+    for name, rows in tables.items():
+        out = pcp_attention(q, k, v, meta, softmax_scale=SCALE, kv_rows=rows, backend="torch")
+        got, lse = torch.empty_like(out), torch.empty(out.shape[:2], device="cuda")
+        print(f"{name}\nqueries keys heads warps stages maxnreg      us  TFLOP/s")
+        for queries, keys, group, warps, stages, registers in CONFIGURATIONS if rows is None else LISTED_CONFIGURATIONS:
+            config = {"QUERIES": queries, "KEYS": keys, "HEADS": group, "num_warps": warps, "num_stages": stages}
+            config["maxnreg"] = registers
+            arguments = (q, k_nope, v, k_pe, rows, *lengths, None, None, SCALE, True, got, lse, config)
+            head = f"{queries:7} {keys:4} {group:5} {warps:5} {stages:6} {registers!s:>7}"
+            try:
+                got.fill_(torch.nan)
+                attention(*arguments)
+                torch.testing.assert_close(got, out, rtol=2**-6, atol=2**-7)
+                us = timing.gpu_us(lambda arguments=arguments: attention(*arguments))
+                print(f"{head} {us:7.0f} {work / us / 1e6:8.0f}", flush=True)
+            except Exception as error:  # too much shared memory, say
+                print(f"{head} {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
 
 
 if __name__ == "__main__":

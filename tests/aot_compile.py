@@ -5,10 +5,12 @@ import os
 import subprocess
 import tempfile
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pcp_mla.triton.attention import configuration
 from pcp_mla.triton.attention_kernel import attention_kernel
 from pcp_mla.triton.concat_k import concat_k_kernel
 from pcp_mla.triton.fused_gather import fused_gather_kernel
@@ -64,32 +66,22 @@ def compile_for(capability, kernel, types):
     return len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
 
 
-def compile_attention(capability, data, listed, copied):
-    """Compiler output of attention of widths 128 + 64 and 128, K in two parts; tiles by the copy engine if ``copied``."""
-    keys = 64 if capability >= 90 else 32
+def compile_attention(capability, data, listed):
+    """Compiler output of attention of widths 128 + 64 and 128, K in two parts, as configured for the GPU."""
+    config = configuration(capability // 10, torch.bfloat16, 320)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    del config["HEADS"]
     constants = {"WIDTH_A": 128, "WIDTH_B": 64, "WIDTH_V": 128, "BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_V": 128}
-    constants |= {
-        "CAUSAL": True,
-        "IN_PLACE": True,
-        "ROWS": 128,
-        "FLOAT32": False,
-        "QUERIES": 128,
-        "KEYS": keys,
-        "SEGMENT": 16 * keys,
-        "AHEAD": copied and not listed,
-    }
+    constants |= {"CAUSAL": True, "IN_PLACE": True, "ROWS": 128, "FLOAT32": False, **config}
+    if not listed:
+        constants["kv_rows"] = None
     types = dict.fromkeys(["q", "k_a", "k_b", "v", "prev_out", "out"], data) | dict.fromkeys(("prev_lse", "lse"), "*fp32")
     types |= dict.fromkeys(["kv_rows", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"], "*i32") | {"scale": "fp32"}
-    for name, width in (("k_a_tiles", 128), ("k_b_tiles", 64), ("v_tiles", 128)):
-        types[name] = f"tensordesc<{data[1:]}[1, {keys}, {width}]>"
-    absent = (() if listed else ("kv_rows",)) + (() if copied else ("k_a_tiles", "k_b_tiles", "v_tiles"))
-    constants |= dict.fromkeys(absent)
     names = list(inspect.signature(attention_kernel.fn).parameters)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*") or "stride" in n}
     positions = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(attention_kernel, signature, constexprs=positions, attrs=aligned)
-    options = {"num_warps": 8, "num_stages": 3 if capability >= 90 and listed else 2}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
@@ -105,21 +97,17 @@ def assembler_report(capability, ptx):
 
 
 def print_attention():
-    """On Hopper by its own tensor core instructions, and where asked for the copy engine; else it would compute, but slowly."""
+    """On Hopper by its own tensor core instructions, and with all in registers; else it would compute, but slowly."""
     for data in ("*bf16", "*fp16"):
-        for capability, listed, copied in (
-            (80, False, False),
-            (80, True, False),
-            (90, False, True),
-            (90, True, True),
-            (90, True, False),
-        ):
-            output = compile_attention(capability, data, listed, copied)
-            assert ("wgmma.mma_async" in output["ptx"]) == (capability >= 90)
-            assert ("cp.async.bulk.tensor" in output["ptx"]) == copied
-            assert "cp.async" in output["ptx"]
-            assert "serialized" not in assembler_report(capability, output["ptx"])
-            print("attention_kernel", data, listed, copied, f"sm_{capability}", len(output["cubin"]))
+        for capability in (80, 90):
+            for listed in (False, True):
+                output = compile_attention(capability, data, listed)
+                assert ("wgmma.mma_async" in output["ptx"]) == (capability >= 90)
+                assert "cp.async" in output["ptx"]
+                report = assembler_report(capability, output["ptx"])
+                assert "serialized" not in report
+                assert " 0 bytes spill stores, 0 bytes spill loads" in report, report
+                print("attention_kernel", data, listed, f"sm_{capability}", len(output["cubin"]))
 
 
 def main():

@@ -143,9 +143,7 @@ def test_random_batches(device, backend, batch):
 @pytest.mark.parametrize("order", ["random", "contiguous", "runs", "repeated"])
 @pytest.mark.parametrize("separate", [False, True])
 def test_listed_rows(device, backend, order, separate):
-    meta = meta_of(
-        ([9, 20], [290, 3], [True, True], 2), 0, device, 9 if device == "cuda" else 1
-    )  # longer than the kernel looks ahead
+    meta = meta_of(([9, 20], [110, 3], [True, True], 2), 0, device, length_factor(device))
     q, k, v, k_nope, k_pe = inputs(meta, torch.bfloat16, heads=1)
     count = meta.num_kv_tokens
     index = torch.arange(count)
@@ -306,9 +304,9 @@ def test_other_widths(device, backend, width, v_width):
 
 @pytest.mark.parametrize(("device", "backend"), [p for p in OURS if p.values[1] == "triton"])
 @pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize(("engine", "ahead"), [(False, False), (True, False), (True, True)])
-def test_kernel_configurations(device, backend, listed, engine, ahead):
-    """Loads by the copy engine and scores ahead give what plain loops give, whatever the GPU's own choice is."""
+@pytest.mark.parametrize("change", [{"HEADS": 1}, {"QUERIES": 32}, {"KEYS": 32, "num_stages": 4}])
+def test_kernel_configurations(device, backend, listed, change):
+    """Others give the same, whatever the GPU's own choice is."""
     from pcp_mla.triton import attention as launch
 
     meta = meta_of(BATCHES["context"], 1, device, length_factor(device) * 2)
@@ -317,7 +315,8 @@ def test_kernel_configurations(device, backend, listed, engine, ahead):
         torch.full((len(q), 2, V), torch.nan, dtype=q.dtype, device=device),
         torch.full((len(q), 2), torch.nan, device=device),
     )
-    config = launch.configuration(q.device, q.dtype, NOPE + ROPE + V, listed) | {"TMA": engine, "AHEAD": ahead, "HEADS": 1}
+    major = torch.cuda.get_device_capability()[0] if device == "cuda" else None
+    config = launch.configuration(major, q.dtype, NOPE + ROPE + V) | change
     rows = torch.arange(meta.num_kv_tokens, dtype=torch.int32, device=device) if listed else None
     lengths = (meta.cu_seqlens_q, meta.cu_seqlens_k, meta.seqused_k)
     launch.attention(q, k_nope, v, k_pe, rows, *lengths, None, None, SCALE, True, out, lse, config)
@@ -351,7 +350,7 @@ def test_opcheck_and_compile(device):
         return pcp_attention(q * 2, k_nope, v, meta, softmax_scale=SCALE, k_pe=k_pe) + 1
 
     wanted = pcp_attention(q * 2, k_nope, v, meta, softmax_scale=SCALE, k_pe=k_pe, backend="torch") + 1
-    assert torch.allclose(layer(q, k_nope, v, k_pe), wanted, atol=2**-7)
+    assert torch.allclose(layer(q, k_nope, v, k_pe), wanted, rtol=2**-7, atol=2**-6)
 
 
 def trace_batch(path, tokens):

@@ -31,6 +31,7 @@ SCHEMAS = {
 
 
 def compute(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, causal):
+    assert all(x.isfinite().all() for x in (k, v))  # they read whole tiles
     out, lse = q.new_full((*q.shape[:2], v.shape[2]), torch.nan), torch.full(q.shape[:2], torch.nan)
     reference.attention(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, seqused_k, None, None, scale, causal, out, lse)
     return out, lse.T.contiguous()
@@ -80,9 +81,12 @@ def batch(workspace=None):
 
 
 def inputs(meta):
+    """q, and K and V with three rows of NaN behind the last key."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((meta.num_tokens, 3, 24), (meta.num_kv_tokens, 3, 24), (meta.num_kv_tokens, 3, 16))
-    return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    shapes = ((meta.num_tokens, 3, 24), (meta.num_kv_tokens + 3, 3, 24), (meta.num_kv_tokens + 3, 3, 16))
+    q, k, v = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    k[meta.num_kv_tokens :] = v[meta.num_kv_tokens :] = torch.nan
+    return q, k, v
 
 
 def attend(q, k, v, meta, **options):

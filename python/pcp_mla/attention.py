@@ -181,15 +181,16 @@ def pcp_attention(
         name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
     given, lse = out if isinstance(out, tuple) else (out, None)
     library = find(name) if name in LIBRARIES else None
+    if library is not None:  # it reads whole tiles, but nothing outside of a tensor
+        count = meta.num_kv_tokens if chunk is None else chunk.num_rows
+        k, v, k_pe = k[:count], v[:count], None if k_pe is None else k_pe[:count]
     if isinstance(library, Library) and not library.shares_starts:
         if chunk is not None or prev is not None:
             raise NotImplementedError(
                 f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does"
             )
         k = k if k_pe is None else concat_k(k, k_pe)
-        state = _by_two_calls(
-            name, q, k[: meta.num_kv_tokens], v[: meta.num_kv_tokens], meta, softmax_scale, return_lse, given, lse
-        )
+        state = _by_two_calls(name, q, k, v, meta, softmax_scale, return_lse, given, lse)
         return state if return_lse else state[0]
     of = meta if chunk is None else chunk
     rows = Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_kernel import attention_kernel
 
@@ -17,51 +16,26 @@ def split_width(width: int) -> tuple[int, int]:
     return first, width - first
 
 
-def configuration(device: torch.device, dtype: torch.dtype, width: int, listed: bool) -> dict[str, Any]:
-    """What is fast on this GPU for rows of K and V that are ``width`` numbers together, listed ones or not.
+def configuration(major: int | None, dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """What is fast on GPUs of compute capability ``major``.x, None being the interpreter, for K and V of ``width`` together.
 
     QUERIES and KEYS of a tile. HEADS: how many to take at a time, few enough for several tiles to read the same keys while these
-    are in L2, and enough for the longest tiles of the last ones not to end after all others. TMA: load K and V by the copy engine
-    where their strides allow it. AHEAD: :func:`_attend_ahead`, for TMA only; with listed rows it would want more registers than
-    there are, and the products would be waited for one by one.
+    are in L2, and enough for the longest tiles of the last ones not to end after all others.
     """
-    config = {"QUERIES": 64, "KEYS": 32, "HEADS": 16, "TMA": False, "AHEAD": False, "num_warps": 4, "num_stages": 2}
-    if device.type != "cuda":
+    config = {"QUERIES": 64, "KEYS": 32, "HEADS": 16, "num_warps": 4, "num_stages": 2}
+    if major is None:
         return config | {"QUERIES": 16, "KEYS": 16}
     if dtype == torch.float32:
         return config | {"QUERIES": 32, "num_stages": 1}
     if width > 320:
         return config
-    if torch.cuda.get_device_capability(device)[0] == 9:
-        return config | {
-            "QUERIES": 128,
-            "KEYS": 64,
-            "TMA": True,
-            "AHEAD": not listed,
-            "num_warps": 8,
-            "num_stages": 3 if listed else 2,
-        }
+    if major == 9:
+        return config | {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
     return config | {"QUERIES": 128, "num_warps": 8}
 
 
 def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))  # tl.dot takes no less
-
-
-def _fits_copy_engine(x: torch.Tensor, block: int) -> bool:
-    """Whether its rows, of which a tile is ``block`` wide, are as the engine wants them. A part without width is not copied."""
-    in_16_bytes = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2]) and x.data_ptr() % 16 == 0
-    return x.shape[2] == 0 or (x.shape[2] == block and x.shape[0] > 0 and in_16_bytes)
-
-
-def _tiles(x: torch.Tensor, keys: int) -> TensorDescriptor | None:
-    """Tiles [1, keys, width] of ``x`` [N, H, width] seen as [H, N, width]; heads that share their rows are one."""
-    count, heads, width = x.shape
-    if width == 0:
-        return None
-    if x.stride(1) == 0:
-        heads = 1
-    return TensorDescriptor(x, [heads, count, width], [x.stride(1) or width, x.stride(0), 1], [1, keys, width])
 
 
 def _head_group(heads: int, most: int) -> int:
@@ -88,7 +62,7 @@ def attention(
     lse: torch.Tensor | None,
     config: dict[str, Any] | None = None,
 ) -> None:
-    """Arguments as :func:`pcp_mla.reference.attention`; ``config`` in place of the one for this GPU, as :func:`configuration`'s."""
+    """Arguments as :func:`pcp_mla.reference.attention`; ``config`` in place of :func:`configuration`'s."""
     tokens, heads, width = q.shape
     rows = len(seqused_k)
     if tokens == 0 or rows == 0:
@@ -100,13 +74,10 @@ def attention(
         width_a, width_b = k.shape[2], k_pe.shape[1]
         k_a, k_b = k, k_pe[:, None].expand(-1, heads, -1)
     interpreted = not q.is_cuda
-    config = dict(config or configuration(q.device, q.dtype, width + v.shape[2], kv_rows is not None))
-    blocks = _block(width_a), _block(width_b), _block(v.shape[2])
-    keys, tiles = config["KEYS"], [None, None, None]
-    if config.pop("TMA") and all(_fits_copy_engine(x, block) for x, block in zip((k_a, k_b, v), blocks, strict=True)):
-        tiles = [_tiles(x, keys) for x in (k_a, k_b, v)]
-    else:
-        config["AHEAD"] = False
+    if config is None:
+        major = None if interpreted else torch.cuda.get_device_capability(q.device)[0]
+        config = configuration(major, q.dtype, width + v.shape[2])
+    config = dict(config)
     items = triton.cdiv(tokens, config["QUERIES"]) + rows  # no row has more than one tile that is not full
     in_place = prev_out is not None and prev_out.data_ptr() == out.data_ptr()
     # The interpreter truncates to bfloat16: there torch rounds.
@@ -116,7 +87,6 @@ def attention(
         k_a,
         k_b,
         v,
-        *tiles,
         kv_rows,
         cu_seqlens_q,
         cu_seqlens_k,
@@ -140,12 +110,13 @@ def attention(
         width_a,
         width_b,
         v.shape[2],
-        *blocks,
+        _block(width_a),
+        _block(width_b),
+        _block(v.shape[2]),
         causal,
         in_place,
         max(128, triton.next_power_of_2(rows)),
         interpreted,
-        SEGMENT=16 * keys,
         **config,
     )
     if given is not out:

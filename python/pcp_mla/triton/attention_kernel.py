@@ -54,8 +54,8 @@ def work_item(
 
 
 @triton.jit
-def _tile(data, tiles, head, stride, row, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-          LISTED: tl.constexpr, FLOAT32: tl.constexpr):  # fmt: skip
+def _tile(data, stride, row, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr,
+          FLOAT32: tl.constexpr):  # fmt: skip
     """[keys, BLOCK] of K or V: the tile from row ``row`` on, or the listed ``rows``. ``data`` is at the head's part of row 0."""
     KEYS: tl.constexpr = exists.shape[0]
     d = tl.arange(0, BLOCK)[None, :]
@@ -65,8 +65,6 @@ def _tile(data, tiles, head, stride, row, rows, exists, WIDTH: tl.constexpr, BLO
         at = data + row.to(tl.int64) * stride + (tl.arange(0, KEYS) * stride)[:, None] + d
     if MASKED:  # past the row's end there may be anything, and 0 * NaN is NaN
         x = tl.load(at, mask=exists[:, None] & (d < WIDTH), other=0)
-    elif tiles is not None and not LISTED:
-        x = tiles.load([head, row, 0]).reshape(KEYS, BLOCK)
     elif WIDTH != BLOCK:
         x = tl.load(at, mask=d < WIDTH, other=0)
     else:
@@ -77,38 +75,31 @@ def _tile(data, tiles, head, stride, row, rows, exists, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def _scores(
-    q_a, q_b, data, tiles, heads, strides, row, rows, exists, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr, FLOAT32: tl.constexpr,
-):  # fmt: skip
-    """[queries, keys] products of q and K, the smaller part first: the last product is the one that can overlap with other work."""
-    score = tl.zeros((q_a.shape[0], exists.shape[0]), tl.float32)
-    if WIDTH_B:
-        k = _tile(data[1], tiles[1], heads[1], strides[1], row, rows, exists, WIDTH_B, BLOCK_B, MASKED, LISTED, FLOAT32)
-        score = tl.dot(q_b, k.T, score, input_precision="ieee")
-    k = _tile(data[0], tiles[0], heads[0], strides[0], row, rows, exists, WIDTH_A, BLOCK_A, MASKED, LISTED, FLOAT32)
-    return tl.dot(q_a, k.T, score, input_precision="ieee")
+def _listed(kv_rows, key, n, used, LISTED: tl.constexpr):
+    """Where the row's keys ``n`` are listed to be, 0 for those past its end; without a list nothing that is used."""
+    return tl.load(kv_rows + key + n, mask=n < used, other=0) if LISTED else n
 
 
 @triton.jit
 def _attend(
-    acc, total, highest, q_a, q_b, data, tiles, heads, strides, kv_rows, key, first, last, used, limit, scale,
+    acc, total, highest, q_a, q_b, data, strides, kv_rows, key, first, last, used, limit, scale,
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, LISTED: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """Take the row's keys first ... last - 1 in, the row's key 0 being at ``key``: output, sum and greatest score (times log2(e))
-    so far. ``data``, ``tiles``, ``heads``, ``strides`` and the widths are each of K's first part, its second, and V."""
+    so far. ``data``, ``strides`` and the widths are each of K's first part, its second, and V."""
+    rows = _listed(kv_rows, key, first + tl.arange(0, KEYS), used, LISTED)
     for start in range(first, last, KEYS):
         n = start + tl.arange(0, KEYS)
         row = key + start
         exists = n < used
-        rows = n
-        if LISTED:
-            rows = tl.load(kv_rows + key + n, mask=exists, other=0) if MASKED else tl.load(kv_rows + key + n)
-        score = _scores(
-            q_a, q_b, data, tiles, heads, strides, row, rows, exists, WIDTH_A, WIDTH_B, BLOCK_A, BLOCK_B, MASKED, LISTED, FLOAT32
-        )
+        score = tl.zeros((q_a.shape[0], KEYS), tl.float32)
+        if WIDTH_B:
+            k = _tile(data[1], strides[1], row, rows, exists, WIDTH_B, BLOCK_B, MASKED, LISTED, FLOAT32)
+            score = tl.dot(q_b, k.T, score, input_precision="ieee")
+        k = _tile(data[0], strides[0], row, rows, exists, WIDTH_A, BLOCK_A, MASKED, LISTED, FLOAT32)
+        score = tl.dot(q_a, k.T, score, input_precision="ieee")
         if MASKED:
             score = tl.where(n[None, :] < limit[:, None], score, float("-inf"))
         new = tl.maximum(highest, tl.max(score, 1) * scale)
@@ -117,103 +108,24 @@ def _attend(
         factor = tl.exp2(highest - base)
         total = total * factor + tl.sum(p, 1)
         acc = acc * factor[:, None]
-        v = _tile(data[2], tiles[2], heads[2], strides[2], row, rows, exists, WIDTH_V, BLOCK_V, MASKED, LISTED, FLOAT32)
+        v = _tile(data[2], strides[2], row, rows, exists, WIDTH_V, BLOCK_V, MASKED, LISTED, FLOAT32)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         highest = new
-    return acc, total, highest
-
-
-@triton.jit
-def _scaled(score, scale, FLOAT32: tl.constexpr):
-    """A product that is rounded, not joined with the sums that it goes into: so the registers of ``score`` are free at once."""
-    if FLOAT32:
-        return score * scale
-    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [score, scale], dtype=tl.float32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _attend_ahead(
-    acc, total, highest, q_a, q_b, data, tiles, heads, strides, key, first, last, scale,
-    WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, FLOAT32: tl.constexpr,
-):  # fmt: skip
-    """As :func:`_attend` without masks, the scores of the next keys being multiplied while those of the last become weights.
-
-    Triton lets a product of Hopper's tensor cores run on if nothing but the next iteration uses it, behind a product that it waits
-    for. Hence the order: the weights of the keys before with V, on which is waited; the next scores; the weights of these.
-    """
-    if last > first:
-        exists = tl.arange(0, KEYS) >= 0
-        score = _scores(
-            q_a,
-            q_b,
-            data,
-            tiles,
-            heads,
-            strides,
-            key + first,
-            key,
-            exists,
-            WIDTH_A,
-            WIDTH_B,
-            BLOCK_A,
-            BLOCK_B,
-            False,
-            False,
-            FLOAT32,
-        )
-        p = tl.zeros((q_a.shape[0], KEYS), q_a.dtype)
-        for start in range(first, last, KEYS):
-            row = key + tl.maximum(start - KEYS, first)
-            v = _tile(data[2], tiles[2], heads[2], strides[2], row, key, exists, WIDTH_V, BLOCK_V, False, False, FLOAT32)
-            acc = tl.dot(p, v, acc, input_precision="ieee")
-            scaled = _scaled(score, scale, FLOAT32)
-            row = key + tl.minimum(start + KEYS, last - KEYS)
-            score = _scores(
-                q_a, q_b, data, tiles, heads, strides, row, key, exists, WIDTH_A, WIDTH_B, BLOCK_A, BLOCK_B, False, False, FLOAT32
-            )
-            new = tl.maximum(highest, tl.max(scaled, 1))
-            weights = tl.exp2(scaled - new[:, None])
-            factor = tl.exp2(highest - new)
-            total = total * factor + tl.sum(weights, 1)
-            acc = acc * factor[:, None]
-            highest = new
-            p = weights.to(q_a.dtype)
-        v = _tile(data[2], tiles[2], heads[2], strides[2], key + last - KEYS, key, exists, WIDTH_V, BLOCK_V, False, False, FLOAT32)
-        acc = tl.dot(p, v, acc, input_precision="ieee")
-    return acc, total, highest
-
-
-@triton.jit
-def _attend_in_order(
-    acc, total, highest, q_a, q_b, data, tiles, heads, strides, kv_rows, key, first, last, used, limit, scale,
-    WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr,
-    AHEAD: tl.constexpr, FLOAT32: tl.constexpr,
-):  # fmt: skip
-    if AHEAD:
-        acc, total, highest = _attend_ahead(
-            acc, total, highest, q_a, q_b, data, tiles, heads, strides, key, first, last, scale,
-            WIDTH_A, WIDTH_B, WIDTH_V, BLOCK_A, BLOCK_B, BLOCK_V, KEYS, FLOAT32,
-        )  # fmt: skip
-    else:
-        acc, total, highest = _attend(
-            acc, total, highest, q_a, q_b, data, tiles, heads, strides, kv_rows, key, first, last, used, limit, scale,
-            WIDTH_A, WIDTH_B, WIDTH_V, BLOCK_A, BLOCK_B, BLOCK_V, KEYS, False, False, FLOAT32,
-        )  # fmt: skip
+        # Of the next keys, so that their loads, which the compiler moves ahead, do not wait for their addresses.
+        rows = _listed(kv_rows, key, n + KEYS, used, LISTED)
     return acc, total, highest
 
 
 @triton.jit(do_not_specialize=["items", "rows"])
 def attention_kernel(
-    q, k_a, k_b, v, k_a_tiles, k_b_tiles, v_tiles, kv_rows, cu_seqlens_q, cu_seqlens_k, seqused_k, prev_out, prev_lse, out, lse,
+    q, k_a, k_b, v, kv_rows, cu_seqlens_q, cu_seqlens_k, seqused_k, prev_out, prev_lse, out, lse,
     scale, items, rows, head_group,
     q_stride_t, q_stride_h, k_a_stride_n, k_a_stride_h, k_b_stride_n, k_b_stride_h, v_stride_n, v_stride_h,
     prev_stride_t, prev_stride_h, prev_lse_stride_t, prev_lse_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, IN_PLACE: tl.constexpr, ROWS: tl.constexpr, FLOAT32: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, SEGMENT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together read the keys of few heads, which stay in L2.
     group = tl.program_id(0) // (items * head_group)
@@ -265,34 +177,14 @@ def attention_kernel(
         seen = tl.minimum(used - length + (tile + 1) * QUERIES, used)
     unmasked = tl.minimum(seen_by_all, used) // KEYS * KEYS
     data = (k_a + h * k_a_stride_h, k_b + h * k_b_stride_h, v + h * v_stride_h)
-    tiles = (k_a_tiles, k_b_tiles, v_tiles)
-    heads = (head, 0 if k_b_stride_h == 0 else head, head)
     strides = (k_a_stride_n, k_b_stride_n, v_stride_n)
     LISTED: tl.constexpr = kv_rows is not None
-    if LISTED:
-        for first in range(0, unmasked, SEGMENT):
-            # Rows one after another need no table: looking ahead costs less than an address for every key.
-            last = tl.minimum(first + SEGMENT, unmasked)
-            n = first + tl.arange(0, SEGMENT)
-            row0 = tl.load(kv_rows + key + first) - first
-            in_order = tl.load(kv_rows + key + n, mask=n < last, other=0) == row0 + n
-            if tl.sum((in_order | (n >= last)).to(tl.int32)) == SEGMENT:
-                acc, total, highest = _attend_in_order(
-                    acc, total, highest, q_a, q_b, data, tiles, heads, strides, kv_rows, row0, first, last, used, limit, scale,
-                    WIDTH_A, WIDTH_B, WIDTH_V, BLOCK_A, BLOCK_B, BLOCK_V, KEYS, AHEAD, FLOAT32,
-                )  # fmt: skip
-            else:
-                acc, total, highest = _attend(
-                    acc, total, highest, q_a, q_b, data, tiles, heads, strides, kv_rows, key, first, last, used, limit, scale,
-                    WIDTH_A, WIDTH_B, WIDTH_V, BLOCK_A, BLOCK_B, BLOCK_V, KEYS, False, True, FLOAT32,
-                )  # fmt: skip
-    else:
-        acc, total, highest = _attend_in_order(
-            acc, total, highest, q_a, q_b, data, tiles, heads, strides, kv_rows, key, 0, unmasked, used, limit, scale,
-            WIDTH_A, WIDTH_B, WIDTH_V, BLOCK_A, BLOCK_B, BLOCK_V, KEYS, AHEAD, FLOAT32,
-        )  # fmt: skip
     acc, total, highest = _attend(
-        acc, total, highest, q_a, q_b, data, tiles, heads, strides, kv_rows, key, unmasked, seen, used, limit, scale,
+        acc, total, highest, q_a, q_b, data, strides, kv_rows, key, 0, unmasked, used, limit, scale,
+        WIDTH_A, WIDTH_B, WIDTH_V, BLOCK_A, BLOCK_B, BLOCK_V, KEYS, False, LISTED, FLOAT32,
+    )  # fmt: skip
+    acc, total, highest = _attend(
+        acc, total, highest, q_a, q_b, data, strides, kv_rows, key, unmasked, seen, used, limit, scale,
         WIDTH_A, WIDTH_B, WIDTH_V, BLOCK_A, BLOCK_B, BLOCK_V, KEYS, True, LISTED, FLOAT32,
     )  # fmt: skip
 
