@@ -284,7 +284,7 @@ def test_seed_path_and_layer_give_equal_bits(layout: str, cached: bool) -> None:
 def test_seed_lengths_are_those_of_the_metadata(layout: str) -> None:
     meta = PCPMetadata.build([5, 1, 12], [2, 8, 0], [True, False, True], world_size=2, rank=1, layout=layout)
     wanted = [meta.cu_seqlens_q_head, meta.cu_seqlens_q_tail, meta.cu_seqlens_k_head, meta.cu_seqlens_k_tail]
-    assert torch.equal(seed_cu_seqlens(meta), torch.stack(wanted, dim=1))
+    assert torch.equal(seed_cu_seqlens(meta), torch.stack(wanted))
 
 
 class Tripled(torch.nn.Linear):

@@ -66,17 +66,17 @@ def build_kv(kv_c: torch.Tensor, k_pe: torch.Tensor, kv_b_proj: KVProjection, di
 
 
 def seed_cu_seqlens(meta: PCPMetadata) -> torch.Tensor:
-    """[R+1, 4] int32: ``cu_seqlens`` of the queries of heads and of tails, of the keys of heads and of tails.
+    """[4, R+1] int32: ``cu_seqlens`` of the queries of heads and of tails, of the keys of heads and of tails.
 
     Worked out on the device in every layer, in four small ops; the padded layout's first version used floor divisions.
     """
     lengths = torch.cat([meta.cu_seqlens_q.diff().view(-1, 2), meta.seqused_k.view(-1, 2)], dim=1)
-    return F.pad(lengths.cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
+    return F.pad(lengths.T.cumsum(1, dtype=torch.int32), (1, 0))
 
 
 def gather_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata) -> tuple[VarlenCall, VarlenCall]:
     """Copy the rows of the two attention calls together: q in local order, k and v in key order."""
-    cu_seqlens, host = seed_cu_seqlens(meta).unbind(1), meta.partition.row_table
+    cu_seqlens, host = seed_cu_seqlens(meta).unbind(0), meta.partition.row_table
     head = VarlenCall(
         q.index_select(0, meta.query_head_indices),
         k.index_select(0, meta.kv_head_indices),
