@@ -125,6 +125,44 @@ def _by_two_calls(
     return pcp_fused_restore(head, tail, head_lse if return_lse else None, tail_lse if return_lse else None, meta, out=given)
 
 
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    meta: PCPMetadata,
+    softmax_scale: float,
+    return_lse: bool = False,
+    k_pe: torch.Tensor | None = None,
+    kv_rows: torch.Tensor | None = None,
+    prev: State | None = None,
+    chunk: KeyChunk | None = None,
+    out: torch.Tensor | State | None = None,
+    backend: str = "auto",
+) -> torch.Tensor | Result:
+    """:func:`pcp_attention` for arguments that are known to fit."""
+    if torch.compiler.is_compiling() and backend in ("auto", "triton"):
+        name = "triton"  # looking for libraries is nothing to compile
+    else:
+        name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
+    given, lse = out if isinstance(out, tuple) else (out, None)
+    library = find(name) if name in LIBRARIES else None
+    if library is not None:  # it reads whole tiles, but nothing outside of a tensor
+        count = meta.num_kv_tokens if chunk is None else chunk.num_rows
+        k, v, k_pe = k[:count], v[:count], None if k_pe is None else k_pe[:count]
+    if isinstance(library, Library) and not library.shares_starts:
+        if chunk is not None or prev is not None:
+            raise NotImplementedError(
+                f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does"
+            )
+        k = k if k_pe is None else concat_k(k, k_pe)
+        state = _by_two_calls(name, q, k, v, meta, softmax_scale, return_lse, given, lse)
+        return state if return_lse else state[0]
+    of = meta if chunk is None else chunk
+    rows = Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)
+    state = _run(name, q, k, v, rows, softmax_scale, return_lse, k_pe, kv_rows, prev, given, lse)
+    return state if return_lse else state[0]
+
+
 def pcp_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -175,24 +213,4 @@ def pcp_attention(
         RuntimeError: the named backend is not available.
     """
     check_attention(q, k, v, meta, softmax_scale, k_pe, kv_rows, prev, chunk, out, return_lse)
-    if torch.compiler.is_compiling() and backend in ("auto", "triton"):
-        name = "triton"  # looking for libraries is nothing to compile
-    else:
-        name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
-    given, lse = out if isinstance(out, tuple) else (out, None)
-    library = find(name) if name in LIBRARIES else None
-    if library is not None:  # it reads whole tiles, but nothing outside of a tensor
-        count = meta.num_kv_tokens if chunk is None else chunk.num_rows
-        k, v, k_pe = k[:count], v[:count], None if k_pe is None else k_pe[:count]
-    if isinstance(library, Library) and not library.shares_starts:
-        if chunk is not None or prev is not None:
-            raise NotImplementedError(
-                f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does"
-            )
-        k = k if k_pe is None else concat_k(k, k_pe)
-        state = _by_two_calls(name, q, k, v, meta, softmax_scale, return_lse, given, lse)
-        return state if return_lse else state[0]
-    of = meta if chunk is None else chunk
-    rows = Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)
-    state = _run(name, q, k, v, rows, softmax_scale, return_lse, k_pe, kv_rows, prev, given, lse)
-    return state if return_lse else state[0]
+    return attend(q, k, v, meta, softmax_scale, return_lse, k_pe, kv_rows, prev, chunk, out, backend)

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     causal: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one of a kind: a key of what is worked out once for each
 class Library:
     """A function of an attention library.
 
@@ -97,26 +97,34 @@ def of_function(function: Callable[..., Any]) -> Library:
     return Library(function, {p.name: p.default is not inspect.Parameter.empty for p in parameters})
 
 
+@functools.cache
+def _placement(library: Library, names: tuple[str, ...]) -> tuple[tuple[tuple[str, str], ...], dict[str, Any]]:
+    """The library's name for each of ``names`` that it has, and what it insists on beside them. Errors as :func:`arguments`."""
+    places = []
+    for name in names:
+        known = [other for other in _NAMES[name] if other in library.parameters]
+        if known:
+            places.append((known[0], name))
+        elif name not in ("out", "max_seqlen_q", "max_seqlen_k"):
+            raise NotImplementedError(f"pcp_attention: this version of the library has no argument {name}")
+    given, constants = {place for place, _ in places}, {}
+    for name, optional in library.parameters.items():
+        if name in given or (optional and name not in ("return_lse", "num_splits")):
+            continue
+        if name not in _NEUTRAL:
+            raise NotImplementedError(f"pcp_attention: this version of the library wants {name}, which is not known here")
+        constants[name] = _NEUTRAL[name]
+    return tuple(places), constants
+
+
 def arguments(library: Library, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` under the names that the library has for them, beside what it insists on.
 
     Raises:
         NotImplementedError: it has no argument for one of them that matters, or wants one that is not known here.
     """
-    given = {}
-    for name, value in values.items():
-        known = [other for other in _NAMES[name] if other in library.parameters]
-        if known:
-            given[known[0]] = value
-        elif name not in ("out", "max_seqlen_q", "max_seqlen_k"):
-            raise NotImplementedError(f"pcp_attention: this version of the library has no argument {name}")
-    for name, optional in library.parameters.items():
-        if name in given or (optional and name not in ("return_lse", "num_splits")):
-            continue
-        if name not in _NEUTRAL:
-            raise NotImplementedError(f"pcp_attention: this version of the library wants {name}, which is not known here")
-        given[name] = _NEUTRAL[name]
-    return given
+    places, constants = _placement(library, tuple(values))
+    return constants | {place: values[name] for place, name in places}
 
 
 def _op(namespace: str, name: str, *modules: str) -> Library | str:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .attention import pcp_attention
-from .latent_cache import write_latent_cache
+from .attention import attend
 from .latent_exchange import LatentExchange
 from .metadata import PCPMetadata
 from .slots import KeyChunk
-from .up_project import kv_up_project
+from .up_project import expand, kv_up_project
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def expand_rows(
     """K [n, heads, nope + rope] and V [n, heads, v] of the latents at ``rows`` (int32 [n]), by a weight or a module."""
     weight = _plain_weight(kv_b_proj)
     if weight is not None:
-        return kv_up_project(latents, rows, weight, dims)
+        return expand(latents, rows, weight, dims)
     assert not isinstance(kv_b_proj, torch.Tensor)
     return kv_up_project(latents, rows, None, dims, linear=kv_b_proj)
 
@@ -188,7 +186,7 @@ class MLAPrefill:
             assert meta.slot_mapping is not None
             assert meta.kv_rows is not None
             with _stage("cache_write"):
-                write_latent_cache(latents, cache, meta.slot_mapping)
+                torch.ops.pcp_mla.write_latent_cache.default(latents, cache, meta.slot_mapping, None)
             latents, rows = cache, meta.kv_rows
         *context, new = meta.key_chunks or (None,)
         if not context:
@@ -214,12 +212,12 @@ class MLAPrefill:
         with _stage("up_project"):
             k, v = expand_rows(latents, rows, kv_b_proj, self.dims)
         with _stage("attention"):
-            options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backend}
+            # Everything was checked, or made here.
             if chunk is None:
-                out = pcp_attention(q, k, v, meta, **options)
+                out = attend(q, k, v, meta, self.softmax_scale, backend=self.backend)
                 assert isinstance(out, torch.Tensor)
                 return out, out
-            state = pcp_attention(q, k, v, meta, **options, chunk=chunk, prev=prev, out=prev, return_lse=True)
+            state = attend(q, k, v, meta, self.softmax_scale, True, prev=prev, chunk=chunk, out=prev, backend=self.backend)
             assert isinstance(state, tuple)
             assert state[1] is not None
             return state[0], state[1]

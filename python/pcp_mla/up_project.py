@@ -38,8 +38,11 @@ def _fits_wgmma(latents: torch.Tensor, weight: torch.Tensor, k_out: torch.Tensor
     widths = rank % 64 == 0 and rank <= 512 and (k_out.shape[2] - rope) % 64 == 0 and v_out.shape[2] % 64 == 0
     if not (widths and rope % 8 == 0 and rope <= 64 and weight.dtype in _DTYPES[:2] and _is_hopper(weight.device)):
         return False
-    tensors = (latents, weight, k_out, v_out)
-    return all(s % 8 == 0 for x in tensors for s in x.stride()[:-1]) and all(x.data_ptr() % 16 == 0 for x in tensors)
+    strides, addresses = latents.stride(0) | latents.stride(-2) | weight.stride(0), latents.data_ptr() | weight.data_ptr()
+    for out in (k_out, v_out):
+        strides |= out.stride(0) | out.stride(1)
+        addresses |= out.data_ptr()
+    return strides % 8 == 0 and addresses % 16 == 0
 
 
 def _on_cuda(
@@ -184,6 +187,21 @@ def _through_module(
     return k_out, v_out
 
 
+def _project(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if latents.is_cuda and not torch.compiler.is_compiling():  # past the dispatcher, which costs more than the launch
+        _on_cuda(latents, rows, weight, k, v)
+    else:
+        _up_project(latents, rows, weight, k, v)
+
+
+def expand(latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`kv_up_project` for arguments that are known to fit."""
+    k = latents.new_empty(len(rows), dims.num_heads, dims.qk_head_dim)
+    v = latents.new_empty(len(rows), dims.num_heads, dims.v_head_dim)
+    _project(latents, rows, weight, k, v)
+    return k, v
+
+
 def kv_up_project(
     latents: torch.Tensor,
     rows: torch.Tensor | None,
@@ -242,10 +260,6 @@ def kv_up_project(
         else:
             _check_out(op, name, out, count, (dims.num_heads, width), latents)
         outs.append(out)
-    if backend == "auto":
-        direct = latents.is_cuda and not torch.compiler.is_compiling()  # past the dispatcher, which costs more than the launch
-        call = _on_cuda if direct else _up_project
-    else:
-        call = select(op, backend, latents.device.type)
+    call = _project if backend == "auto" else select(op, backend, latents.device.type)
     call(latents, rows, weight, *outs)
     return outs[0], outs[1]
