@@ -1,0 +1,192 @@
+"""python -m bench.report: writes docs/benchmarks.md from bench/results/*.json."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEAD = """# Benchmarks
+
+`python -m bench.report` makes this page from the files in [bench/results](../bench/results), which `bench/gpu.sh`
+writes after the GPU tests and compute-sanitizer, or `python -m bench NAME` one of them. Times are medians by device
+events with a cold L2, unless a column says otherwise; a path whose result is wrong has none. "Share" is of a plain
+device copy that moves the same bytes, and counts the fewest bytes that the op can move. CPU time is to issue a call,
+on slow virtual machines: compare within a row."""
+
+LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result), FlashAttention 3
+in all columns. "seed": the first implementation's way. "rows": virtual rows, keys gathered and expanded for each head
+and tail. "Floor": all FLOPs at the rate of a large GEMM, and the bytes of exchange and cache. A row with cached
+tokens is a serving step drawn from a trace of requests (`PCP_MLA_TRACE=FILE`)."""
+
+RANKS = """Real ranks over NCCL: time of a layer of 16 heads on the slowest rank, calls one after another, and the parallel
+efficiency t(1) / (P t(P)), t(1) being ours."""
+
+ATTENTION = """One call over shared key starts, 16 heads, widths 192 and 128, bf16, rank 0 of P; TFLOP/s (µs). The Triton kernel
+with `k_pe` apart, with K in one piece, with `kv_rows` in order and random, with `prev`; FlashAttention 3 (fa3-fwd),
+torch's FlashAttention 2."""
+
+UP_PROJECT = """bf16, DeepSeek's widths, latents in shuffled blocks of 64. "GEMM" is the bare product on gathered latents; "torch" a
+restore, the product and two copies."""
+
+CACHE = """576-wide bf16 latents. "Graph" is a call in a CUDA graph, L2 warm. vLLM: `concat_and_cache_mla` and
+`gather_and_maybe_dequant_cache`."""
+
+EXCHANGE = """Two all-gathers, two restores and vLLM's cache write beside one packed all-gather and `write_latent_cache`, in a CUDA
+graph."""
+
+MERGE = """bf16, 128 wide, LSEs in FlashAttention's layout; "torch" is the textbook formula."""
+
+CP_MERGE = """Over a group, 128 heads, in a CUDA graph, µs."""
+
+GATHER = """bf16, widths 192, 192, 128, rank 0. From the first implementation's torch code (six `index_select`; two `cat`
+and two `index_select`) to ours. A key that head and tail share counts as one read and two writes."""
+
+
+def table(columns: str, rows: Iterable[Iterable[Any]]) -> Iterator[str]:
+    names = columns.split(" | ")
+    for cells in (names, ["---"] * len(names), *rows):
+        yield f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def us(result: dict[str, Any], names: str, key: str = "gpu_us", digits: int = 0) -> str:
+    """Times of paths, such as "40 / 20"; "-" for a path that is not there."""
+    return " / ".join(f"{result[name][key]:.{digits}f}" if name in result else "-" for name in names.split(","))
+
+
+def section(title: str, file: str, text: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Results of a file, and the lines above their table."""
+    report = json.loads((ROOT / "bench" / "results" / f"{file}.json").read_text())
+    name = report["benchmark"]
+    count = f"{file.rsplit('x', 1)[1]} " if "x" in file.rsplit("_", 1)[1] else ""
+    first = f"`python -m bench {name}`, {count}{report['hardware']}, {report['commit']}."
+    return report["results"], ["", f"## {title}", "", textwrap.fill(f"{first} {text}", 132, break_on_hyphens=False), ""]
+
+
+def lines() -> Iterator[str]:
+    yield HEAD
+    results, head = section("The layer", "layer_h100", LAYER)
+    yield from head
+    yield from table(
+        "new tokens (cached) | requests | heads | P | launches, seed / rows / ours | GPU µs, seed / rows / ours | seed / ours "
+        "| share of the floor | CPU µs, seed / rows / ours",
+        (
+            [
+                f"{r['tokens']} ({r['context']})" if r["context"] else r["tokens"],
+                r["requests"],
+                r["heads"],
+                r["P"],
+                us(r, "seed,rows,ours", "launches"),
+                us(r, "seed,rows,ours"),
+                f"{r['seed']['gpu_us'] / r['ours']['gpu_us']:.2f}",
+                f"{r['ours']['share_of_floor']:.0%}",
+                us(r, "seed,rows,ours", "cpu_us"),
+            ]
+            for r in results
+        ),
+    )
+    results, head = section("The layer on real ranks", "layer_h100x2", RANKS)
+    yield from head
+    yield from table(
+        "tokens | P | µs, seed / ours | efficiency, seed / ours",
+        ([r["tokens"], r["P"], us(r, "seed,ours", "wall_us"), us(r, "seed,ours", "efficiency", 2)] for r in results),
+    )
+    results, head = section("Attention", "attention_h100", ATTENTION)
+    yield from head
+    names = ("triton", "triton K", "triton rows", "triton random rows", "triton prev", "fa3", "fa2")
+    yield from table(
+        "T | P | k_pe apart | K | rows in order | random rows | prev | FA3 | FA2",
+        ([r["tokens"], r["P"], *(f"{r[n]['tflops']:.0f} ({r[n]['gpu_us']:.0f})" for n in names)] for r in results),
+    )
+    results, head = section("Up-projection and concat", "up_project_h100", UP_PROJECT)
+    yield from head
+    yield from table(
+        "op | T | heads | GPU µs, GEMM / torch / ours / Triton | ours in GEMMs | share | CPU µs, torch / ours",
+        (
+            [
+                f"`{r['op']}`",
+                r["tokens"],
+                r["heads"],
+                us(r, "gemm,torch,auto,triton"),
+                f"{r['auto']['of_gemm']:.2f}" if r["flops"] else "-",
+                "-" if r["flops"] else f"{r['auto']['share_of_copy']:.0%}",
+                us(r, "torch,auto", "cpu_us"),
+            ]
+            for r in results
+        ),
+    )
+    results, head = section("Latent cache", "latent_cache_h100", CACHE)
+    yield from head
+    yield from table(
+        "op | T | GPU µs, torch / vLLM / ours | share | of a 4 GiB copy's bandwidth | graph µs, vLLM / ours | CPU µs, vLLM / ours",
+        (
+            [
+                f"`{r['op']}`",
+                r["tokens"],
+                us(r, "torch,vllm,auto", digits=1),
+                f"{r['auto']['share_of_copy']:.0%}",
+                f"{r['auto']['share_of_bandwidth']:.0%}",
+                us(r, "vllm,auto", "graph_us", 1),
+                us(r, "vllm,auto", "cpu_us"),
+            ]
+            for r in results
+        ),
+    )
+    results, head = section("Exchange and cache write", "exchange_h100x2", EXCHANGE)
+    yield from head
+    yield from table(
+        "T | P | launches, seed / ours | graph µs, seed / ours | CPU µs, seed / ours",
+        ([r["tokens"], r["ranks"], *(us(r, "seed,ours", key) for key in ("launches", "graph_us", "cpu_us"))] for r in results),
+    )
+    results, head = section("Merges", "merge_states_h100", MERGE)
+    yield from head
+    yield from table(
+        "partials | T | heads | MB | GPU µs, torch / vLLM / ours | share | graph µs, vLLM / ours | CPU µs, vLLM / ours",
+        (
+            [
+                r["partials"],
+                r["tokens"],
+                r["heads"],
+                f"{r['bytes'] / 1e6:.0f}",
+                us(r, f"torch,vllm,{best}", digits=1),
+                f"{r[best]['share_of_copy']:.0%}",
+                us(r, f"vllm,{best}", "graph_us", 1),
+                us(r, f"vllm,{best}", "cpu_us"),
+            ]
+            for r in results
+            for best in ["auto out=" if "auto out=" in r else "auto"]
+        ),
+    )
+    results, head = section("Merges over a group", "cp_merge_h200x2", CP_MERGE)
+    yield from head
+    yield from table(
+        "op | ranks | rows | width | torch + NCCL / ours",
+        ([f"`{r['op']}`", r["ranks"], r["rows"], r["dim"], us(r, "torch,ours", "graph_us")] for r in results),
+    )
+    results, head = section("Gather and restore around two calls", "fused_gather_h100", GATHER)
+    yield from head
+    yield from table(
+        "op | T | heads | P | MB | launches, seed / ours | GPU µs, seed / ours | share | CPU µs, seed / ours / ours with `out=`",
+        (
+            [
+                f"`pcp_{r['op']}`",
+                r["tokens"],
+                r["heads"],
+                r["P"],
+                f"{r['bytes'] / 1e6:.0f}",
+                us(r, "seed,auto", "launches"),
+                us(r, "seed,auto out="),
+                f"{r['auto out=']['share_of_copy']:.0%}",
+                us(r, "seed,auto,auto out=", "cpu_us"),
+            ]
+            for r in results
+        ),
+    )
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines()) + "\n")
