@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU in one run, with the torch that the interpreter has:
 #   bench/gpu.sh [FOLDER]      builds in place, GPU tests, sanitizer, benchmarks and the demo; logs and JSON go to FOLDER
-# PYTHON chooses the interpreter. STEPS picks some of: build test sanitize bench demo.
+# PYTHON chooses the interpreter. STEPS picks some of: build test sanitize bench demo. For the benchmarks, if there: PCP_MLA_FA3 and
+# PCP_MLA_VLLM_OPS name libraries of other projects, PCP_MLA_TRACE a trace of requests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results}
