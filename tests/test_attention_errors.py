@@ -57,6 +57,11 @@ BAD_CHUNK = KeyChunk(0, 4, True, 4, np.zeros(2), np.zeros(5, np.int32), np.zeros
             f"kv_rows must list at least the {N} keys of the call, got {N - 1}",
         ),
         ({"kv_rows": rows(2 * N, dtype=torch.int32)[::2]}, ValueError, "kv_rows must be contiguous"),
+        (
+            {"kv_rows": rows(N, dtype=torch.int32), "k": rows(24).as_strided((1, 2, 12), (2**30, 12, 1)), "v": rows(1, 2, 6)},
+            ValueError,
+            r"k must have rows less than 2\*\*32 bytes apart with kv_rows, got strides \(1073741824, 12, 1\)",
+        ),
         ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float, got str"),
         ({"softmax_scale": -0.5}, ValueError, "softmax_scale must be positive and finite, got -0.5"),
         ({"softmax_scale": float("inf")}, ValueError, "softmax_scale must be positive and finite, got inf"),

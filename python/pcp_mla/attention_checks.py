@@ -44,6 +44,9 @@ def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: 
             raise ValueError(f"{OP}: k must have at least the {rows} keys of the call, got {len(k)}")
         return
     check_tensor(OP, "kv_rows", kv_rows, (None,), "[keys]", meta.device)
+    for name, x in (("k", k), ("v", v), ("k_pe", k_pe)):
+        if x is not None and x.stride(0) * x.element_size() >= 2**32:  # the kernel's multiplication of a row's number
+            raise ValueError(f"{OP}: {name} must have rows less than 2**32 bytes apart with kv_rows, got strides {x.stride()}")
     if kv_rows.dtype != torch.int32:
         raise TypeError(f"{OP}: kv_rows must be int32, got {_name(kv_rows.dtype)}")
     if not kv_rows.is_contiguous():

@@ -60,7 +60,11 @@ def _tile(data, stride, row, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.conste
     KEYS: tl.constexpr = exists.shape[0]
     d = tl.arange(0, BLOCK)[None, :]
     if LISTED:
-        at = data + rows.to(tl.int64)[:, None] * stride + d
+        # In bytes, and of numbers without a sign, an address is one multiply-add; else it is six instructions of the loop's 400.
+        element: tl.constexpr = data.dtype.element_ty
+        step = (stride * (element.primitive_bitwidth // 8)).to(tl.uint32)
+        offset = rows[:, None].to(tl.uint32).to(tl.int64) * step.to(tl.int64)
+        at = ((data + d).to(tl.pointer_type(tl.int8), bitcast=True) + offset).to(tl.pointer_type(element), bitcast=True)
     else:
         at = data + row.to(tl.int64) * stride + (tl.arange(0, KEYS) * stride)[:, None] + d
     if MASKED:  # past the row's end there may be anything, and 0 * NaN is NaN
