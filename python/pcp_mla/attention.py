@@ -81,7 +81,7 @@ def _run(
     lse: torch.Tensor | None = None,
 ) -> Result:
     """One call of the backend; outputs in ``out`` and ``lse`` where given."""
-    if name in LIBRARIES and len(q) and len(k):
+    if name in LIBRARIES and q.shape[0] and k.shape[0]:
         library = find(name)
         assert isinstance(library, Library)
         return _by_library(library, q, k if k_pe is None else concat_k(k, k_pe), v, rows, scale, prev, out, lse)
@@ -148,7 +148,8 @@ def attend(
     library = find(name) if name in LIBRARIES else None
     if library is not None:  # it reads whole tiles, but nothing outside of a tensor
         count = meta.num_kv_tokens if chunk is None else chunk.num_rows
-        k, v, k_pe = k[:count], v[:count], None if k_pe is None else k_pe[:count]
+        if k.shape[0] > count:
+            k, v, k_pe = k[:count], v[:count], None if k_pe is None else k_pe[:count]
     if isinstance(library, Library) and not library.shares_starts:
         if chunk is not None or prev is not None:
             raise NotImplementedError(

@@ -196,8 +196,8 @@ def _project(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Ten
 
 def expand(latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`kv_up_project` for arguments that are known to fit."""
-    k = latents.new_empty(len(rows), dims.num_heads, dims.qk_head_dim)
-    v = latents.new_empty(len(rows), dims.num_heads, dims.v_head_dim)
+    k = latents.new_empty(rows.shape[0], dims.num_heads, dims.qk_head_dim)
+    v = latents.new_empty(rows.shape[0], dims.num_heads, dims.v_head_dim)
     _project(latents, rows, weight, k, v)
     return k, v
 
