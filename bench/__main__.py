@@ -1,4 +1,4 @@
-"""python -m bench [NAME ...] [--out FOLDER]: run benchmarks, print a line a case, write FOLDER/<name>_<device>.json."""
+"""python -m bench [NAME ...] [--out FOLDER] [--trace FILE]: run benchmarks, print a line a case, write FOLDER/<name>_<device>.json."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="requests to draw a batch of the layer's from (bench/layer.py)")
     args = parser.parse_args(arguments)
+    if args.trace is not None:
+        if not args.trace.is_file():
+            parser.error(f"--trace must be a file, got {args.trace}")
+        os.environ["PCP_MLA_TRACE"] = str(args.trace)
     unknown = [name for name in args.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")

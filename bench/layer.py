@@ -8,8 +8,8 @@ cache write where it is (bench/peers.py).
 
 On one GPU rank 0 of P is played, the collectives being copies of what they would give. On several, the ranks are real, over
 NCCL: time of a layer at each number of ranks, and the parallel efficiency t(1) / (P t(P)). Widths and dtype are DeepSeek's, bf16,
-the cache in blocks of 64. PCP_MLA_TRACE names a trace of requests (CSV: time, input tokens, cached of them) to take one more batch
-from.
+the cache in blocks of 64. --trace, or PCP_MLA_TRACE, names a trace of requests (CSV: time, input tokens, cached of them) to
+take one more batch from.
 
 The floor is the time of all FLOPs at the rate of a large GEMM, and of the bytes that exchange and cache must move at the bandwidth
 of a large copy.

@@ -21,7 +21,7 @@ on slow virtual machines: compare within a row."""
 LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result), FlashAttention 3
 in all columns. "seed": the first implementation's way. "rows": virtual rows, keys gathered and expanded for each head
 and tail. "Floor": all FLOPs at the rate of a large GEMM, and the bytes of exchange and cache. A row with cached
-tokens is a serving step drawn from a trace of requests (`PCP_MLA_TRACE=FILE`)."""
+tokens is a serving step drawn from a trace of requests (`--trace FILE`)."""
 
 RANKS = """Real ranks over NCCL: time of a layer of 16 heads on the slowest rank, calls one after another, and the parallel
 efficiency t(1) / (P t(P)), t(1) being ours."""
