@@ -1,4 +1,5 @@
-"""python -m bench [NAME ...] [--out FOLDER] [--trace FILE]: run benchmarks, print a line a case, write FOLDER/<name>_<device>.json."""
+"""python -m bench [NAME ...] [--out FOLDER] [--trace FILE]: run benchmarks, print a line a case, write
+FOLDER/<name>_<device>.json."""
 
 from __future__ import annotations
 

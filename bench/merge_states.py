@@ -76,12 +76,7 @@ def run(device: str) -> Iterator[dict[str, Any]]:
         if gpu:
             result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
         for name, call in make_paths(outs, lses, backends).items():
-            numbers: dict[str, Any] = {"cpu_us": timing.cpu_us(call, calls=20 if gpu else 1)}
-            if gpu:
-                numbers |= {"gpu_us": timing.gpu_us(call), "graph_us": timing.graph_us(call), "launches": timing.launches(call)}
-                numbers["share_of_copy"] = result["copy_us"] / numbers["gpu_us"]
-                numbers["share_of_bandwidth"] = moved / numbers["gpu_us"] / 1e3 / bandwidth
-            result[name] = numbers
+            result[name] = timing.measure(call, result, graph=True)
         yield result
 
 

@@ -99,3 +99,18 @@ def gemm_tflops(size: int = 8192) -> float:
     """Measured rate of a large bf16 matrix product in TFLOP/s."""
     a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
     return 2 * size**3 / gpu_us(lambda: a @ b, 10) / 1e6
+
+
+def measure(call: Call, result: dict[str, Any], graph: bool = False) -> dict[str, Any]:
+    """Times of one path of ``result``, and where that has a copy's time and bandwidth, which are a GPU's, the shares of these."""
+    gpu = "copy_us" in result
+    numbers: dict[str, Any] = {"cpu_us": cpu_us(call, calls=20 if gpu else 1)}
+    if not gpu:
+        return numbers
+    numbers["gpu_us"] = gpu_us(call)
+    if graph:
+        numbers["graph_us"] = graph_us(call)
+    numbers["launches"] = launches(call)
+    numbers["share_of_copy"] = result["copy_us"] / numbers["gpu_us"]
+    numbers["share_of_bandwidth"] = result["bytes"] / numbers["gpu_us"] / 1e3 / result["copy_gbps"]
+    return numbers

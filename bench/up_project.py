@@ -86,13 +86,9 @@ def run(device: str) -> Iterator[dict[str, Any]]:
             if gpu:
                 result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
             for name, call in paths.items():
-                numbers: dict[str, Any] = {"cpu_us": timing.cpu_us(call, calls=20 if gpu else 1)}
-                if gpu:
-                    numbers |= {"gpu_us": timing.gpu_us(call), "launches": timing.launches(call)}
-                    numbers["share_of_copy"] = result["copy_us"] / numbers["gpu_us"]
-                    numbers["share_of_bandwidth"] = moved / numbers["gpu_us"] / 1e3 / bandwidth
-                    if "gemm" in result:
-                        numbers["of_gemm"] = numbers["gpu_us"] / result["gemm"]["gpu_us"]
+                numbers = timing.measure(call, result)
+                if "gemm" in result and gpu:
+                    numbers["of_gemm"] = numbers["gpu_us"] / result["gemm"]["gpu_us"]
                 result[name] = numbers
             yield result
 
