@@ -1,5 +1,5 @@
 // What sm_90 has and kernels here use, as functions: barriers in shared memory, tensor copies, asynchronous copies, matrix products
-// of a warpgroup, clusters. Names and semantics: PTX ISA 8.7, chapters "mbarrier", "cp.async", "wgmma", "cluster".
+// of a warpgroup. Names and semantics: PTX ISA 8.7, chapters "mbarrier", "cp.async", "wgmma".
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -40,8 +40,7 @@ __device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Copies. A tensor copy completes on a barrier; with `blocks`, a bit mask, it writes to the same place in several blocks of the
-// cluster.
+// Copies. A tensor copy completes on a barrier.
 
 __device__ inline void tensor_load_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
@@ -77,6 +76,13 @@ __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.
 template <int kPending>
 __device__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// After the last wait: the compiler knows of no connection between it and the sums, and might read these before.
+template <int kCount>
+__device__ void settle(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define PCP_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

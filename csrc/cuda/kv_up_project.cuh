@@ -1,10 +1,10 @@
 // kv_up_project on sm_90: gather, product with the weight and K concat in one launch.
 //
 // A block keeps the latents of 128 rows in shared memory, kv_c in slabs of 64 columns and k_pe, and multiplies them with the
-// weights of several heads, which stream through a ring of stages; the two blocks of a cluster have different rows and the same
-// weights, of which each loads half for both. One warp issues these loads, two gather latents, each slab of the next rows as soon
-// as the last product has read the old one, and two warpgroups take the output tiles (kN columns of a head's K or V) in turn: one
-// multiplies while the other stores. A thread's results are exchanged with its neighbours so that 64 bytes of a row leave together.
+// weights of several heads, which stream through a ring of stages. One warp issues these loads, two gather latents, each slab of
+// the next rows as soon as the last product has read the old one, and two warpgroups take the output tiles (kN columns of a head's
+// K or V) in turn: one multiplies while the other stores. A thread's results are exchanged with its neighbours so that 64 bytes of
+// a row leave together.
 #pragma once
 #include "../kv_up_project.h"
 #include "hopper.cuh"
@@ -159,13 +159,8 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
   for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
     const Item item = item_at(u, s, number);
     const uint32_t tiles = item.heads * tiles_a_head;
-    const uint32_t mine = tiles - 1 - ((tiles - 1 + turn) % 2 != group);  // the last of this warpgroup; ~0 for none
-    if (mine == ~0u) {
-      for (uint32_t slab = 0; slab <= s.slabs; ++slab) {
-        barrier_wait(shared_address(&b.slab_full[slab]), parity);
-        release_slab(slab);
-      }
-    }
+    const uint32_t mine =
+        tiles - 1 - ((tiles - 1 + turn) % 2 != group);  // the last of this warpgroup: a head has two tiles at least
     for (uint32_t tile = 0; tile < tiles; ++tile, turn ^= 1) {
       if (turn != group) {
         ring.advance(s.slabs, s.stages);
@@ -199,6 +194,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
         ring.advance(1, s.stages);
       }
       product_wait<0>();
+      for (int m = 0; m < 2; ++m) settle(sum[m]);
       release_stage(before);
       if (tile == mine) release_slab(s.slabs - 1);
 

@@ -95,8 +95,8 @@ inline int access_bytes(std::initializer_list<const Ragged*> tensors, uintptr_t 
 }
 
 // Rows of a block: enough bytes to keep loads in flight, few enough to fill the GPU.
-inline int tile_rows(int64_t row_bytes, int64_t rows, int64_t tile_bytes = kTileBytes) {
-  const int64_t by_size = tile_bytes / std::max<int64_t>(row_bytes, 1);
+inline int tile_rows(int64_t row_bytes, int64_t rows) {
+  const int64_t by_size = kTileBytes / std::max<int64_t>(row_bytes, 1);
   const int64_t by_count = rows / 512;
   return static_cast<int>(std::clamp<int64_t>(std::min(by_size, by_count), 1, kMaxTileRows));
 }
