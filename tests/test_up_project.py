@@ -22,6 +22,8 @@ WIDE = [
     MLADims(1, 64, 32, 64, 64),
     MLADims(2, 128, 0, 128, 256),
     MLADims(17, 64, 64, 128, 128),
+    MLADims(3, 128, 64, 128, 320),
+    MLADims(1, 192, 64, 64, 448),
 ]
 # Widths for Triton and the reference only.
 ODD = [MLADims(3, 24, 8, 40, 48), MLADims(2, 5, 3, 7, 9), MLADims(1, 100, 64, 72, 80)]
@@ -104,6 +106,20 @@ def test_rows_behind_the_last_one(device, backend, dims):
             assert out[end:].isnan().all()
             assert whole[:, 0].isnan().all()
             assert whole[:, :, -8:].isnan().all()
+
+
+@projects
+def test_one_given_result_sets_the_rows_of_the_other(device, backend):
+    dims = WIDE[2]
+    latents, weight = make(dims, 40, torch.bfloat16, device)
+    rows = random_rows(5, 40, device, 5)
+    for name in ("k_out", "v_out"):
+        given = dict(zip(("k_out", "v_out"), outputs(dims, 150, torch.bfloat16, device), strict=True))
+        k, v = kv_up_project(latents, rows, weight, dims, **{name: given[name]}, backend=backend)
+        assert len(k) == len(v) == 150
+        check(dims, latents, rows, weight, k[:5], v[:5])
+        assert not k[5:128].any()
+        assert not v[5:128].any()
 
 
 @projects
@@ -299,6 +315,14 @@ GOOD = {
         ({"k_out": torch.zeros(5, 2, 23)}, ValueError, "k_out must have shape"),
         ({"v_out": torch.zeros(5, 2, 24).half()}, TypeError, "v_out must be float32, got float16"),
         ({"v_out": torch.zeros(1, 2, 24).expand(5, 2, 24)}, ValueError, "v_out must not be expanded"),
+        (
+            {"k_out": torch.zeros(9, 2, 24), "v_out": torch.zeros(8, 2, 24)},
+            ValueError,
+            "v_out must have the 9 rows of k_out, got 8",
+        ),
+        ({"weight": 3, "scale": torch.ones(1)}, TypeError, "weight must be a torch.Tensor, got int"),
+        ({"weight": torch.zeros(81, 32), "scale": torch.ones(1)}, ValueError, "weight must have shape"),
+        ({"weight": None, "linear": torch.nn.Linear(32, 80).double()}, RuntimeError, "dtype"),
         ({"weight": None, "linear": torch.nn.Linear(32, 81)}, ValueError, "linear's result must have shape"),
         ({"backend": "cpu"}, RuntimeError, "backend 'cpu' is not available: it has no C.. kernel"),
     ],
@@ -306,6 +330,18 @@ GOOD = {
 def test_errors(change, error, words):
     with pytest.raises(error, match=words):
         kv_up_project(**{**GOOD, **change})
+
+
+def test_nothing_is_half_written():
+    linear = torch.nn.Linear(32, 80).requires_grad_(False)
+    k_out = torch.full((5, 2, 24), torch.nan)
+    for v_out in (torch.zeros(4, 2, 24), torch.zeros(5, 2, 24).half()):
+        with pytest.raises((ValueError, TypeError), match="v_out must"):
+            kv_up_project(GOOD["latents"], GOOD["rows"], None, DIMS, linear=linear, k_out=k_out, v_out=v_out)
+        assert k_out.isnan().all()
+    with pytest.raises(TypeError, match="linear's result must be float32 as the latents, got float64"):
+        kv_up_project(GOOD["latents"], GOOD["rows"], None, DIMS, linear=lambda x: linear(x).double(), k_out=k_out)
+    assert k_out.isnan().all()
 
 
 @pytest.mark.parametrize(

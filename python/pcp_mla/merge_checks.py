@@ -25,7 +25,7 @@ def check_tensor(op: str, name: str, x: Any, shape: Sequence[int | None], words:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{op}: {name} must have shape {words} = ({wanted}), got {tuple(x.shape)}")
     if device is not None and x.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, as the first output, got {x.device}")
+        raise ValueError(f"{op}: {name} must be on {device}, as the tensors before it, got {x.device}")
 
 
 def check_partial(op: str, name: str, x: Any, first: torch.Tensor | None) -> None:

@@ -48,7 +48,7 @@ def _fits_wgmma(latents: torch.Tensor, weight: torch.Tensor, k_out: torch.Tensor
 def _on_cuda(
     latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor
 ) -> None:
-    """The best kernel that there is for these tensors."""
+    """The CUDA kernel if it takes these tensors, else Triton's (at a few hundred rows some 3 us faster, which is not looked at)."""
     if not native.status["_native_cuda"] and _fits_wgmma(latents, weight, k_out, v_out):
         _wgmma(latents, rows, weight, k_out, v_out)
     elif HAS_TRITON and weight.dtype in _DTYPES:
@@ -75,12 +75,14 @@ def _check_memory(op: str, name: str, x: torch.Tensor, written: bool = False) ->
         raise NotImplementedError(f"{op}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
 
 
-def _check_out(op: str, name: str, out: Any, rows: int, shape: tuple[int, int], like: torch.Tensor) -> None:
+def _check_out(
+    op: str, name: str, out: Any, rows: int, shape: tuple[int, int], like: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
     check_tensor(op, name, out, (None, *shape), "[rows, heads, dim]", like.device)
     if out.shape[0] < rows:
         raise ValueError(f"{op}: {name} must have at least {rows} rows, got {out.shape[0]}")
-    if out.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} must be {_name(like.dtype)}, got {_name(out.dtype)}")
+    if out.dtype != (dtype or like.dtype):
+        raise TypeError(f"{op}: {name} must be {_name(dtype or like.dtype)}, got {_name(out.dtype)}")
     _check_memory(op, name, out, written=True)
 
 
@@ -146,14 +148,22 @@ def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
     return len(rows)
 
 
-def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims) -> None:
-    shape = (dims.num_heads * (dims.expanded_dim), dims.kv_lora_rank)
+def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, scale: Any) -> None:
+    shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
     check_tensor(op, "weight", weight, shape, "[heads * (nope + v), kv_lora_rank]", latents.device)
     if weight.dtype not in _DTYPES and weight.dtype != torch.float64:
         raise NotImplementedError(f"{op}: weight must be bfloat16, float16 or float32, got {_name(weight.dtype)}; pass linear=")
-    if latents.dtype != weight.dtype:
+    if scale is None and latents.dtype != weight.dtype:
         raise TypeError(f"{op}: latents must be {_name(weight.dtype)} as weight, or come with a scale, got {_name(latents.dtype)}")
     _check_memory(op, "weight", weight)
+
+
+def _check_outs(op: str, k_out: Any, v_out: Any, count: int, dims: MLADims, latents: torch.Tensor, dtype: torch.dtype) -> None:
+    for name, out, width in (("k_out", k_out, dims.qk_head_dim), ("v_out", v_out, dims.v_head_dim)):
+        if out is not None:
+            _check_out(op, name, out, count, (dims.num_heads, width), latents, dtype)
+    if k_out is not None and v_out is not None and len(k_out) != len(v_out):
+        raise ValueError(f"{op}: v_out must have the {len(k_out)} rows of k_out, got {len(v_out)}")
 
 
 def _through_module(
@@ -168,17 +178,18 @@ def _through_module(
     kv_c, k_pe = latents.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)
     expanded = linear(kv_c)
     expanded = expanded[0] if isinstance(expanded, tuple) else expanded  # engines return a bias beside it
-    check_tensor(op, "linear's result", expanded, (count, dims.num_heads * dims.expanded_dim), "[rows, heads * (nope + v)]", None)
+    shape = (count, dims.num_heads * dims.expanded_dim)
+    check_tensor(op, "linear's result", expanded, shape, "[rows, heads * (nope + v)]", latents.device)
+    if expanded.dtype != latents.dtype:
+        raise TypeError(f"{op}: linear's result must be {_name(latents.dtype)} as the latents, got {_name(expanded.dtype)}")
     k_nope, v = expanded.view(count, dims.num_heads, dims.expanded_dim).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=2)
     if k_out is None:
         k_out = concat_k(k_nope, k_pe)
     else:
-        _check_out(op, "k_out", k_out, count, (dims.num_heads, dims.qk_head_dim), k_nope)
         concat_k(k_nope, k_pe, out=k_out[:count])
     if v_out is None:
         v_out = v
     else:
-        _check_out(op, "v_out", v_out, count, (dims.num_heads, dims.v_head_dim), v)
         v_out[:count] = v
     end = -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE
     for out in (k_out, v_out):
@@ -228,6 +239,7 @@ def kv_up_project(
         scale: float32 of one element: ``latents`` are float8_e4m3fn, and are gathered with it in a launch of its own.
         k_out, v_out: [M, H, nope + rope] and [M, H, v] with M >= N, to write and return; any strides with a contiguous last
             dimension. Rows from N to the next multiple of :data:`UP_PROJECT_TILE` (128) are zeroed, further ones are not touched.
+            One that is not given has the rows of the other.
         backend: ``auto`` (on Hopper the CUDA kernel if widths are multiples of 64, else Triton), ``cuda``, ``triton`` or
             ``reference``.
 
@@ -245,21 +257,21 @@ def kv_up_project(
     if (weight is None) == (linear is None):
         raise ValueError(f"{op}: weight or linear must be given, and not both")
     count = _check_latents(op, latents, rows, dims)
+    if weight is not None:
+        _check_weight(op, weight, latents, dims, scale)
+    given = next((x.dtype for x in (weight, k_out, v_out) if isinstance(x, torch.Tensor)), torch.bfloat16)
+    dtype = latents.dtype if scale is None else given
+    _check_outs(op, k_out, v_out, count, dims, latents, dtype)
     if linear is not None or scale is not None:
         if rows is None:
             rows = torch.arange(count, dtype=torch.int32, device=latents.device)
-        latents, rows = gather_latents(latents, rows, scale=scale, dtype=None if weight is None else weight.dtype), None
+        latents, rows = gather_latents(latents, rows, scale=scale, dtype=dtype if scale is not None else None), None
     if linear is not None:
         return _through_module(latents, linear, dims, k_out, v_out)
-    _check_weight(op, weight, latents, dims)
     assert weight is not None
-    outs = []
-    for name, out, width in (("k_out", k_out, dims.qk_head_dim), ("v_out", v_out, dims.v_head_dim)):
-        if out is None:
-            out = latents.new_empty(count, dims.num_heads, width)
-        else:
-            _check_out(op, name, out, count, (dims.num_heads, width), latents)
-        outs.append(out)
+    room = next((len(out) for out in (k_out, v_out) if out is not None), count)
+    k = latents.new_empty(room, dims.num_heads, dims.qk_head_dim) if k_out is None else k_out
+    v = latents.new_empty(room, dims.num_heads, dims.v_head_dim) if v_out is None else v_out
     call = _project if backend == "auto" else select(op, backend, latents.device.type)
-    call(latents, rows, weight, *outs)
-    return outs[0], outs[1]
+    call(latents, rows, weight, k, v)
+    return k, v
