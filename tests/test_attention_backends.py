@@ -99,6 +99,28 @@ def same(got, wanted):
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("merged", [False, True])
+def test_pads_of_q_are_not_written(library, name, merged):
+    if merged and name == "old":
+        pytest.skip("takes no earlier result")
+    library(name)
+    meta = PCPMetadata.build([7, 3], [0, 4], [True, True], world_size=4, rank=3)
+    assert meta.num_tokens < meta.num_tokens_padded
+    q, k, v = inputs(meta)
+    pads = torch.full_like(q[:1], torch.nan).expand(meta.num_tokens_padded - len(q), -1, -1)
+    prev = [torch.randn(len(q), 3, 16).bfloat16(), torch.randn(len(q), 3)] if merged else None
+    wanted = attend(q, k, v, meta, backend="fa2", prev=None if prev is None else tuple(prev))
+    if prev is not None:
+        prev = tuple(torch.cat([x, x.new_full((len(pads), *x.shape[1:]), torch.nan)]) for x in prev)
+    out, lse = torch.full((meta.num_tokens_padded, 3, 16), 7.0).bfloat16(), torch.full((meta.num_tokens_padded, 3), 7.0)
+    for options in ({"out": (out, lse)}, {}):
+        got = attend(torch.cat([q, pads]), k, v, meta, backend="fa2", prev=prev, **options)
+        same([x[: len(q)] for x in got], wanted)
+    assert out[len(q) :].eq(7).all()
+    assert lse[len(q) :].eq(7).all()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
 def test_arguments_find_their_places(library, name):
     library(name)
     meta = batch()

@@ -56,6 +56,13 @@ BAD_CHUNK = KeyChunk(0, 4, True, 4, np.zeros(2), np.zeros(5, np.int32), np.zeros
             ValueError,
             f"kv_rows must list at least the {N} keys of the call, got {N - 1}",
         ),
+        ({"k": rows(N, 2, 8), "k_pe": rows(N, 4).requires_grad_()}, NotImplementedError, "k_pe must not require gradients"),
+        ({"prev": (STATE[0], rows(T, 2).requires_grad_())}, NotImplementedError, "prev's LSE must not require gradients"),
+        (
+            {"prev": STATE, "out": (STATE[0], rows(T, 2)), "return_lse": True},
+            ValueError,
+            "out must be both of prev's tensors or neither",
+        ),
         ({"kv_rows": rows(2 * N, dtype=torch.int32)[::2]}, ValueError, "kv_rows must be contiguous"),
         (
             {"kv_rows": rows(N, dtype=torch.int32), "k": rows(24).as_strided((1, 2, 12), (2**30, 12, 1)), "v": rows(1, 2, 6)},

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from . import reference
-from .attention_backends import choose
+from . import attention_backends, reference
 from .attention_checks import check_attention
 from .attention_libraries import LIBRARIES, Library, Rows, call, find
 from .backends import HAS_TRITON, register_composed, triton_form
@@ -33,6 +32,16 @@ def _on_cuda(*args: Any) -> None:
 
 
 _attention = register_composed("attention", _fake, cpu=reference.attention, cuda=_on_cuda)
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, width: int, v_width: int, listed: bool) -> str:
+    """As :func:`attention_backends.choose`; under a compiler, where looking for libraries is nothing to compile, ``auto`` is Triton
+    on a GPU."""
+    if not torch.compiler.is_compiling():
+        return attention_backends.choose(backend, device, dtype, width, v_width, listed)
+    if backend not in ("auto", "triton") and device.type == "cuda":
+        raise NotImplementedError(f"pcp_attention: backend must be auto or triton under torch.compile on a GPU, got {backend!r}")
+    return "triton" if device.type == "cuda" or backend == "triton" else "torch"
 
 
 def _kernel(name: str) -> Callable[..., None]:
@@ -125,7 +134,15 @@ def _by_two_calls(
     return pcp_fused_restore(head, tail, head_lse if return_lse else None, tail_lse if return_lse else None, meta, out=given)
 
 
+def check_chunks(name: str, chunked: bool) -> None:
+    """Raise NotImplementedError if keys in chunks, or an earlier result, are beyond the chosen backend's library."""
+    library = find(name) if name in LIBRARIES else None
+    if chunked and isinstance(library, Library) and not library.shares_starts:
+        raise NotImplementedError(f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does")
+
+
 def attend(
+    name: str,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -137,24 +154,23 @@ def attend(
     prev: State | None = None,
     chunk: KeyChunk | None = None,
     out: torch.Tensor | State | None = None,
-    backend: str = "auto",
 ) -> torch.Tensor | Result:
-    """:func:`pcp_attention` for arguments that are known to fit."""
-    if torch.compiler.is_compiling() and backend in ("auto", "triton"):
-        name = "triton"  # looking for libraries is nothing to compile
-    else:
-        name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
+    """:func:`pcp_attention` by a backend that was chosen, for arguments that are known to fit."""
     given, lse = out if isinstance(out, tuple) else (out, None)
     library = find(name) if name in LIBRARIES else None
     if library is not None:  # it reads whole tiles, but nothing outside of a tensor
         count = meta.num_kv_tokens if chunk is None else chunk.num_rows
         if k.shape[0] > count:
             k, v, k_pe = k[:count], v[:count], None if k_pe is None else k_pe[:count]
+    if library is not None and q.shape[0] > meta.num_local_rows:  # of which a library would write all
+        whole = q.new_empty(*q.shape[:2], v.shape[2]) if given is None else given
+        whole_lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse and lse is None else lse
+        real = slice(0, meta.num_local_rows)
+        part = None if prev is None else (prev[0][real], prev[1][real])
+        written = whole[real] if whole_lse is None else (whole[real], whole_lse[real])
+        attend(name, q[real], k, v, meta, softmax_scale, return_lse, k_pe, kv_rows, part, chunk, written)
+        return (whole, whole_lse) if return_lse else whole
     if isinstance(library, Library) and not library.shares_starts:
-        if chunk is not None or prev is not None:
-            raise NotImplementedError(
-                f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does"
-            )
         k = k if k_pe is None else concat_k(k, k_pe)
         state = _by_two_calls(name, q, k, v, meta, softmax_scale, return_lse, given, lse)
         return state if return_lse else state[0]
@@ -193,7 +209,7 @@ def pcp_attention(
         return_lse: whether the LSE is wanted too.
         k_pe: [N, rope] the rest of K, shared by the heads. ``k`` and ``v`` can be the two slices of ``kv_b_proj``'s output.
         kv_rows: int32, for each key of the call its row in ``k``, ``v`` and ``k_pe``, which may be in any order and number then.
-            Rows are not checked.
+            Pads, which only pads among the queries see, may be -1. Rows are not checked.
         prev: an earlier result (out, lse) over other keys, [T, H, Dv] and float32 [T, H], merged in.
         chunk: of ``meta.key_chunks``, to attend to some of the keys: k, v and ``kv_rows`` begin with its first. None: all keys.
         out: what to write and return, a tensor or with ``return_lse`` a tuple. May be ``prev``: then a row that has no key in the
@@ -214,4 +230,6 @@ def pcp_attention(
         RuntimeError: the named backend is not available.
     """
     check_attention(q, k, v, meta, softmax_scale, k_pe, kv_rows, prev, chunk, out, return_lse)
-    return attend(q, k, v, meta, softmax_scale, return_lse, k_pe, kv_rows, prev, chunk, out, backend)
+    name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
+    check_chunks(name, chunk is not None or prev is not None)
+    return attend(name, q, k, v, meta, softmax_scale, return_lse, k_pe, kv_rows, prev, chunk, out)

@@ -32,6 +32,7 @@ def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: 
             raise TypeError(f"{OP}: k_pe must be {_name(q.dtype)} as q, got {_name(k_pe.dtype)}")
         if k_pe.stride(1) != 1 and rope > 1:
             raise ValueError(f"{OP}: k_pe must have a contiguous last dimension, got strides {k_pe.stride()}")
+        _check_gradients("k_pe", k_pe)
         if not 0 < rope < width:
             raise ValueError(f"{OP}: k_pe must be narrower than q, which is {width} wide, got {rope}")
     if k.shape[1:] != (heads, width - rope):
@@ -53,6 +54,11 @@ def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: 
         raise ValueError(f"{OP}: kv_rows must be contiguous, got strides {kv_rows.stride()}")
     if len(kv_rows) < rows:
         raise ValueError(f"{OP}: kv_rows must list at least the {rows} keys of the call, got {len(kv_rows)}")
+
+
+def _check_gradients(name: str, x: torch.Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{OP}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
 
 
 def _check_result(name: str, out: Any, lse: Any, q: torch.Tensor, v: torch.Tensor, written: bool) -> None:
@@ -78,6 +84,14 @@ def _check_chunk(chunk: Any, meta: PCPMetadata) -> None:
         check_tensor(OP, f"chunk.{name}", x, (length,), "[rows]", meta.device)
 
 
+def check_scale(op: str, scale: Any) -> None:
+    """Raise unless it can be a factor of scores."""
+    if not isinstance(scale, float | int) or isinstance(scale, bool):
+        raise TypeError(f"{op}: softmax_scale must be a float, got {type(scale).__name__}")
+    if not (0 < scale < math.inf):
+        raise ValueError(f"{op}: softmax_scale must be positive and finite, got {scale}")
+
+
 def check_attention(
     q: Any, k: Any, v: Any, meta: Any, scale: Any, k_pe: Any, kv_rows: Any, prev: Any, chunk: Any, out: Any, return_lse: bool
 ) -> None:
@@ -89,10 +103,7 @@ def check_attention(
     if len(q) not in (meta.num_tokens, meta.num_tokens_padded):
         wanted = f"{meta.num_tokens} local tokens of the metadata (or {meta.num_tokens_padded} with pads)"
         raise ValueError(f"{OP}: q must have the {wanted}, got {len(q)}")
-    if not isinstance(scale, float | int) or isinstance(scale, bool):
-        raise TypeError(f"{OP}: softmax_scale must be a float, got {type(scale).__name__}")
-    if not (0 < scale < math.inf):
-        raise ValueError(f"{OP}: softmax_scale must be positive and finite, got {scale}")
+    check_scale(OP, scale)
     if chunk is not None:
         _check_chunk(chunk, meta)
     _check_keys(k, v, k_pe, kv_rows, q, meta, meta.num_kv_tokens if chunk is None else chunk.num_rows)
@@ -102,6 +113,8 @@ def check_attention(
         if prev[1] is None:
             raise TypeError(f"{OP}: prev's LSE must be a torch.Tensor, got NoneType")
         _check_result("prev", *prev, q, v, written=False)
+        _check_gradients("prev", prev[0])
+        _check_gradients("prev's LSE", prev[1])
     if out is None:
         return
     if isinstance(out, tuple) != return_lse or (return_lse and len(out) != 2):
@@ -111,3 +124,5 @@ def check_attention(
     if return_lse and lse is None:
         raise TypeError(f"{OP}: out's LSE must be a torch.Tensor, got NoneType")
     _check_result("out", given, lse, q, v, written=True)
+    if prev is not None and lse is not None and (given.data_ptr() == prev[0].data_ptr()) != (lse.data_ptr() == prev[1].data_ptr()):
+        raise ValueError(f"{OP}: out must be both of prev's tensors or neither: rows without keys are left as they are in both")

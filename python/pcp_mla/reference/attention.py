@@ -40,9 +40,10 @@ def attention(
     """Row i has queries ``cu_seqlens_q[i]`` ... ``cu_seqlens_q[i + 1] - 1`` and ``seqused_k[i]`` keys from ``cu_seqlens_k[i]`` on,
     whatever those of other rows are.
 
-    ``causal``: of a row's last query every key is seen, of each query before it one less; else all see all. ``kv_rows`` [N] says
-    which row of k and v each key is. With ``k_pe`` [N, rope] k is [N, H, nope], and all heads' keys go on with ``k_pe``.
-    ``prev_out`` [T, H, Dv] and ``prev_lse`` [T, H] are merged in; where ``prev_out`` is ``out``, rows without keys are left alone.
+    ``causal``: of a row's last query every key is seen, of each query before it one less; else all see all. ``kv_rows`` [N]
+    says which row of k and v each key is; of a pad (-1), which only pads among the queries see, the first. With ``k_pe`` [N,
+    rope] k is [N, H, nope], and all heads' keys go on with ``k_pe``. ``prev_out`` [T, H, Dv] and ``prev_lse`` [T, H] are merged
+    in; where ``prev_out`` is ``out``, rows without keys are left alone.
     Computed in float32, float64 for float64. Queries without any key get 0 and -inf; tokens behind the last row are not written.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -52,7 +53,7 @@ def attention(
         if count == 0 and in_place:
             continue
         index = torch.arange(first_keys[row], first_keys[row] + count, device=q.device)
-        index = index if kv_rows is None else kv_rows[index].long()
+        index = index if kv_rows is None else kv_rows[index].long().clamp(min=0)
         keys, values = k[index].to(wide), v[index].to(wide)
         if k_pe is not None:
             keys = torch.cat([keys, k_pe[index][:, None].expand(-1, keys.shape[1], -1).to(wide)], dim=-1)

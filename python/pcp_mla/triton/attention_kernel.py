@@ -80,8 +80,9 @@ def _tile(data, stride, row, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _listed(kv_rows, key, n, used, LISTED: tl.constexpr):
-    """Where the row's keys ``n`` are listed to be, 0 for those past its end; without a list nothing that is used."""
-    return tl.load(kv_rows + key + n, mask=n < used, other=0) if LISTED else n
+    """Where the row's keys ``n`` are listed to be, 0 for those past its end and for pads (-1); without a list nothing that is
+    used."""
+    return tl.maximum(tl.load(kv_rows + key + n, mask=n < used, other=0), 0) if LISTED else n
 
 
 @triton.jit
