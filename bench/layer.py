@@ -200,6 +200,7 @@ def on_ranks(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
         for tokens in sizes:
             layer = Layer(([tokens], [], 16, world), group, rank, "cuda")
             result: dict[str, Any] = {"op": "layer", "tokens": tokens, "heads": 16, "P": world, "backend": layer.backend}
+            torch.testing.assert_close(layer.seed(), layer.ours(), rtol=2**-5, atol=2**-6, msg="the seed path differs from ours")
             for name, call in (("seed", layer.seed), ("ours", layer.ours)):
                 times = []
                 for _ in range(7):

@@ -15,7 +15,7 @@ from pcp_mla.demo.measure import count_launches
 
 Call = Callable[[], Any]
 _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far
-_HEAD_START_CYCLES = 1_500_000  # about 1 ms: longer than any path here takes to issue its launches
+_HEAD_START_CYCLES = 4_000_000  # about 2 ms: longer than any path here takes to issue its launches
 
 
 def gpu_us(call: Call, repeats: int = 30) -> float:

@@ -336,6 +336,48 @@ def test_row_is_aligned_bottom_right(n: int, m: int, block: int, monkeypatch: py
     assert attend_row(*row, 1.0, causal=False).flatten().tolist() == pytest.approx([(m - 1) / 2] * n)
 
 
+def test_hooks_of_a_module_are_not_left_out() -> None:
+    batch = Batch([6], [0], [True])
+    meta = batch.build(None, "unpadded")
+    linear = torch.nn.Linear(*reversed(batch.weight.shape), bias=False, dtype=torch.float64).requires_grad_(False)
+    linear.weight.copy_(batch.weight / 2)
+
+    def run(module: Any) -> torch.Tensor:
+        return batch.run(lambda q, kv_c, k_pe, _, *rest: ours(q, kv_c, k_pe, module, *rest), None, meta, None)
+
+    linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(run(linear), run(batch.weight), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("workspace", [None, 64])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_padded_plans_take_padded_tensors(world_size: int, workspace: int | None) -> None:
+    """What a captured graph runs on: Np rows of q and latents, the pads NaN, and key rows of pads."""
+    batch = Batch([21, 1, 6], [40, 9, 0], [True, False, True])
+
+    def rank(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tables = np.random.default_rng(1).permutation(60).astype(np.int32).reshape(3, 20)
+        planner = PCPPlanner(4, 40, world_size, group.rank, block_size=BLOCK)
+        lengths = (batch.query_lens, batch.context_lens, batch.is_prefill)
+        options: dict[str, Any] = {"num_tokens_padded": 30, "num_kv_tokens_padded": 90, "workspace_tokens": workspace}
+        meta = planner.plan(*lengths, tables, **options)
+        assert meta.num_local_rows == 30 > meta.num_tokens
+        cache = torch.full((60, BLOCK, DIMS.latent_dim), torch.nan, dtype=torch.float64)
+        requests = np.repeat(np.arange(3), batch.context_lens)
+        positions = np.concatenate([np.arange(n) for n in batch.context_lens])
+        cache.flatten(0, 1)[torch.from_numpy(PagedCache(BLOCK).slots(tables, requests, positions))] = batch.context
+        tokens = meta.local_token_indices.long()
+        q, latents = (
+            torch.where((tokens >= 0)[(...,) + (None,) * (x.dim() - 1)], x[tokens], torch.nan) for x in (batch.q, batch.latents)
+        )
+        kv_c, k_pe = latents.split([DIMS.kv_lora_rank, DIMS.qk_rope_head_dim], dim=1)
+        out = ours(q, kv_c, k_pe, batch.weight, meta, group, DIMS, SCALE, cache)
+        assert len(out) == 30
+        return tokens[: meta.num_tokens], out[: meta.num_tokens]
+
+    batch.compare(play(world_size, rank), torch.float64, 1e-11 if workspace is None else 1e-5)
+
+
 def test_module_without_keys() -> None:
     batch = Batch([0], [0], [True])
     meta, cache = batch.plan(None, "unpadded")
@@ -369,6 +411,11 @@ CACHE = torch.zeros(2, BLOCK, 11)
             "kv_b_proj must have a weight of torch.float32, as q, got torch.float16",
         ),
         ({"kv_b_proj": torch.nn.Linear(7, 39)}, NotImplementedError, "inputs must not require gradients, there is no backward"),
+        ({"q": [0.0]}, TypeError, "q must be a torch.Tensor, got list"),
+        ({"q": torch.zeros(6, 12, 3).mT}, ValueError, "q must have a contiguous last dimension, got strides"),
+        ({"q": torch.zeros(6, 3, 12, device="meta")}, ValueError, "q must be on cpu, where the metadata is, got meta"),
+        ({"kv_b_proj": 3}, TypeError, "kv_b_proj must be a torch.Tensor or a torch.nn.Module, got int"),
+        ({"kv_b_proj": torch.zeros(7, 39).T}, ValueError, "kv_b_proj must have a weight with a contiguous last dimension"),
         ({"cache": None}, ValueError, "cache must be given, as meta has 2 tokens of context, got None"),
         ({"meta": PCPMetadata.build([6], world_size=1, rank=0)}, ValueError, "meta must have cache slots, as a cache is given"),
         ({"meta": PCPPlanner(1, 6, 1, 0).plan([6])}, ValueError, "plan it with block tables, got none"),
@@ -400,6 +447,25 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     layer = MLAPrefill(DIMS, SCALE, NoExchange())  # type: ignore[arg-type]
     with pytest.raises(error, match=message):
         layer(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "message"),
+    [
+        ("fa9", ValueError, "backend must be one of auto, fa3, fa4, fa2, triton, torch, got 'fa9'"),
+        ("fa2", NotImplementedError, "backend 'fa2' does not support dtype float32"),
+    ],
+)
+def test_backend_is_chosen_before_the_exchange(backend: str, error: type[Exception], message: str) -> None:
+    arguments = (torch.zeros(6, 3, 12), torch.zeros(6, 7), torch.zeros(6, 4), torch.zeros(39, 7), planned(), CACHE)
+    with pytest.raises(error, match=message):
+        MLAPrefill(DIMS, SCALE, None, backend)(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0, float("nan"), None])
+def test_bad_scale(scale: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="MLAPrefill: softmax_scale must be"):
+        MLAPrefill(DIMS, scale, None)  # type: ignore[arg-type]
 
 
 def test_seed_path_expands_all_keys_at_a_time() -> None:

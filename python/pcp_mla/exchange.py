@@ -103,8 +103,9 @@ def check_latents(op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMeta
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 2:
             raise ValueError(f"{op}: {name} must have 2 dimensions [tokens, width], got {tensor.dim()}")
-        if tensor.shape[0] != meta.num_tokens:
-            raise ValueError(f"{op}: {name} must have {meta.num_tokens} rows, one per local token of meta, got {tensor.shape[0]}")
+        if tensor.shape[0] not in (meta.num_tokens, meta.num_local_rows) or tensor.shape[0] != kv_c.shape[0]:
+            wanted = f"{meta.num_tokens} rows, one per local token of meta"
+            raise ValueError(f"{op}: {name} must have {wanted}, got {tensor.shape[0]}")
         if tensor.device != meta.device:
             raise ValueError(f"{op}: {name} must be on {meta.device}, as meta, got {tensor.device}")
     if kv_c.dtype != k_pe.dtype:

@@ -54,7 +54,8 @@ class LatentExchange:
         has no pads; else they are packed.
 
         Args:
-            kv_c: [T, kv_lora_rank] this rank's normed latents in local order; any row stride with a contiguous last dimension.
+            kv_c: [T, kv_lora_rank] this rank's normed latents in local order; any row stride with a contiguous last dimension. Of a
+                padded plan also [Np, ...], pads anything.
             k_pe: [T, qk_rope_head_dim] their rotated keys, likewise.
             meta: the step, for this rank of the group.
 
@@ -69,7 +70,7 @@ class LatentExchange:
         op = "LatentExchange.all_gather"
         check_group(op, self.group, meta)
         check_latents(op, kv_c, k_pe, meta)
-        tokens, padded = meta.num_tokens, meta.num_tokens_padded
+        tokens, padded = kv_c.shape[0], meta.num_tokens_padded
         if padded > self.max_tokens:
             raise ValueError(f"{op}: meta must have at most {self.max_tokens} tokens a rank (max_tokens), got {padded}")
         if (kv_c.shape[1], k_pe.shape[1]) != (self.kv_lora_rank, self.width - self.kv_lora_rank):

@@ -131,6 +131,16 @@ class PCPMetadata:
     def num_requests(self) -> int:
         return self.partition.num_requests
 
+    @property
+    def num_local_rows(self) -> int:
+        """Rows that local tensors may have: T, or in a padded plan, whose captured graph another batch will use, also Np."""
+        return self.num_tokens
+
+    @cached_property
+    def num_context_tokens(self) -> int:
+        """Tokens that the requests have in the cache, together."""
+        return int(self.partition.context_lens.sum())
+
     @cached_property
     def is_replicated(self) -> bool:
         """Whether every rank has every new token of the step: decodes alone, in the layout that keeps one copy of each."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import attend
+from .attention import attend, check_chunks, choose
+from .attention_checks import check_scale
 from .latent_exchange import LatentExchange
 from .metadata import PCPMetadata
 from .slots import KeyChunk
@@ -45,10 +46,13 @@ KVProjection = torch.nn.Module | torch.Tensor
 
 
 def _plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
-    """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does; subclasses may hold it quantised."""
+    """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does: subclasses may hold it quantised, and
+    hooks may move it or change what comes of it."""
     if isinstance(kv_b_proj, torch.Tensor):
         return kv_b_proj
-    return kv_b_proj.weight if type(kv_b_proj) is torch.nn.Linear and kv_b_proj.bias is None else None
+    if type(kv_b_proj) is not torch.nn.Linear or kv_b_proj.bias is not None or "forward" in kv_b_proj.__dict__:
+        return None
+    return None if kv_b_proj._forward_hooks or kv_b_proj._forward_pre_hooks else kv_b_proj.weight
 
 
 def check_layer_inputs(
@@ -62,22 +66,37 @@ def check_layer_inputs(
     cache: torch.Tensor | None,
 ) -> None:
     """Raise ValueError, TypeError or NotImplementedError unless shapes and dtypes are those of ``dims`` and ``meta``."""
-    wanted = {
-        "q": (q, (meta.num_tokens, dims.num_heads, dims.qk_head_dim)),
-        "kv_c": (kv_c, (meta.num_tokens, dims.kv_lora_rank)),
-        "k_pe": (k_pe, (meta.num_tokens, dims.qk_rope_head_dim)),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
+    rows = meta.num_tokens
+    if isinstance(q, torch.Tensor) and q.shape[:1] == (meta.num_local_rows,):
+        rows = meta.num_local_rows
+    for name, tensor, shape in (
+        ("q", q, (rows, dims.num_heads, dims.qk_head_dim)),
+        ("kv_c", kv_c, (rows, dims.kv_lora_rank)),
+        ("k_pe", k_pe, (rows, dims.qk_rope_head_dim)),
+    ):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must be {q.dtype}, as q, got {tensor.dtype}")
+        if tensor.device != meta.device:
+            raise ValueError(f"{op}: {name} must be on {meta.device}, where the metadata is, got {tensor.device}")
+        if tensor.stride(-1) != 1 and shape[-1] > 1:
+            raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {tensor.stride()}")
+    if not isinstance(kv_b_proj, torch.Tensor | torch.nn.Module):
+        raise TypeError(f"{op}: kv_b_proj must be a torch.Tensor or a torch.nn.Module, got {type(kv_b_proj).__name__}")
     weight = kv_b_proj.weight if type(kv_b_proj) is torch.nn.Linear else _plain_weight(kv_b_proj)
     shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
-    if weight is not None and tuple(weight.shape) != shape:
-        raise ValueError(f"{op}: kv_b_proj must have a weight of shape {shape}, got {tuple(weight.shape)}")
-    if weight is not None and weight.dtype != q.dtype:
-        raise TypeError(f"{op}: kv_b_proj must have a weight of {q.dtype}, as q, got {weight.dtype}")
+    if weight is not None:
+        if weight.shape != shape:
+            raise ValueError(f"{op}: kv_b_proj must have a weight of shape {shape}, got {tuple(weight.shape)}")
+        if weight.dtype != q.dtype:
+            raise TypeError(f"{op}: kv_b_proj must have a weight of {q.dtype}, as q, got {weight.dtype}")
+        if weight.device != meta.device:
+            raise ValueError(f"{op}: kv_b_proj must be on {meta.device}, where the metadata is, got {weight.device}")
+        if weight.stride(1) != 1 and shape[1] > 1:
+            raise ValueError(f"{op}: kv_b_proj must have a weight with a contiguous last dimension, got strides {weight.stride()}")
     parameters = [kv_b_proj] if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj.parameters()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, kv_c, k_pe, *parameters)):
         raise NotImplementedError(f"{op}: inputs must not require gradients, there is no backward: call under torch.no_grad()")
@@ -86,9 +105,8 @@ def check_layer_inputs(
 
 def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, cache: torch.Tensor | None) -> None:
     if cache is None:
-        cached = int(meta.partition.context_lens.sum())
-        if cached:
-            raise ValueError(f"{op}: cache must be given, as meta has {cached} tokens of context, got None")
+        if meta.num_context_tokens:
+            raise ValueError(f"{op}: cache must be given, as meta has {meta.num_context_tokens} tokens of context, got None")
         return
     paged = meta.paged_cache
     if paged is None:
@@ -162,6 +180,9 @@ class MLAPrefill:
     exchange: LatentExchange
     backend: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_scale("MLAPrefill", self.softmax_scale)
+
     def __call__(
         self,
         q: torch.Tensor,
@@ -174,7 +195,8 @@ class MLAPrefill:
         """One layer of a step.
 
         Args:
-            q: [T, heads, nope + rope] in local order, rope applied.
+            q: [T, heads, nope + rope] in local order, rope applied; of a padded plan also [Np, ...], as the next two, whatever the
+                pads hold.
             kv_c: [T, kv_lora_rank] normed latents in local order, same dtype.
             k_pe: [T, rope] rotated keys in local order, same dtype.
             kv_b_proj: linear module, or its weight [heads * (nope + v), kv_lora_rank].
@@ -186,11 +208,16 @@ class MLAPrefill:
             [T, heads, v] in local order.
 
         Raises:
-            ValueError, TypeError: an argument does not fit ``dims``, ``meta`` or the exchange; the message has its name and value,
-                and nothing was exchanged or written.
-            NotImplementedError: a cache that decode context parallelism shares out, or an input that requires gradients.
+            ValueError, TypeError: an argument does not fit ``dims``, ``meta`` or the exchange; the message has its name and value.
+            NotImplementedError: a cache that decode context parallelism shares out, an input that requires gradients, or what the
+                attention backend does not support.
+            RuntimeError: the attention backend is not available.
+
+            All before anything is exchanged or written.
         """
         check_layer_inputs("MLAPrefill", q, kv_c, k_pe, kv_b_proj, meta, self.dims, cache)
+        backend = choose(self.backend, q.device, q.dtype, q.shape[2], self.dims.v_head_dim, False)
+        check_chunks(backend, len(meta.key_chunks) > 1)
         with _EXCHANGE:
             latents = self.exchange.all_gather(kv_c, k_pe, meta)
         rows = meta.allgather_restore_idx
@@ -202,14 +229,15 @@ class MLAPrefill:
             latents, rows = cache, meta.kv_rows
         *context, new = meta.key_chunks or (None,)
         if not context:
-            return self._attend(q, latents, rows, kv_b_proj, meta, None, None)[0]
-        state = self._attend(q, latents, rows, kv_b_proj, meta, new, None)
+            return self._attend(backend, q, latents, rows, kv_b_proj, meta, None, None)[0]
+        state = self._attend(backend, q, latents, rows, kv_b_proj, meta, new, None)
         for chunk in context:
-            self._attend(q, latents, rows, kv_b_proj, meta, chunk, state)
+            self._attend(backend, q, latents, rows, kv_b_proj, meta, chunk, state)
         return state[0]
 
     def _attend(
         self,
+        backend: str,
         q: torch.Tensor,
         latents: torch.Tensor,
         rows: torch.Tensor,
@@ -226,10 +254,10 @@ class MLAPrefill:
         with _ATTENTION:
             # Everything was checked, or made here.
             if chunk is None:
-                out = attend(q, k, v, meta, self.softmax_scale, backend=self.backend)
+                out = attend(backend, q, k, v, meta, self.softmax_scale)
                 assert isinstance(out, torch.Tensor)
                 return out, out
-            state = attend(q, k, v, meta, self.softmax_scale, True, prev=prev, chunk=chunk, out=prev, backend=self.backend)
+            state = attend(backend, q, k, v, meta, self.softmax_scale, True, prev=prev, chunk=chunk, out=prev)
             assert isinstance(state, tuple)
             assert state[1] is not None
             return state[0], state[1]

@@ -83,6 +83,10 @@ class PlannedMetadata(PCPMetadata):
             prompt_lens=lengths[2] if self._asked[2] else None,
         )
 
+    @property
+    def num_local_rows(self) -> int:
+        return self.num_tokens if self._asked[0] is None else self.num_tokens_padded
+
     @cached_property
     def is_replicated(self) -> bool:
         """As in PCPMetadata; never of a padded plan, whose captured graph another batch will use."""
