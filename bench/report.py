@@ -16,7 +16,8 @@ HEAD = """# Benchmarks
 writes after the GPU tests and compute-sanitizer, or `python -m bench NAME` one of them. Times are medians by device
 events with a cold L2, unless a column says otherwise; a path whose result is wrong has none. "Share" is of a plain
 device copy that moves the same bytes, and counts the fewest bytes that the op can move. CPU time is to issue a call,
-on slow virtual machines: compare within a row."""
+on slow virtual machines: compare within a row. Columns of vLLM and FlashAttention 3 need these, installed or named by
+`PCP_MLA_VLLM_OPS` and `PCP_MLA_FA3`."""
 
 LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result), FlashAttention 3
 in all columns. "seed": the first implementation's way. "rows": virtual rows, keys gathered and expanded for each head

@@ -36,10 +36,14 @@ class StepPlanner:
         self._exchange = LatentExchange(self.group, self._planner.max_local_tokens, self._dims, self._dtype, self._device)
 
     def plan(self, lengths: list[int], cached: CachedRequests, decode: bool) -> PCPStep:
-        """A step of ``lengths`` new tokens, whose blocks ``cached`` has already. Valid until the next one."""
+        """A step of ``lengths`` new tokens, whose blocks ``cached`` has already. Valid until the next one.
+
+        The plan is of the requests that have some: the others' cached tokens would be expanded for nobody.
+        """
+        busy = [i for i, length in enumerate(lengths) if length]
+        lengths, contexts = [lengths[i] for i in busy], [cached.lengths[i] for i in busy]
         planner = self._planner
-        if len(lengths) > planner.max_requests or sum(lengths) > planner.max_tokens:
-            self._make(max(len(lengths), planner.max_requests), max(sum(lengths), planner.max_tokens))
-        is_prefill = [not decode] * len(lengths)
-        meta = self._planner.plan(lengths, cached.lengths, is_prefill, cached.block_tables())
+        if len(busy) > planner.max_requests or sum(lengths) > planner.max_tokens:
+            self._make(max(len(busy), planner.max_requests), max(sum(lengths), planner.max_tokens))
+        meta = self._planner.plan(lengths, contexts, [not decode] * len(busy), cached.block_tables()[busy])
         return PCPStep(meta, self._exchange)
