@@ -10,7 +10,7 @@ import torch
 from . import attention_backends, reference
 from .attention_checks import check_attention
 from .attention_libraries import LIBRARIES, Library, Rows, call, find
-from .backends import HAS_TRITON, register_composed, triton_form
+from .backends import HAS_TRITON, fake_in_place, register_composed, triton_form
 from .merge import merge_attn_states
 from .metadata import PCPMetadata
 from .ops import pcp_fused_gather, pcp_fused_restore
@@ -22,16 +22,11 @@ State = tuple[torch.Tensor, torch.Tensor]  # an output and its LSE
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def _fake(*args: Any) -> None:
-    if len({x.device for x in args if isinstance(x, torch.Tensor)}) > 1:
-        raise RuntimeError("pcp_mla: all tensors must be on one device")
-
-
 def _on_cuda(*args: Any) -> None:
     (triton_form("attention") if HAS_TRITON else reference.attention)(*args)
 
 
-_attention = register_composed("attention", _fake, cpu=reference.attention, cuda=_on_cuda)
+_attention = register_composed("attention", fake_in_place, cpu=reference.attention, cuda=_on_cuda)
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, width: int, v_width: int, listed: bool) -> str:

@@ -8,16 +8,12 @@ from typing import Any
 import torch
 
 from .checks import check_meta, check_ragged
-from .merge_checks import check_lse, check_tensor
+from .merge_checks import check_lse, check_tensor, dtype_name
 from .metadata import PCPMetadata
 from .slots import KeyChunk
 
 OP = "pcp_attention"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: PCPMetadata, rows: int) -> None:
@@ -29,7 +25,7 @@ def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: 
         check_tensor(OP, "k_pe", k_pe, (len(k), None), "[keys, rope]", meta.device)
         rope = k_pe.shape[1]
         if k_pe.dtype != q.dtype:
-            raise TypeError(f"{OP}: k_pe must be {_name(q.dtype)} as q, got {_name(k_pe.dtype)}")
+            raise TypeError(f"{OP}: k_pe must be {dtype_name(q.dtype)} as q, got {dtype_name(k_pe.dtype)}")
         if k_pe.stride(1) != 1 and rope > 1:
             raise ValueError(f"{OP}: k_pe must have a contiguous last dimension, got strides {k_pe.stride()}")
         _check_gradients("k_pe", k_pe)
@@ -49,7 +45,7 @@ def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: 
         if x is not None and x.stride(0) * x.element_size() >= 2**32:  # the kernel's multiplication of a row's number
             raise ValueError(f"{OP}: {name} must have rows less than 2**32 bytes apart with kv_rows, got strides {x.stride()}")
     if kv_rows.dtype != torch.int32:
-        raise TypeError(f"{OP}: kv_rows must be int32, got {_name(kv_rows.dtype)}")
+        raise TypeError(f"{OP}: kv_rows must be int32, got {dtype_name(kv_rows.dtype)}")
     if not kv_rows.is_contiguous():
         raise ValueError(f"{OP}: kv_rows must be contiguous, got strides {kv_rows.stride()}")
     if len(kv_rows) < rows:
@@ -64,7 +60,7 @@ def _check_gradients(name: str, x: torch.Tensor) -> None:
 def _check_result(name: str, out: Any, lse: Any, q: torch.Tensor, v: torch.Tensor, written: bool) -> None:
     check_tensor(OP, name, out, (*q.shape[:2], v.shape[2]), "[tokens, heads, v]", q.device)
     if out.dtype != q.dtype:
-        raise TypeError(f"{OP}: {name} must be {_name(q.dtype)} as q, got {_name(out.dtype)}")
+        raise TypeError(f"{OP}: {name} must be {dtype_name(q.dtype)} as q, got {dtype_name(out.dtype)}")
     if out.stride(2) != 1 and out.shape[2] > 1:
         raise ValueError(f"{OP}: {name} must have a contiguous last dimension, got strides {out.stride()}")
     if lse is not None:
@@ -99,7 +95,7 @@ def check_attention(
     check_meta(OP, meta)
     check_ragged(OP, "q", q, meta, None)
     if q.dtype not in DTYPES:
-        raise NotImplementedError(f"{OP}: q must be bfloat16, float16, float32 or float64, got {_name(q.dtype)}")
+        raise NotImplementedError(f"{OP}: q must be bfloat16, float16, float32 or float64, got {dtype_name(q.dtype)}")
     if len(q) not in (meta.num_tokens, meta.num_tokens_padded):
         wanted = f"{meta.num_tokens} local tokens of the metadata (or {meta.num_tokens_padded} with pads)"
         raise ValueError(f"{OP}: q must have the {wanted}, got {len(q)}")

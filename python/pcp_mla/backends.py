@@ -147,6 +147,12 @@ def availability(op: str) -> dict[str, str]:
     }
 
 
+def fake_in_place(*args: Any) -> None:
+    """The fake kernel of ops that write into given tensors: they return nothing."""
+    if len({x.device for x in args if isinstance(x, torch.Tensor)}) > 1:
+        raise RuntimeError("pcp_mla: all tensors must be on one device")
+
+
 def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define ``op`` where the native library has not, fill in kernels that are not built, and return the op to call."""
     if native.status["_native"]:

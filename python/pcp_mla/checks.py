@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 
+from .merge_checks import dtype_name
 from .metadata import PCPMetadata
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dtype | None) -> None:
@@ -29,9 +26,9 @@ def check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dty
     if x.stride(2) != 1 and x.shape[2] > 1:
         raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
     if x.element_size() > 8:
-        raise TypeError(f"{op}: {name} must have a dtype of at most 8 bytes, got {_name(x.dtype)}")
+        raise TypeError(f"{op}: {name} must have a dtype of at most 8 bytes, got {dtype_name(x.dtype)}")
     if dtype is not None and x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must have dtype {_name(dtype)} as the tensors before it, got {_name(x.dtype)}")
+        raise TypeError(f"{op}: {name} must have dtype {dtype_name(dtype)} as the tensors before it, got {dtype_name(x.dtype)}")
     if x.device != meta.device:
         raise ValueError(f"{op}: {name} must be on {meta.device}, where the metadata is, got {x.device}")
     if x.requires_grad and torch.is_grad_enabled():
@@ -50,7 +47,7 @@ def check_output(op: str, name: str, x: Any, shape: Sequence[int], dtype: torch.
     if x.shape != tuple(shape):
         raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must have dtype {_name(dtype)}, got {_name(x.dtype)}")
+        raise TypeError(f"{op}: {name} must have dtype {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
     if x.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
     if not x.is_contiguous():
@@ -118,7 +115,7 @@ def check_restore(out_head: Any, out_tail: Any, lse_head: Any, lse_tail: Any, me
         if not isinstance(lse, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(lse).__name__}")
         if lse.dtype != torch.float32:
-            raise TypeError(f"{op}: {name} must be float32, got {_name(lse.dtype)}")
+            raise TypeError(f"{op}: {name} must be float32, got {dtype_name(lse.dtype)}")
         if lse.shape != shape:
             raise ValueError(f"{op}: {name} must have shape [tokens, heads] = {shape}, got {tuple(lse.shape)}")
         if lse.device != meta.device:

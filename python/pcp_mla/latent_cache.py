@@ -6,23 +6,14 @@ from typing import Any
 
 import torch
 
-from .backends import register, select
-from .merge_checks import check_tensor
+from .backends import fake_in_place, register, select
+from .merge_checks import check_tensor, dtype_name
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _fake(*args: torch.Tensor | None) -> None:
-    if len({x.device for x in args if x is not None}) > 1:
-        raise RuntimeError("pcp_mla: all tensors must be on one device")
-
-
-_write = register("write_latent_cache", _fake)
-_gather = register("gather_latents", _fake)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+_write = register("write_latent_cache", fake_in_place)
+_gather = register("gather_latents", fake_in_place)
 
 
 def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
@@ -39,21 +30,23 @@ def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
             raise NotImplementedError(f"{op}: {label} must not require gradients, there is no backward: call under torch.no_grad()")
     if scale is None:
         if cache.dtype != rows.dtype:
-            raise TypeError(f"{op}: cache must be {_name(rows.dtype)} as {name}, or come with a scale, got {_name(cache.dtype)}")
+            raise TypeError(
+                f"{op}: cache must be {dtype_name(rows.dtype)} as {name}, or come with a scale, got {dtype_name(cache.dtype)}"
+            )
         return
     check_tensor(op, "scale", scale.reshape(-1) if isinstance(scale, torch.Tensor) else scale, (1,), "[1]", cache.device)
     if scale.dtype != torch.float32:
-        raise TypeError(f"{op}: scale must be float32, got {_name(scale.dtype)}")
+        raise TypeError(f"{op}: scale must be float32, got {dtype_name(scale.dtype)}")
     if cache.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"{op}: cache must be float8_e4m3fn with a scale, got {_name(cache.dtype)}")
+        raise TypeError(f"{op}: cache must be float8_e4m3fn with a scale, got {dtype_name(cache.dtype)}")
     if rows.dtype not in _FLOATS:
-        raise TypeError(f"{op}: {name} must be bfloat16, float16 or float32 with a scale, got {_name(rows.dtype)}")
+        raise TypeError(f"{op}: {name} must be bfloat16, float16 or float32 with a scale, got {dtype_name(rows.dtype)}")
 
 
 def _check_list(op: str, name: str, x: Any, entries: int, words: str, dtype: torch.dtype, device: torch.device) -> None:
     check_tensor(op, name, x, (entries,), words, device)
     if x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {_name(dtype)}, got {_name(x.dtype)}")
+        raise TypeError(f"{op}: {name} must be {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
     if not x.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
 
@@ -144,7 +137,7 @@ def gather_latents(
         check_tensor(op, "block_table", block_table, (None, None), "[sequences, blocks]", cache.device)
         assert block_table is not None
         if block_table.dtype != torch.int32:
-            raise TypeError(f"{op}: block_table must be int32, got {_name(block_table.dtype)}")
+            raise TypeError(f"{op}: block_table must be int32, got {dtype_name(block_table.dtype)}")
         if block_table.stride(1) != 1 and block_table.shape[1] > 1:
             raise ValueError(f"{op}: block_table must have a contiguous last dimension, got strides {block_table.stride()}")
         sequences = block_table.shape[0]

@@ -11,7 +11,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_PARTIALS = 64
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -32,9 +32,11 @@ def check_partial(op: str, name: str, x: Any, first: torch.Tensor | None) -> Non
     shape = (None, None, None) if first is None else tuple(first.shape)
     check_tensor(op, name, x, shape, "[tokens, heads, dim]", None if first is None else first.device)
     if x.dtype not in DTYPES:
-        raise NotImplementedError(f"{op}: {name} must be bfloat16, float16 or float32, got {_name(x.dtype)}")
+        raise NotImplementedError(f"{op}: {name} must be bfloat16, float16 or float32, got {dtype_name(x.dtype)}")
     if first is not None and x.dtype != first.dtype:
-        raise TypeError(f"{op}: {name} must have dtype {_name(first.dtype)} as the partial before it, got {_name(x.dtype)}")
+        raise TypeError(
+            f"{op}: {name} must have dtype {dtype_name(first.dtype)} as the partial before it, got {dtype_name(x.dtype)}"
+        )
     if x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"{op}: {name} must have at least one head and a width of at least 1, got {tuple(x.shape)}")
     if x.stride(2) != 1 and x.shape[2] > 1:
@@ -46,7 +48,7 @@ def check_partial(op: str, name: str, x: Any, first: torch.Tensor | None) -> Non
 def check_lse(op: str, name: str, x: Any, shape: Sequence[int], words: str, first: torch.Tensor) -> None:
     check_tensor(op, name, x, shape, words, first.device)
     if x.dtype != torch.float32:
-        raise TypeError(f"{op}: {name} must be float32, got {_name(x.dtype)}")
+        raise TypeError(f"{op}: {name} must be float32, got {dtype_name(x.dtype)}")
 
 
 def _check_memory(op: str, name: str, x: torch.Tensor) -> None:
@@ -58,7 +60,7 @@ def _check_memory(op: str, name: str, x: torch.Tensor) -> None:
 def _check_integers(op: str, name: str, x: Any, shape: Sequence[int], words: str, first: torch.Tensor) -> None:
     check_tensor(op, name, x, shape, words, first.device)
     if x.dtype != torch.int32:
-        raise TypeError(f"{op}: {name} must be int32, got {_name(x.dtype)}")
+        raise TypeError(f"{op}: {name} must be int32, got {dtype_name(x.dtype)}")
     if not x.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
 
@@ -71,15 +73,15 @@ def _check_results(
         if not isinstance(scale, torch.Tensor):
             raise TypeError(f"{op}: scale must be a torch.Tensor, got {type(scale).__name__}")
         if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != first.device:
-            got = f"{_name(scale.dtype)} {tuple(scale.shape)} on {scale.device}"
+            got = f"{dtype_name(scale.dtype)} {tuple(scale.shape)} on {scale.device}"
             raise ValueError(f"{op}: scale must be one float32 on {first.device}, got {got}")
     if out is not None:
         check_tensor(op, names[0], out, (rows, heads, dim), "[rows, heads, dim]", first.device)
         allowed = [torch.float8_e4m3fn] if scale is not None else [first.dtype, torch.float32]
         if out.dtype not in allowed:
-            wanted = " or ".join(dict.fromkeys(_name(dtype) for dtype in allowed))
+            wanted = " or ".join(dict.fromkeys(dtype_name(dtype) for dtype in allowed))
             raise TypeError(
-                f"{op}: {names[0]} must be {wanted}{' with a scale' if scale is not None else ''}, got {_name(out.dtype)}"
+                f"{op}: {names[0]} must be {wanted}{' with a scale' if scale is not None else ''}, got {dtype_name(out.dtype)}"
             )
         if out.stride(2) != 1 and dim > 1:
             raise ValueError(f"{op}: {names[0]} must have a contiguous last dimension, got strides {out.stride()}")
@@ -181,7 +183,7 @@ def check_correct(out: Any, lses: Any, rank: Any, corrected: Any, lse_out: Any, 
             continue
         check_tensor(op, name, given, whole, words, out.device)
         if given.dtype not in (out.dtype, torch.float32):
-            raise TypeError(f"{op}: {name} must be {_name(out.dtype)} or float32, got {_name(given.dtype)}")
+            raise TypeError(f"{op}: {name} must be {dtype_name(out.dtype)} or float32, got {dtype_name(given.dtype)}")
         if given.stride(-1) != 1 and dim > 1:
             raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {given.stride()}")
         _check_memory(op, name, given)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import native, reference
-from .backends import HAS_TRITON, register, register_composed, select
+from .backends import HAS_TRITON, fake_in_place, register, register_composed, select
 from .latent_cache import gather_latents
-from .merge_checks import check_tensor
+from .merge_checks import check_tensor, dtype_name
 from .reference.up_project import UP_PROJECT_TILE
 
 if TYPE_CHECKING:
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["UP_PROJECT_TILE", "concat_k", "kv_up_project"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _fake(*args: torch.Tensor | None) -> None:
-    if len({x.device for x in args if x is not None}) > 1:
-        raise RuntimeError("pcp_mla: all tensors must be on one device")
 
 
 @functools.cache
@@ -57,13 +52,9 @@ def _on_cuda(
         reference.kv_up_project(latents, rows, weight, k_out, v_out)
 
 
-_up_project = register_composed("kv_up_project", _fake, cpu=reference.kv_up_project, cuda=_on_cuda)
+_up_project = register_composed("kv_up_project", fake_in_place, cpu=reference.kv_up_project, cuda=_on_cuda)
 _wgmma = torch.ops.pcp_mla.kv_up_project_wgmma.default
-_concat = register("concat_k", _fake)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+_concat = register("concat_k", fake_in_place)
 
 
 def _check_memory(op: str, name: str, x: torch.Tensor, written: bool = False) -> None:
@@ -82,7 +73,7 @@ def _check_out(
     if out.shape[0] < rows:
         raise ValueError(f"{op}: {name} must have at least {rows} rows, got {out.shape[0]}")
     if out.dtype != (dtype or like.dtype):
-        raise TypeError(f"{op}: {name} must be {_name(dtype or like.dtype)}, got {_name(out.dtype)}")
+        raise TypeError(f"{op}: {name} must be {dtype_name(dtype or like.dtype)}, got {dtype_name(out.dtype)}")
     _check_memory(op, name, out, written=True)
 
 
@@ -114,9 +105,9 @@ def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | No
     if 0 in (*k_nope.shape[1:], k_pe.shape[1]):
         raise ValueError(f"{op}: k_nope and k_pe must have heads and widths of at least 1, got {shape}")
     if k_pe.dtype != k_nope.dtype:
-        raise TypeError(f"{op}: k_pe must be {_name(k_nope.dtype)} as k_nope, got {_name(k_pe.dtype)}")
+        raise TypeError(f"{op}: k_pe must be {dtype_name(k_nope.dtype)} as k_nope, got {dtype_name(k_pe.dtype)}")
     if k_nope.element_size() > 8:
-        raise TypeError(f"{op}: k_nope must have a dtype of at most 8 bytes, got {_name(k_nope.dtype)}")
+        raise TypeError(f"{op}: k_nope must have a dtype of at most 8 bytes, got {dtype_name(k_nope.dtype)}")
     _check_memory(op, "k_nope", k_nope)
     _check_memory(op, "k_pe", k_pe)
     if out is None:
@@ -142,7 +133,7 @@ def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
         return latents.shape[:-1].numel()
     check_tensor(op, "rows", rows, (None,), "[rows]", latents.device)
     if rows.dtype != torch.int32:
-        raise TypeError(f"{op}: rows must be int32, got {_name(rows.dtype)}")
+        raise TypeError(f"{op}: rows must be int32, got {dtype_name(rows.dtype)}")
     if not rows.is_contiguous():
         raise ValueError(f"{op}: rows must be contiguous, got strides {rows.stride()}")
     return len(rows)
@@ -152,9 +143,13 @@ def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, sc
     shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
     check_tensor(op, "weight", weight, shape, "[heads * (nope + v), kv_lora_rank]", latents.device)
     if weight.dtype not in _DTYPES and weight.dtype != torch.float64:
-        raise NotImplementedError(f"{op}: weight must be bfloat16, float16 or float32, got {_name(weight.dtype)}; pass linear=")
+        raise NotImplementedError(
+            f"{op}: weight must be bfloat16, float16 or float32, got {dtype_name(weight.dtype)}; pass linear="
+        )
     if scale is None and latents.dtype != weight.dtype:
-        raise TypeError(f"{op}: latents must be {_name(weight.dtype)} as weight, or come with a scale, got {_name(latents.dtype)}")
+        raise TypeError(
+            f"{op}: latents must be {dtype_name(weight.dtype)} as weight, or come with a scale, got {dtype_name(latents.dtype)}"
+        )
     _check_memory(op, "weight", weight)
 
 
@@ -181,7 +176,9 @@ def _through_module(
     shape = (count, dims.num_heads * dims.expanded_dim)
     check_tensor(op, "linear's result", expanded, shape, "[rows, heads * (nope + v)]", latents.device)
     if expanded.dtype != latents.dtype:
-        raise TypeError(f"{op}: linear's result must be {_name(latents.dtype)} as the latents, got {_name(expanded.dtype)}")
+        raise TypeError(
+            f"{op}: linear's result must be {dtype_name(latents.dtype)} as the latents, got {dtype_name(expanded.dtype)}"
+        )
     k_nope, v = expanded.view(count, dims.num_heads, dims.expanded_dim).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=2)
     if k_out is None:
         k_out = concat_k(k_nope, k_pe)
