@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from .checks import check_meta, check_ragged
-from .merge_checks import check_lse, check_tensor, dtype_name
+from .merge_checks import check_lse
 from .metadata import PCPMetadata
 from .slots import KeyChunk
+from .tensor_checks import check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
 
 OP = "pcp_attention"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -26,9 +27,8 @@ def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: 
         rope = k_pe.shape[1]
         if k_pe.dtype != q.dtype:
             raise TypeError(f"{OP}: k_pe must be {dtype_name(q.dtype)} as q, got {dtype_name(k_pe.dtype)}")
-        if k_pe.stride(1) != 1 and rope > 1:
-            raise ValueError(f"{OP}: k_pe must have a contiguous last dimension, got strides {k_pe.stride()}")
-        _check_gradients("k_pe", k_pe)
+        check_last_dim(OP, "k_pe", k_pe)
+        check_no_gradients(OP, "k_pe", k_pe)
         if not 0 < rope < width:
             raise ValueError(f"{OP}: k_pe must be narrower than q, which is {width} wide, got {rope}")
     if k.shape[1:] != (heads, width - rope):
@@ -40,34 +40,24 @@ def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: 
         if len(k) < rows:
             raise ValueError(f"{OP}: k must have at least the {rows} keys of the call, got {len(k)}")
         return
-    check_tensor(OP, "kv_rows", kv_rows, (None,), "[keys]", meta.device)
+    check_list(OP, "kv_rows", kv_rows, (None,), "[keys]", torch.int32, meta.device)
     for name, x in (("k", k), ("v", v), ("k_pe", k_pe)):
         if x is not None and x.stride(0) * x.element_size() >= 2**32:  # the kernel's multiplication of a row's number
             raise ValueError(f"{OP}: {name} must have rows less than 2**32 bytes apart with kv_rows, got strides {x.stride()}")
-    if kv_rows.dtype != torch.int32:
-        raise TypeError(f"{OP}: kv_rows must be int32, got {dtype_name(kv_rows.dtype)}")
-    if not kv_rows.is_contiguous():
-        raise ValueError(f"{OP}: kv_rows must be contiguous, got strides {kv_rows.stride()}")
     if len(kv_rows) < rows:
         raise ValueError(f"{OP}: kv_rows must list at least the {rows} keys of the call, got {len(kv_rows)}")
-
-
-def _check_gradients(name: str, x: torch.Tensor) -> None:
-    if x.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"{OP}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
 
 
 def _check_result(name: str, out: Any, lse: Any, q: torch.Tensor, v: torch.Tensor, written: bool) -> None:
     check_tensor(OP, name, out, (*q.shape[:2], v.shape[2]), "[tokens, heads, v]", q.device)
     if out.dtype != q.dtype:
         raise TypeError(f"{OP}: {name} must be {dtype_name(q.dtype)} as q, got {dtype_name(out.dtype)}")
-    if out.stride(2) != 1 and out.shape[2] > 1:
-        raise ValueError(f"{OP}: {name} must have a contiguous last dimension, got strides {out.stride()}")
+    check_last_dim(OP, name, out)
     if lse is not None:
         check_lse(OP, f"{name}'s LSE", lse, tuple(q.shape[:2]), "[tokens, heads]", q)
     for x in (out, lse) if written else ():
-        if x is not None and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            raise ValueError(f"{OP}: {name} must not be expanded, got strides {x.stride()} for {tuple(x.shape)}")
+        if x is not None:
+            check_not_expanded(OP, name, x)
 
 
 def _check_chunk(chunk: Any, meta: PCPMetadata) -> None:
@@ -109,8 +99,8 @@ def check_attention(
         if prev[1] is None:
             raise TypeError(f"{OP}: prev's LSE must be a torch.Tensor, got NoneType")
         _check_result("prev", *prev, q, v, written=False)
-        _check_gradients("prev", prev[0])
-        _check_gradients("prev's LSE", prev[1])
+        check_no_gradients(OP, "prev", prev[0])
+        check_no_gradients(OP, "prev's LSE", prev[1])
     if out is None:
         return
     if isinstance(out, tuple) != return_lse or (return_lse and len(out) != 2):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .merge_checks import dtype_name
 from .metadata import PCPMetadata
+from .tensor_checks import check_last_dim, check_no_gradients, dtype_name
 
 
 def check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dtype | None) -> None:
@@ -23,16 +23,14 @@ def check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dty
         raise ValueError(f"{op}: {name} must have 3 dimensions [tokens, heads, dim], got {x.dim()}: {tuple(x.shape)}")
     if x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"{op}: {name} must have at least one head and a width of at least 1, got {tuple(x.shape)}")
-    if x.stride(2) != 1 and x.shape[2] > 1:
-        raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
+    check_last_dim(op, name, x)
     if x.element_size() > 8:
         raise TypeError(f"{op}: {name} must have a dtype of at most 8 bytes, got {dtype_name(x.dtype)}")
     if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{op}: {name} must have dtype {dtype_name(dtype)} as the tensors before it, got {dtype_name(x.dtype)}")
     if x.device != meta.device:
         raise ValueError(f"{op}: {name} must be on {meta.device}, where the metadata is, got {x.device}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"{op}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
+    check_no_gradients(op, name, x)
 
 
 def check_meta(op: str, meta: Any) -> None:

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .exchange import Group, all_gather_rows, all_reduce_rows, all_to_all_rows, group_rank, group_world_size, reduce_scatter_rows
 from .merge import cp_correct_out, merge_n_attn_states
-from .merge_checks import MAX_PARTIALS, check_lse, check_partial, check_tensor
+from .merge_checks import MAX_PARTIALS, check_lse, check_partial
+from .tensor_checks import check_tensor
 
 _ALIGNMENT = 16  # bytes: the widest access of the kernels
 

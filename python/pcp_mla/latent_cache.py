@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .backends import fake_in_place, register, select
-from .merge_checks import check_tensor, dtype_name
+from .tensor_checks import check_last_dim, check_list, check_no_gradients, check_tensor, dtype_name
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -24,10 +24,8 @@ def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
         raise ValueError(f"{op}: cache must be [num_blocks, block_size, width] or [num_slots, width], got {tuple(cache.shape)}")
     check_tensor(op, name, rows, (None, cache.shape[-1]), "[rows, width]", cache.device)
     for label, x in (("cache", cache), (name, rows)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"{op}: {label} must have a contiguous last dimension, got strides {x.stride()}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"{op}: {label} must not require gradients, there is no backward: call under torch.no_grad()")
+        check_last_dim(op, label, x)
+        check_no_gradients(op, label, x)
     if scale is None:
         if cache.dtype != rows.dtype:
             raise TypeError(
@@ -41,14 +39,6 @@ def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
         raise TypeError(f"{op}: cache must be float8_e4m3fn with a scale, got {dtype_name(cache.dtype)}")
     if rows.dtype not in _FLOATS:
         raise TypeError(f"{op}: {name} must be bfloat16, float16 or float32 with a scale, got {dtype_name(rows.dtype)}")
-
-
-def _check_list(op: str, name: str, x: Any, entries: int, words: str, dtype: torch.dtype, device: torch.device) -> None:
-    check_tensor(op, name, x, (entries,), words, device)
-    if x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
-    if not x.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
 
 
 def write_latent_cache(
@@ -78,7 +68,7 @@ def write_latent_cache(
     """
     op = "write_latent_cache"
     _check_pair(op, cache, "latents", latents, scale)
-    _check_list(op, "slot_mapping", slot_mapping, latents.shape[0], "[rows]", torch.int64, cache.device)
+    check_list(op, "slot_mapping", slot_mapping, (latents.shape[0],), "[rows]", torch.int64, cache.device)
     call = _write if backend == "auto" else select(op, backend, cache.device.type)
     call(latents, cache, slot_mapping, scale)
 
@@ -132,18 +122,17 @@ def gather_latents(
         out = torch.empty(count, cache.shape[-1], dtype=of, device=cache.device)
     _check_pair(op, cache, "out", out, scale)
     if rows is not None:
-        _check_list(op, "rows", rows, out.shape[0], "[rows]", torch.int32, cache.device)
+        check_list(op, "rows", rows, (out.shape[0],), "[rows]", torch.int32, cache.device)
     else:
         check_tensor(op, "block_table", block_table, (None, None), "[sequences, blocks]", cache.device)
         assert block_table is not None
         if block_table.dtype != torch.int32:
             raise TypeError(f"{op}: block_table must be int32, got {dtype_name(block_table.dtype)}")
-        if block_table.stride(1) != 1 and block_table.shape[1] > 1:
-            raise ValueError(f"{op}: block_table must have a contiguous last dimension, got strides {block_table.stride()}")
+        check_last_dim(op, "block_table", block_table)
         sequences = block_table.shape[0]
-        _check_list(op, "cu_seqlens", cu_seqlens, sequences + 1, "[sequences + 1]", torch.int32, cache.device)
+        check_list(op, "cu_seqlens", cu_seqlens, (sequences + 1,), "[sequences + 1]", torch.int32, cache.device)
         if starts is not None:
-            _check_list(op, "starts", starts, sequences, "[sequences]", torch.int32, cache.device)
+            check_list(op, "starts", starts, (sequences,), "[sequences]", torch.int32, cache.device)
     call = _gather if backend == "auto" else select(op, backend, cache.device.type)
     call(cache, rows, block_table, cu_seqlens, starts, scale, out)
     return out

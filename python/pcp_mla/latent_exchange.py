@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from .exchange import Group, all_gather_into, check_group, check_latents, group_rank, group_world_size
 from .metadata import PCPMetadata
+from .tensor_checks import check_last_dim
 
 if TYPE_CHECKING:
     from .pipeline import MLADims
@@ -78,9 +79,8 @@ class LatentExchange:
             raise ValueError(f"{op}: kv_c and k_pe must be {wanted} wide, got {kv_c.shape[1]} and {k_pe.shape[1]}")
         if kv_c.dtype != self._send.dtype:
             raise TypeError(f"{op}: kv_c must be {self._send.dtype}, as the exchange, got {kv_c.dtype}")
-        for name, x in (("kv_c", kv_c), ("k_pe", k_pe)):
-            if x.stride(1) != 1 and x.shape[1] > 1:
-                raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
+        check_last_dim(op, "kv_c", kv_c)
+        check_last_dim(op, "k_pe", k_pe)
         gathered = self._gathered[: self.world_size * padded]
         alone = self.world_size > 1 and meta.is_replicated  # what counts then is the place of rank 0's copy
         rows = self._side_by_side(kv_c, k_pe) if tokens == padded and not alone else None

@@ -7,25 +7,10 @@ from typing import Any
 
 import torch
 
+from .tensor_checks import check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_PARTIALS = 64
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def check_tensor(op: str, name: str, x: Any, shape: Sequence[int | None], words: str, device: torch.device | None) -> None:
-    """Raise unless ``x`` is a tensor of this shape, None for any size, on the device if given."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != len(shape):
-        raise ValueError(f"{op}: {name} must have {len(shape)} dimensions {words}, got {x.dim()}: {tuple(x.shape)}")
-    if any(wanted is not None and size != wanted for size, wanted in zip(x.shape, shape, strict=True)):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{op}: {name} must have shape {words} = ({wanted}), got {tuple(x.shape)}")
-    if device is not None and x.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, as the tensors before it, got {x.device}")
 
 
 def check_partial(op: str, name: str, x: Any, first: torch.Tensor | None) -> None:
@@ -39,30 +24,14 @@ def check_partial(op: str, name: str, x: Any, first: torch.Tensor | None) -> Non
         )
     if x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"{op}: {name} must have at least one head and a width of at least 1, got {tuple(x.shape)}")
-    if x.stride(2) != 1 and x.shape[2] > 1:
-        raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"{op}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
+    check_last_dim(op, name, x)
+    check_no_gradients(op, name, x)
 
 
 def check_lse(op: str, name: str, x: Any, shape: Sequence[int], words: str, first: torch.Tensor) -> None:
     check_tensor(op, name, x, shape, words, first.device)
     if x.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be float32, got {dtype_name(x.dtype)}")
-
-
-def _check_memory(op: str, name: str, x: torch.Tensor) -> None:
-    """Raise unless what is written has a place of its own for each element."""
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"{op}: {name} must not be expanded, got strides {x.stride()} for {tuple(x.shape)}")
-
-
-def _check_integers(op: str, name: str, x: Any, shape: Sequence[int], words: str, first: torch.Tensor) -> None:
-    check_tensor(op, name, x, shape, words, first.device)
-    if x.dtype != torch.int32:
-        raise TypeError(f"{op}: {name} must be int32, got {dtype_name(x.dtype)}")
-    if not x.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
 
 
 def _check_results(
@@ -83,13 +52,12 @@ def _check_results(
             raise TypeError(
                 f"{op}: {names[0]} must be {wanted}{' with a scale' if scale is not None else ''}, got {dtype_name(out.dtype)}"
             )
-        if out.stride(2) != 1 and dim > 1:
-            raise ValueError(f"{op}: {names[0]} must have a contiguous last dimension, got strides {out.stride()}")
-        _check_memory(op, names[0], out)
+        check_last_dim(op, names[0], out)
+        check_not_expanded(op, names[0], out)
         rows = out.shape[0]
     if lse_out is not None:
         check_lse(op, names[1], lse_out, (first.shape[0] if rows is None else rows, heads), "[rows, heads]", first)
-        _check_memory(op, names[1], lse_out)
+        check_not_expanded(op, names[1], lse_out)
 
 
 def check_merge(
@@ -109,11 +77,11 @@ def check_merge(
         if row_op is None:
             raise ValueError(f"{op}: cu_seqlens must come with row_op, of one entry a request, got none")
         check_tensor(op, "row_op", row_op, (None,), "[requests]", out_a.device)
-        _check_integers(op, "cu_seqlens", cu_seqlens, (len(row_op) + 1,), "[requests + 1]", out_a)
+        check_list(op, "cu_seqlens", cu_seqlens, (len(row_op) + 1,), "[requests + 1]", torch.int32, out_a.device)
     if row_op is not None:
-        _check_integers(op, "row_op", row_op, (tokens if cu_seqlens is None else len(row_op),), "[tokens]", out_a)
+        check_list(op, "row_op", row_op, (tokens if cu_seqlens is None else len(row_op),), "[tokens]", torch.int32, out_a.device)
     if out_rows is not None:
-        _check_integers(op, "out_rows", out_rows, (tokens,), "[tokens]", out_a)
+        check_list(op, "out_rows", out_rows, (tokens,), "[tokens]", torch.int32, out_a.device)
     _check_results(op, ("out", "lse_out"), out, lse_out, None if out_rows is not None else tokens, out_a, scale)
 
 
@@ -163,7 +131,7 @@ def check_correct(out: Any, lses: Any, rank: Any, corrected: Any, lse_out: Any, 
     if not 0 <= rank < world:
         raise ValueError(f"{op}: rank must be in 0..{world - 1}, got {rank}")
     if seqused_k is not None:
-        _check_integers(op, "seqused_k", seqused_k, (world, tokens), "[ranks, tokens]", out)
+        check_list(op, "seqused_k", seqused_k, (world, tokens), "[ranks, tokens]", torch.int32, out.device)
     for name, given, last in (("corrected", corrected, (dim,)), ("lse_out", lse_out, ())):
         if given is None:
             continue
@@ -179,11 +147,10 @@ def check_correct(out: Any, lses: Any, rank: Any, corrected: Any, lse_out: Any, 
             )
         if not last:
             check_lse(op, name, given, whole, words, out)
-            _check_memory(op, name, given)
+            check_not_expanded(op, name, given)
             continue
         check_tensor(op, name, given, whole, words, out.device)
         if given.dtype not in (out.dtype, torch.float32):
             raise TypeError(f"{op}: {name} must be {dtype_name(out.dtype)} or float32, got {dtype_name(given.dtype)}")
-        if given.stride(-1) != 1 and dim > 1:
-            raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {given.stride()}")
-        _check_memory(op, name, given)
+        check_last_dim(op, name, given)
+        check_not_expanded(op, name, given)

@@ -15,6 +15,7 @@ from .attention_checks import check_scale
 from .latent_exchange import LatentExchange
 from .metadata import PCPMetadata
 from .slots import KeyChunk
+from .tensor_checks import check_last_dim
 from .up_project import expand, kv_up_project
 
 
@@ -82,8 +83,7 @@ def check_layer_inputs(
             raise TypeError(f"{op}: {name} must be {q.dtype}, as q, got {tensor.dtype}")
         if tensor.device != meta.device:
             raise ValueError(f"{op}: {name} must be on {meta.device}, where the metadata is, got {tensor.device}")
-        if tensor.stride(-1) != 1 and shape[-1] > 1:
-            raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {tensor.stride()}")
+        check_last_dim(op, name, tensor)
     if not isinstance(kv_b_proj, torch.Tensor | torch.nn.Module):
         raise TypeError(f"{op}: kv_b_proj must be a torch.Tensor or a torch.nn.Module, got {type(kv_b_proj).__name__}")
     weight = kv_b_proj.weight if type(kv_b_proj) is torch.nn.Linear else _plain_weight(kv_b_proj)
@@ -118,8 +118,7 @@ def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, 
         raise ValueError(
             f"{op}: cache must be [num_blocks, block_size, width] = (any, {shape[0]}, {shape[1]}), got {tuple(cache.shape)}"
         )
-    if cache.stride(2) != 1 and cache.shape[2] > 1:
-        raise ValueError(f"{op}: cache must have a contiguous last dimension, got strides {cache.stride()}")
+    check_last_dim(op, "cache", cache)
     if cache.dtype != kv_c.dtype:
         raise TypeError(f"{op}: cache must be {kv_c.dtype}, as kv_c, got {cache.dtype}")
     if cache.device != kv_c.device:

@@ -11,8 +11,8 @@ import torch
 from . import native, reference
 from .backends import HAS_TRITON, fake_in_place, register, register_composed, select
 from .latent_cache import gather_latents
-from .merge_checks import check_tensor, dtype_name
-from .reference.up_project import UP_PROJECT_TILE
+from .reference.up_project import UP_PROJECT_TILE, zero_tail
+from .tensor_checks import check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
 
 if TYPE_CHECKING:
     from .pipeline import MLADims
@@ -57,13 +57,9 @@ _wgmma = torch.ops.pcp_mla.kv_up_project_wgmma.default
 _concat = register("concat_k", fake_in_place)
 
 
-def _check_memory(op: str, name: str, x: torch.Tensor, written: bool = False) -> None:
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
-    if written and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"{op}: {name} must not be expanded, got strides {x.stride()} for {tuple(x.shape)}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"{op}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
+def _check_input(op: str, name: str, x: torch.Tensor) -> None:
+    check_last_dim(op, name, x)
+    check_no_gradients(op, name, x)
 
 
 def _check_out(
@@ -74,7 +70,8 @@ def _check_out(
         raise ValueError(f"{op}: {name} must have at least {rows} rows, got {out.shape[0]}")
     if out.dtype != (dtype or like.dtype):
         raise TypeError(f"{op}: {name} must be {dtype_name(dtype or like.dtype)}, got {dtype_name(out.dtype)}")
-    _check_memory(op, name, out, written=True)
+    _check_input(op, name, out)
+    check_not_expanded(op, name, out)
 
 
 def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | None = None, backend: str = "auto") -> torch.Tensor:
@@ -108,8 +105,8 @@ def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | No
         raise TypeError(f"{op}: k_pe must be {dtype_name(k_nope.dtype)} as k_nope, got {dtype_name(k_pe.dtype)}")
     if k_nope.element_size() > 8:
         raise TypeError(f"{op}: k_nope must have a dtype of at most 8 bytes, got {dtype_name(k_nope.dtype)}")
-    _check_memory(op, "k_nope", k_nope)
-    _check_memory(op, "k_pe", k_pe)
+    _check_input(op, "k_nope", k_nope)
+    _check_input(op, "k_pe", k_pe)
     if out is None:
         out = k_nope.new_empty(len(k_nope), *shape)
     else:
@@ -128,14 +125,10 @@ def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
     if latents.dim() not in (2, 3) or latents.shape[-1] != dims.latent_dim:
         wanted = f"[rows, {dims.latent_dim}] or [num_blocks, block_size, {dims.latent_dim}]"
         raise ValueError(f"{op}: latents must be {wanted}, got {tuple(latents.shape)}")
-    _check_memory(op, "latents", latents)
+    _check_input(op, "latents", latents)
     if rows is None:
         return latents.shape[:-1].numel()
-    check_tensor(op, "rows", rows, (None,), "[rows]", latents.device)
-    if rows.dtype != torch.int32:
-        raise TypeError(f"{op}: rows must be int32, got {dtype_name(rows.dtype)}")
-    if not rows.is_contiguous():
-        raise ValueError(f"{op}: rows must be contiguous, got strides {rows.stride()}")
+    check_list(op, "rows", rows, (None,), "[rows]", torch.int32, latents.device)
     return len(rows)
 
 
@@ -150,7 +143,7 @@ def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, sc
         raise TypeError(
             f"{op}: latents must be {dtype_name(weight.dtype)} as weight, or come with a scale, got {dtype_name(latents.dtype)}"
         )
-    _check_memory(op, "weight", weight)
+    _check_input(op, "weight", weight)
 
 
 def _check_outs(op: str, k_out: Any, v_out: Any, count: int, dims: MLADims, latents: torch.Tensor, dtype: torch.dtype) -> None:
@@ -188,10 +181,8 @@ def _through_module(
         v_out = v
     else:
         v_out[:count] = v
-    end = -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE
     for out in (k_out, v_out):
-        if len(out) > count:
-            out[count:end].zero_()
+        zero_tail(out, count)
     return k_out, v_out
 
 

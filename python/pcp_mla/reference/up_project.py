@@ -10,6 +10,12 @@ from .latent_cache import gather_latents
 UP_PROJECT_TILE = 128  # rows behind the last one are zeroed up to a multiple of this
 
 
+def zero_tail(out: torch.Tensor, count: int) -> None:
+    """Rows of ``out`` from ``count`` to the next multiple of UP_PROJECT_TILE."""
+    if len(out) > count:
+        out[count : -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE].zero_()
+
+
 def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor) -> None:
     """``k_nope`` [N, H, nope] and ``k_pe`` [N, rope], which all heads share, side by side in ``out`` [N, H, nope + rope]."""
     nope = k_nope.shape[2]
@@ -35,6 +41,5 @@ def kv_up_project(
     expanded = F.linear(kv_c, weight).view(count, heads, weight.shape[0] // heads)
     concat_k(expanded[..., :-v_dim], k_pe, k_out[:count])
     v_out[:count] = expanded[..., -v_dim:]
-    end = -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE
-    k_out[count:end] = 0
-    v_out[count:end] = 0
+    zero_tail(k_out, count)
+    zero_tail(v_out, count)
