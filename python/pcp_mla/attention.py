@@ -46,6 +46,13 @@ def _kernel(name: str) -> Callable[..., None]:
     return triton_form("attention") if name == "triton" else reference.attention
 
 
+def _library(name: str) -> Library | None:
+    """Of a backend that was chosen, so that it is there; None for our own."""
+    found = find(name) if name in LIBRARIES else None
+    assert not isinstance(found, str)
+    return found
+
+
 def _by_library(
     library: Library,
     q: torch.Tensor,
@@ -85,11 +92,10 @@ def _run(
     lse: torch.Tensor | None = None,
 ) -> Result:
     """One call of the backend; outputs in ``out`` and ``lse`` where given."""
-    if name in LIBRARIES and q.shape[0] and k.shape[0]:
-        library = find(name)
-        assert isinstance(library, Library)
+    library = _library(name)
+    if library is not None and q.shape[0] and k.shape[0]:
         return _by_library(library, q, k if k_pe is None else concat_k(k, k_pe), v, rows, scale, prev, out, lse)
-    if name in LIBRARIES:  # that refuse empty tensors
+    if library is not None:  # it refuses empty tensors
         name = "triton" if HAS_TRITON else "torch"
     if out is None:
         out = q.new_empty(*q.shape[:2], v.shape[2])
@@ -131,8 +137,8 @@ def _by_two_calls(
 
 def check_chunks(name: str, chunked: bool) -> None:
     """Raise NotImplementedError if keys in chunks, or an earlier result, are beyond the chosen backend's library."""
-    library = find(name) if name in LIBRARIES else None
-    if chunked and isinstance(library, Library) and not library.shares_starts:
+    library = _library(name)
+    if chunked and library is not None and not library.shares_starts:
         raise NotImplementedError(f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does")
 
 
@@ -152,7 +158,7 @@ def attend(
 ) -> torch.Tensor | Result:
     """:func:`pcp_attention` by a backend that was chosen, for arguments that are known to fit."""
     given, lse = out if isinstance(out, tuple) else (out, None)
-    library = find(name) if name in LIBRARIES else None
+    library = _library(name)
     if library is not None:  # it reads whole tiles, but nothing outside of a tensor
         count = meta.num_kv_tokens if chunk is None else chunk.num_rows
         if k.shape[0] > count:
@@ -165,7 +171,7 @@ def attend(
         written = whole[real] if whole_lse is None else (whole[real], whole_lse[real])
         attend(name, q[real], k, v, meta, softmax_scale, return_lse, k_pe, kv_rows, part, chunk, written)
         return (whole, whole_lse) if return_lse else whole
-    if isinstance(library, Library) and not library.shares_starts:
+    if library is not None and not library.shares_starts:
         k = k if k_pe is None else concat_k(k, k_pe)
         state = _by_two_calls(name, q, k, v, meta, softmax_scale, return_lse, given, lse)
         return state if return_lse else state[0]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .attention_libraries import BF16_FP16, LIBRARIES, Library, find
-from .backends import HAS_TRITON
+from .backends import HAS_TRITON, interpreted
+from .tensor_checks import dtype_name
 
 FLOATS = (*BF16_FP16, torch.float32)
 
@@ -72,11 +72,6 @@ SUPPORT = {
 }
 
 
-def interpreted() -> bool:
-    """Whether Triton kernels run in the interpreter, which takes CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @functools.cache
 def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
@@ -111,7 +106,7 @@ def refusal(name: str, dtype: torch.dtype, width: int, v_width: int, listed: boo
     found = find(name) if name in LIBRARIES else ""
     dtypes = found.dtypes if isinstance(found, Library) else support.dtypes
     if dtype not in dtypes:
-        return f"dtype {str(dtype).removeprefix('torch.')}"
+        return f"dtype {dtype_name(dtype)}"
     if not support.widths(width, v_width):
         return f"widths {width} of q and {v_width} of v (it takes {support.words})"
     return "kv_rows" if listed and not support.kv_rows else ""

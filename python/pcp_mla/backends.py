@@ -104,6 +104,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 _library = torch.library.Library("pcp_mla", "FRAGMENT")
 
 
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def triton_form(op: str) -> Callable[..., Any]:
     """The Triton implementation, imported when it is first called: importing Triton takes longer than all the rest."""
 
@@ -133,7 +138,7 @@ def availability(op: str) -> dict[str, str]:
     gpu = "" if torch.cuda.is_available() else "no CUDA GPU is visible to torch"
     if not HAS_TRITON:
         triton = "triton is not installed: pip install triton"
-    elif os.environ.get("TRITON_INTERPRET") == "1":
+    elif interpreted():
         triton = ""
     else:
         triton = gpu
@@ -195,8 +200,8 @@ def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     if reasons[backend]:
         usable = ", ".join(other for other, reason in reasons.items() if not reason)
         raise RuntimeError(f"{name}: backend {backend!r} is not available: {reasons[backend]}; available here: {usable}")
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    on_any = backend == "triton" and interpreted()
     wanted = "cpu" if backend == "cpu" else "cuda"
-    if device_type != wanted and not interpreted:
+    if device_type != wanted and not on_any:
         raise ValueError(f"{name}: backend {backend!r} needs tensors on a {wanted} device, got {device_type}")
     return triton_form(op) if backend == "triton" else getattr(torch.ops.pcp_mla, COMPOSED.get(op, op)).default

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+
+from ..backends import interpreted
 
 TILE = 2048  # elements of a program: heads x width
 
@@ -143,14 +144,14 @@ def _launch(
     tokens, heads, dim = a.shape
     if tokens == 0:
         return
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if out.dtype == torch.float8_e4m3fn and not interpreted and torch.cuda.get_device_capability(out.device) < (8, 9):
+    in_interpreter = interpreted()
+    if out.dtype == torch.float8_e4m3fn and not in_interpreter and torch.cuda.get_device_capability(out.device) < (8, 9):
         raise NotImplementedError(
             "merge_states: Triton converts to float8_e4m3fn on GPUs of compute capability 8.9 and above only, "
             f"{torch.cuda.get_device_name(out.device)} is below"
         )
     # The interpreter truncates to bfloat16 and has no float8: there torch rounds.
-    by_torch = interpreted and out.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    by_torch = in_interpreter and out.dtype in (torch.bfloat16, torch.float8_e4m3fn)
     before, to = (out.float(), out.float()) if by_torch else (out, out)
     requests = 0 if row_op is None else len(row_op)
     block = triton.next_power_of_2(dim)
