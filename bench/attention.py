@@ -1,22 +1,21 @@
 """pcp_attention's Triton kernel beside FlashAttention 2 and 3, all in the one-call form: widths 192 and 128, bf16, rank 0 of P.
 
 FLOPs: two for each multiplication that the causal mask leaves. "rows" are the kernel's with ``kv_rows``, "prev" merges an earlier
-result. PCP_MLA_FA3 names a library to load that defines FlashAttention 3 as an op, such as the fa3-fwd wheel's.
-``python -m bench.attention sweep`` times the kernel's configurations, and some of them with ``kv_rows``.
+result. ``python -m bench.attention sweep`` times the kernel's configurations, and some of them with ``kv_rows``.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from pcp_mla import PCPMetadata, attention_backends, pcp_attention
 
-from . import timing
+from . import peers, timing
 
 NOPE, ROPE, V = 128, 64, 128
 SCALE = (NOPE + ROPE) ** -0.5
@@ -27,9 +26,9 @@ Paths = dict[str, Callable[[], Any]]
 
 
 def flops(meta: PCPMetadata, heads: int) -> int:
-    part, pairs = meta.partition, 0
-    for queries, keys in zip((part.cu_seqlens_q[1:] - part.cu_seqlens_q[:-1]).tolist(), part.seqused_k.tolist(), strict=True):
-        pairs += queries * (keys - queries) + queries * (queries + 1) // 2
+    """Of the products with K and V that the causal mask leaves."""
+    queries, keys = np.diff(meta.partition.cu_seqlens_q).astype(np.int64), meta.partition.seqused_k.astype(np.int64)
+    pairs = int((queries * (keys - queries) + queries * (queries + 1) // 2).sum())
     return 2 * (NOPE + ROPE + V) * heads * pairs
 
 
@@ -75,8 +74,7 @@ def make_paths(meta: PCPMetadata, x: dict[str, torch.Tensor], device: str) -> Pa
 def run(device: str) -> Iterator[dict[str, Any]]:
     """One result a shape."""
     gpu = device == "cuda"
-    if gpu and "PCP_MLA_FA3" in os.environ:
-        torch.ops.load_library(os.environ["PCP_MLA_FA3"])
+    peers.load_fa3()
     for tokens, heads, ranks in GPU_SHAPES if gpu else CPU_SHAPES:
         meta, x = inputs(tokens, heads, ranks, device)
         result: dict[str, Any] = {"op": "attention", "tokens": tokens, "heads": heads, "P": ranks, "flops": flops(meta, heads)}

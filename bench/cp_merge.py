@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from pcp_mla import cp_lse_a2a, cp_lse_ag_out_rs
 from pcp_mla.exchange import all_gather_rows, all_to_all_rows, reduce_scatter_rows
-from pcp_mla.launch import run_distributed
 
 from . import timing
 
@@ -77,13 +76,7 @@ def measure(group: Any, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
 
 def run(device: str) -> Iterator[dict[str, Any]]:
     """One result of rank 0 a world size, shape and op."""
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
-    if gpus < 2:
-        yield from run_distributed(2, measure, CPU_SHAPES)[0]
-        return
-    for world in (2, 4, 8):
-        if world <= gpus:
-            yield from run_distributed(world, measure, GPU_SHAPES, backend="nccl", timeout=300.0)[0]
+    yield from timing.over_ranks(device, measure, GPU_SHAPES, CPU_SHAPES)
 
 
 def line(result: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from pcp_mla import LatentExchange, PCPPlanner, write_latent_cache
-from pcp_mla.launch import run_distributed
 from pcp_mla.pipeline import MLADims
 from pcp_mla.seed_path import gather_part
 
@@ -79,13 +78,7 @@ def measure(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def run(device: str) -> Iterator[dict[str, Any]]:
     """One result of rank 0 a world size and number of tokens."""
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
-    if gpus < 2:
-        yield from run_distributed(2, measure, CPU_TOKENS)[0]
-        return
-    for world in (2, 4, 8):
-        if world <= gpus:
-            yield from run_distributed(world, measure, GPU_TOKENS, backend="nccl", timeout=300.0)[0]
+    yield from timing.over_ranks(device, measure, GPU_TOKENS, CPU_TOKENS)
 
 
 def line(result: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from pcp_mla.exchange import all_gather_rows
 from pcp_mla.launch import run_distributed
 from pcp_mla.seed_path import build_kv, gather_calls
 
-from . import peers, timing
+from . import attention, peers, timing
 
 BLOCK = 64
 SCALE = 192**-0.5
@@ -168,10 +168,7 @@ class Layer:
     def work(self) -> tuple[int, int]:
         """FLOPs of the up-projection and the attention; bytes of the exchange's result, and of its way into the cache."""
         meta, dims = self.meta, self.dims
-        queries, keys = np.diff(meta.partition.cu_seqlens_q).astype(np.int64), meta.partition.seqused_k.astype(np.int64)
-        pairs = int((queries * (keys - queries) + queries * (queries + 1) // 2).sum())
-        flops = 2 * pairs * dims.num_heads * (dims.qk_head_dim + dims.v_head_dim)
-        flops += 2 * meta.num_kv_tokens * self.weight.numel()
+        flops = attention.flops(meta, dims.num_heads) + 2 * meta.num_kv_tokens * self.weight.numel()
         return flops, 4 * 2 * len(self.gathered) * dims.latent_dim
 
 
@@ -193,7 +190,7 @@ def played(batch: Batch, device: str, rates: tuple[float, float] | None) -> dict
 
 def on_ranks(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     """Time of a layer on real ranks, in microseconds: of calls one after another, on the slowest rank."""
-    load_attention()
+    peers.load_fa3()
     results = []
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     with torch.inference_mode():
@@ -219,11 +216,6 @@ def on_ranks(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     return results
 
 
-def load_attention() -> None:
-    if "PCP_MLA_FA3" in os.environ:
-        torch.ops.load_library(os.environ["PCP_MLA_FA3"])
-
-
 def run(device: str) -> Iterator[dict[str, Any]]:
     """One result a batch, or on several GPUs one a size and number of ranks."""
     gpus = torch.cuda.device_count() if device == "cuda" else 0
@@ -239,8 +231,7 @@ def run(device: str) -> Iterator[dict[str, Any]]:
                 yield result
         return
     batches, rates = (GPU_BATCHES, (timing.gemm_tflops(), timing.copy_gbps())) if gpus else (CPU_BATCHES, None)
-    if gpus:
-        load_attention()
+    peers.load_fa3()
     if os.environ.get("PCP_MLA_TRACE"):
         batches = [*batches, trace_batch(os.environ["PCP_MLA_TRACE"])]
     for batch in batches:

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from pcp_mla.demo.measure import count_launches
+from pcp_mla.launch import run_distributed
 
 Call = Callable[[], Any]
 _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far
@@ -114,3 +115,16 @@ def measure(call: Call, result: dict[str, Any], graph: bool = False) -> dict[str
     numbers["share_of_copy"] = result["copy_us"] / numbers["gpu_us"]
     numbers["share_of_bandwidth"] = result["bytes"] / numbers["gpu_us"] / 1e3 / result["copy_gbps"]
     return numbers
+
+
+def over_ranks(
+    device: str, measure: Callable[..., list[dict[str, Any]]], gpu_sizes: Sequence[Any], cpu_sizes: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
+    """Rank 0's results of ``measure(group, sizes)``: at each number of GPUs that there are, over NCCL, else of two over gloo."""
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if gpus < 2:
+        yield from run_distributed(2, measure, cpu_sizes)[0]
+        return
+    for world in (2, 4, 8):
+        if world <= gpus:
+            yield from run_distributed(world, measure, gpu_sizes, backend="nccl", timeout=300.0)[0]

@@ -8,12 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from batches import batches, poison, same_bits
+from bench import peers
 from pcp_mla import PCPMetadata, PCPPlanner, attention_backends, pcp_attention
 from pcp_mla.attention import _by_two_calls
 from pcp_mla.row_attention import attend_row
 
-if torch.cuda.is_available() and "PCP_MLA_FA3" in os.environ:
-    torch.ops.load_library(os.environ["PCP_MLA_FA3"])
+peers.load_fa3()
 
 OURS = [
     pytest.param("cpu", "torch", id="torch"),

@@ -2,17 +2,16 @@
 against itself in float64."""
 
 import functools
-import os
 
 import pytest
 import torch
 
+from bench import peers
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends
 from pcp_mla.exchange import group_rank, group_world_size
 from pcp_mla.played import play
 
-if torch.cuda.is_available() and "PCP_MLA_FA3" in os.environ:
-    torch.ops.load_library(os.environ["PCP_MLA_FA3"])
+peers.load_fa3()
 
 DIMS = MLADims(num_heads=2, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)
 SCALE, BLOCK = 192**-0.5, 16
