@@ -44,10 +44,15 @@ def _rank_main(rank: int, world_size: int, folder: str, backend: str, timeout: f
         # A rank that ends early would close connections that others still read from.
         dist.barrier()
         dist.destroy_process_group()
+        code = 0
     except BaseException:
         Path(folder, f"error{rank}").write_text(traceback.format_exc())
-        # Not a clean exit: tearing a broken group down can wait for the other ranks.
-        os._exit(1)
+        code = 1
+    # Without the interpreter's teardown: of a broken group it can wait for the other ranks, and after a good run a thread of torch
+    # that is not done yet and asks for the interpreter then is ended by force, and the process with it (exit code -6, now and then).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _failure(folder: Path, failed: list[int], codes: list[int | None]) -> RankError:
