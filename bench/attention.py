@@ -49,15 +49,19 @@ def make_paths(meta: PCPMetadata, x: dict[str, torch.Tensor], device: str) -> Pa
     if device == "cpu":
         return {"torch": lambda: pcp_attention(q, k, v, meta, **options)}
     order = torch.arange(len(k), device=device, dtype=torch.int32)
+    blocks = order.view(-1, 64)[torch.randperm(len(k) // 64, device=device)].flatten()  # a paged cache's
     mixed = torch.randperm(len(k), device=device)
     mixed_k, mixed_pe, mixed_v = torch.empty_like(k_nope), torch.empty_like(k_pe), torch.empty_like(v)
     mixed_k[mixed], mixed_pe[mixed], mixed_v[mixed] = k_nope, k_pe, v
+    paged_k, paged_pe, paged_v = torch.empty_like(k_nope), torch.empty_like(k_pe), torch.empty_like(v)
+    paged_k[blocks], paged_pe[blocks], paged_v[blocks] = k_nope, k_pe, v
     nothing = (torch.zeros_like(wanted[0]), torch.full_like(wanted[1], -40.0))  # weighs nothing, but is read and merged
     own = {**options, "backend": "triton"}
     paths: Paths = {
         "triton": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, **own),
         "triton K": lambda: pcp_attention(q, k, v, meta, **own),
         "triton rows": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, kv_rows=order, **own),
+        "triton blocks of rows": lambda: pcp_attention(q, paged_k, paged_v, meta, k_pe=paged_pe, kv_rows=blocks, **own),
         "triton random rows": lambda: pcp_attention(q, mixed_k, mixed_v, meta, k_pe=mixed_pe, kv_rows=mixed.int(), **own),
         "triton prev": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, prev=nothing, **own),
     }

@@ -140,7 +140,7 @@ def test_random_batches(device, backend, batch):
 
 
 @ours
-@pytest.mark.parametrize("order", ["random", "contiguous", "runs", "repeated"])
+@pytest.mark.parametrize("order", ["random", "contiguous", "runs", "blocks", "broken", "repeated"])
 @pytest.mark.parametrize("separate", [False, True])
 def test_listed_rows(device, backend, order, separate):
     meta = meta_of(([9, 20], [110, 3], [True, True], 2), 0, device, length_factor(device))
@@ -151,6 +151,10 @@ def test_listed_rows(device, backend, order, separate):
         index = torch.randperm(count, generator=torch.Generator().manual_seed(1))
     elif order == "runs":
         index = torch.cat(index.split(37)[::-1])
+    elif order == "blocks":  # of a cache: whole tiles
+        index = index.roll(64)
+    elif order == "broken":  # runs first, then none
+        index[count // 2 :] = index[count // 2 :].flip(0)
     elif order == "repeated":
         index = index // 2
     index = index.to(device)

@@ -56,14 +56,15 @@ def work_item(
 @triton.jit
 def _tile(data, stride, row, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr,
           FLOAT32: tl.constexpr):  # fmt: skip
-    """[keys, BLOCK] of K or V: the tile from row ``row`` on, or the listed ``rows``. ``data`` is at the head's part of row 0."""
+    """[keys, BLOCK] of K or V: the tile from row ``row`` on, or the listed ``rows``, a pad (-1) being row 0. ``data`` is at the head's
+    part of row 0."""
     KEYS: tl.constexpr = exists.shape[0]
     d = tl.arange(0, BLOCK)[None, :]
     if LISTED:
         # In bytes, and of numbers without a sign, an address is one multiply-add; else it is six instructions of the loop's 400.
         element: tl.constexpr = data.dtype.element_ty
         step = (stride * (element.primitive_bitwidth // 8)).to(tl.uint32)
-        offset = rows[:, None].to(tl.uint32).to(tl.int64) * step.to(tl.int64)
+        offset = tl.maximum(rows, 0)[:, None].to(tl.uint32).to(tl.int64) * step.to(tl.int64)
         at = ((data + d).to(tl.pointer_type(tl.int8), bitcast=True) + offset).to(tl.pointer_type(element), bitcast=True)
     else:
         at = data + row.to(tl.int64) * stride + (tl.arange(0, KEYS) * stride)[:, None] + d
@@ -80,9 +81,10 @@ def _tile(data, stride, row, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _listed(kv_rows, key, n, used, LISTED: tl.constexpr):
-    """Where the row's keys ``n`` are listed to be, 0 for those past its end and for pads (-1); without a list nothing that is
-    used."""
-    return tl.maximum(tl.load(kv_rows + key + n, mask=n < used, other=0), 0) if LISTED else n
+    """Where the row's keys ``n`` are listed to be, 0 for those past its end; without a list nothing that is used. As they are: were
+    pads seen to here, the assembler would put the wait for the load between the loop's products, and half the gap to a call without
+    a list comes from there."""
+    return tl.load(kv_rows + key + n, mask=n < used, other=0) if LISTED else n
 
 
 @triton.jit
