@@ -17,20 +17,24 @@ of a large copy.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends
+from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends, pipeline
 from pcp_mla.attention import _run as attend
 from pcp_mla.attention_libraries import Rows
 from pcp_mla.exchange import all_gather_rows
+from pcp_mla.latent_exchange import pack_latents
 from pcp_mla.launch import run_distributed
 from pcp_mla.seed_path import build_kv, gather_calls
 
@@ -67,7 +71,7 @@ class Copied:
 
     def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: Any) -> torch.Tensor:
         self._buffer.copy_(self._others)
-        torch.ops.pcp_mla.concat_k(kv_c[:, None], k_pe, self._buffer[: meta.num_tokens, None])
+        pack_latents(kv_c, k_pe, self._buffer[: meta.num_tokens])
         return self._buffer
 
 
@@ -172,6 +176,41 @@ class Layer:
         return flops, 4 * 2 * len(self.gathered) * dims.latent_dim
 
 
+class _Clock:
+    """In place of a stage of the pipeline: how long the host takes to issue it."""
+
+    def __init__(self) -> None:
+        self.spent = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.spent += time.perf_counter() - self._began
+
+
+def stages_cpu_us(call: Callable[[], Any], repeats: int, calls: int) -> dict[str, float]:
+    """Host time of each stage of our layer and of the checks around them, as :func:`timing.cpu_us` of the whole."""
+    clocks = {name: _Clock() for name in ("exchange", "cache_write", "up_project", "attention")}
+    samples = []
+    with contextlib.ExitStack() as patches:
+        for name, clock in clocks.items():
+            patches.enter_context(mock.patch.object(pipeline, f"_{name.upper()}", clock))
+        for _ in range(repeats):
+            for clock in clocks.values():
+                clock.spent = 0.0
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(calls):
+                call()
+            total = time.perf_counter() - began
+            stages = [clock.spent for clock in clocks.values()]
+            samples.append([*stages, total - sum(stages)])
+    medians = (statistics.median(column) / calls * 1e6 for column in zip(*samples, strict=True))
+    return dict(zip((*clocks, "checks"), medians, strict=True))
+
+
 def played(batch: Batch, device: str, rates: tuple[float, float] | None) -> dict[str, Any]:
     """Rank 0 of a batch."""
     layer = Layer(batch, None, 0, device)
@@ -185,6 +224,7 @@ def played(batch: Batch, device: str, rates: tuple[float, float] | None) -> dict
         if rates is not None:
             result[name] |= {"gpu_us": timing.gpu_us(call, 15), "launches": timing.launches(call)}
             result[name]["share_of_floor"] = result["floor_us"] / result[name]["gpu_us"]
+    result["ours"]["stages_cpu_us"] = stages_cpu_us(layer.ours, 7, 10 if rates else 1)
     return result
 
 
@@ -251,4 +291,7 @@ def line(result: dict[str, Any]) -> str:
         if "wall_us" in numbers:
             text += f" {numbers['wall_us']:.0f} us efficiency {numbers['efficiency']:.2f}"
         text += f" cpu {numbers['cpu_us']:.0f} us"
+        if "stages_cpu_us" in numbers:
+            stages = numbers["stages_cpu_us"]
+            text += f" ({', '.join(f'{stage} {us:.0f}' for stage, us in stages.items())})"
     return text

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from .pipeline import MLADims
 
 
+def pack_latents(kv_c: torch.Tensor, k_pe: torch.Tensor, latents: torch.Tensor) -> None:
+    """[T, kv_lora_rank] and [T, rope] side by side into [T, W]: a key of one head."""
+    torch.ops.pcp_mla.concat_k.default(kv_c.unsqueeze(1), k_pe, latents.unsqueeze(1))
+
+
 class LatentExchange:
     """Gives every rank of a context-parallel group the latents of all: rows of ``kv_lora_rank + qk_rope_head_dim`` numbers travel
     in one ``all_gather_into_tensor``, where two of them and two restores were.
@@ -88,7 +93,7 @@ class LatentExchange:
             in_place = alone or (self._in_place and self.world_size > 1)
             rows = gathered[0 if alone else self.rank * padded :][:padded] if in_place else self._send[:padded]
             if tokens:
-                torch.ops.pcp_mla.concat_k(kv_c[:, None], k_pe, rows[:tokens, None])  # a key of one head
+                pack_latents(kv_c, k_pe, rows[:tokens] if tokens < padded else rows)
             if tokens < padded:
                 rows[tokens:].zero_()
         if self.world_size == 1:
