@@ -17,7 +17,6 @@ of a large copy.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
 import statistics
@@ -31,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends, pipeline
-from pcp_mla.attention import _run as attend
+from pcp_mla.attention import run_rows
 from pcp_mla.attention_libraries import Rows
 from pcp_mla.exchange import all_gather_rows
 from pcp_mla.latent_exchange import pack_latents
@@ -148,7 +147,7 @@ class Layer:
         outs = []
         for call in calls:
             lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_k.diff(), meta.max_seqlen_q, meta.max_seqlen_k, True)
-            outs.append(attend(self.backend, call.q, call.k, call.v, Rows(*lengths), SCALE, False)[0])
+            outs.append(run_rows(self.backend, call.q, call.k, call.v, Rows(*lengths), SCALE, False)[0])
         return torch.cat(outs).index_select(0, meta.output_restore_idx)
 
     def rows(self) -> torch.Tensor:
@@ -159,7 +158,7 @@ class Layer:
         latents = self.cache.view(-1, self.dims.latent_dim).index_select(0, self.row_slots)
         k, v = build_kv(*self.parts_of(latents), self.weight, self.dims)
         lengths = (meta.cu_seqlens_q, self.row_cu_seqlens, meta.seqused_k, meta.max_seqlen_q, meta.max_seqlen_k, True)
-        return attend(self.backend, self.q, k, v, Rows(*lengths), SCALE, False)[0]
+        return run_rows(self.backend, self.q, k, v, Rows(*lengths), SCALE, False)[0]
 
     def paths(self) -> dict[str, Callable[[], torch.Tensor]]:
         """All three, checked against each other: a wrong result has no time."""
@@ -193,9 +192,7 @@ def stages_cpu_us(call: Callable[[], Any], repeats: int, calls: int) -> dict[str
     """Host time of each stage of our layer and of the checks around them, as :func:`timing.cpu_us` of the whole."""
     clocks = {name: _Clock() for name in ("exchange", "cache_write", "up_project", "attention")}
     samples = []
-    with contextlib.ExitStack() as patches:
-        for name, clock in clocks.items():
-            patches.enter_context(mock.patch.object(pipeline, f"_{name.upper()}", clock))
+    with mock.patch.dict(pipeline._STAGES, clocks):
         for _ in range(repeats):
             for clock in clocks.values():
                 clock.spent = 0.0

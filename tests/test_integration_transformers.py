@@ -332,8 +332,8 @@ def test_bad_calls() -> None:
     enable_pcp(model)
     with pytest.raises(ValueError, match="model must not be under PCP already"):
         enable_pcp(model)
-    with pytest.raises(ValueError, match=r"got a direct call"):
-        model(torch.tensor([[1]]))
+    with pytest.raises(ValueError, match=r"call it as a whole"):
+        model.model(torch.tensor([[1]]))
     with pytest.raises(ValueError, match=r"prefill: requests must hold token ids in 0\.\.49, got 50 in request 1"):
         prefill(model, [[1], [2, 50]])
     with pytest.raises(TypeError, match="prefill: requests must be a list with a list of token ids per request, got str"):

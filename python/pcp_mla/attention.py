@@ -77,7 +77,7 @@ def _by_library(
     return part if out is None else out, part_lse if lse is None else lse
 
 
-def _run(
+def run_rows(
     name: str,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -129,7 +129,7 @@ def _by_two_calls(
     states = []
     for q_part, k_part, v_part, cu_seqlens_q, cu_seqlens_k in halves:
         lengths = Rows(cu_seqlens_q, cu_seqlens_k, cu_seqlens_k.diff(), meta.max_seqlen_q, meta.max_seqlen_k, True)
-        states.append(_run(name, q_part, k_part, v_part, lengths, scale, return_lse))
+        states.append(run_rows(name, q_part, k_part, v_part, lengths, scale, return_lse))
     (head, head_lse), (tail, tail_lse) = states
     given = None if out is None else (out, lse)
     return pcp_fused_restore(head, tail, head_lse if return_lse else None, tail_lse if return_lse else None, meta, out=given)
@@ -177,7 +177,7 @@ def attend(
         return state if return_lse else state[0]
     of = meta if chunk is None else chunk
     rows = Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)
-    state = _run(name, q, k, v, rows, softmax_scale, return_lse, k_pe, kv_rows, prev, given, lse)
+    state = run_rows(name, q, k, v, rows, softmax_scale, return_lse, k_pe, kv_rows, prev, given, lse)
     return state if return_lse else state[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +22,10 @@ def pack_latents(kv_c: torch.Tensor, k_pe: torch.Tensor, latents: torch.Tensor) 
     torch.ops.pcp_mla.concat_k.default(kv_c.unsqueeze(1), k_pe, latents.unsqueeze(1))
 
 
+def _call(collective: Callable[[], None]) -> None:
+    collective()
+
+
 class LatentExchange:
     """Gives every rank of a context-parallel group the latents of all: rows of ``kv_lora_rank + qk_rope_head_dim`` numbers travel
     in one ``all_gather_into_tensor``, where two of them and two restores were.
@@ -32,9 +38,15 @@ class LatentExchange:
         dtype: of the latents; types of one byte (float8) travel as bytes.
         device: where the buffers are: P + 1 times ``max_tokens`` rows.
 
+    Attributes:
+        around: what makes the collective instead of a plain call, given it: :meth:`pcp_mla.graphs.PiecewiseGraph.gap` while it
+            captures.
+
     Raises:
         ValueError, TypeError: ``max_tokens`` is negative, ``group`` is none of the kinds.
     """
+
+    around: Callable[[Callable[[], None]], None] | None = None
 
     def __init__(
         self, group: Group, max_tokens: int, dims: MLADims, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -101,9 +113,10 @@ class LatentExchange:
         if alone:
             return gathered
         if rows.element_size() == 1:  # collectives know bytes, but not every float8
-            all_gather_into(gathered.view(torch.uint8), rows.view(torch.uint8), self.group)
+            collective = partial(all_gather_into, gathered.view(torch.uint8), rows.view(torch.uint8), self.group)
         else:
-            all_gather_into(gathered, rows, self.group)
+            collective = partial(all_gather_into, gathered, rows, self.group)
+        (self.around or _call)(collective)
         return gathered
 
     def _side_by_side(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ written and read by their address, the head and the tail of a request are two ro
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class MLADims:
 KVProjection = torch.nn.Module | torch.Tensor
 
 
-def _plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
+def plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
     """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does: subclasses may hold it quantised, and
     hooks may move it or change what comes of it."""
     if isinstance(kv_b_proj, torch.Tensor):
@@ -86,7 +87,7 @@ def check_layer_inputs(
         check_last_dim(op, name, tensor)
     if not isinstance(kv_b_proj, torch.Tensor | torch.nn.Module):
         raise TypeError(f"{op}: kv_b_proj must be a torch.Tensor or a torch.nn.Module, got {type(kv_b_proj).__name__}")
-    weight = kv_b_proj.weight if type(kv_b_proj) is torch.nn.Linear else _plain_weight(kv_b_proj)
+    weight = kv_b_proj.weight if type(kv_b_proj) is torch.nn.Linear else plain_weight(kv_b_proj)
     shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
     if weight is not None:
         if weight.shape != shape:
@@ -129,7 +130,7 @@ def expand_rows(
     latents: torch.Tensor, rows: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K [n, heads, nope + rope] and V [n, heads, v] of the latents at ``rows`` (int32 [n]), by a weight or a module."""
-    weight = _plain_weight(kv_b_proj)
+    weight = plain_weight(kv_b_proj)
     if weight is not None:
         return expand(latents, rows, weight, dims)
     assert not isinstance(kv_b_proj, torch.Tensor)
@@ -139,21 +140,24 @@ def expand_rows(
 class _Stage:
     """An NVTX range around a stage, for a profiler's timeline. torch's own context manager takes several times as long."""
 
-    enabled = torch.version.cuda is not None and torch.cuda.is_available()
-
     def __init__(self, name: str) -> None:
         self._name = f"pcp_mla.{name}"
 
     def __enter__(self) -> None:
-        if self.enabled and not torch.compiler.is_compiling():
-            torch.cuda.nvtx.range_push(self._name)
+        torch.cuda.nvtx.range_push(self._name)
 
     def __exit__(self, *_: object) -> None:
-        if self.enabled and not torch.compiler.is_compiling():
-            torch.cuda.nvtx.range_pop()
+        torch.cuda.nvtx.range_pop()
 
 
-_EXCHANGE, _CACHE_WRITE, _UP_PROJECT, _ATTENTION = map(_Stage, ("exchange", "cache_write", "up_project", "attention"))
+_STAGES: dict[str, AbstractContextManager[None]] = {
+    name: _Stage(name) if torch.version.cuda is not None and torch.cuda.is_available() else nullcontext()
+    for name in ("exchange", "cache_write", "up_project", "attention")
+}
+
+
+def _stage(name: str) -> AbstractContextManager[None]:
+    return nullcontext() if torch.compiler.is_compiling() else _STAGES[name]
 
 
 @dataclass(frozen=True)
@@ -217,13 +221,13 @@ class MLAPrefill:
         check_layer_inputs("MLAPrefill", q, kv_c, k_pe, kv_b_proj, meta, self.dims, cache)
         backend = choose(self.backend, q.device, q.dtype, q.shape[2], self.dims.v_head_dim, False)
         check_chunks(backend, len(meta.key_chunks) > 1)
-        with _EXCHANGE:
+        with _stage("exchange"):
             latents = self.exchange.all_gather(kv_c, k_pe, meta)
         rows = meta.allgather_restore_idx
         if cache is not None:
             assert meta.slot_mapping is not None
             assert meta.kv_rows is not None
-            with _CACHE_WRITE:
+            with _stage("cache_write"):
                 torch.ops.pcp_mla.write_latent_cache.default(latents, cache, meta.slot_mapping, None)
             latents, rows = cache, meta.kv_rows
         *context, new = meta.key_chunks or (None,)
@@ -248,9 +252,9 @@ class MLAPrefill:
         """Output and LSE over the keys of a chunk, merged into ``prev`` in place; without a chunk over all keys, and no LSE."""
         if chunk is not None:
             rows = rows[chunk.first_row : chunk.first_row + chunk.num_rows]
-        with _UP_PROJECT:
+        with _stage("up_project"):
             k, v = expand_rows(latents, rows, kv_b_proj, self.dims)
-        with _ATTENTION:
+        with _stage("attention"):
             # Everything was checked, or made here.
             if chunk is None:
                 out = attend(backend, q, k, v, meta, self.softmax_scale)

@@ -30,7 +30,8 @@ class PlannedMetadata(PCPMetadata):
         discard_request_mask: [R] bool.
 
     In a plan that was padded (``num_tokens_padded=``) the per-token arrays have the sizes that a captured graph needs: [Np] the
-    local ones, [P * Np] the restore indices, pads -1 (positions 0). The four counts of the two-call ops are upper limits there.
+    local ones, [P * Np] the restore indices, pads -1 (positions 0). The four counts of the two-call ops are upper limits there, and
+    so are the lengths of the longest rows: Np and N.
     """
 
     num_new_tokens: int
@@ -58,6 +59,7 @@ class PlannedMetadata(PCPMetadata):
             # A chunk's tail is never longer than its head.
             tokens, keys = counts["num_tokens_padded"], counts["num_kv_tokens"]
             counts.update(num_head_tokens=tokens, num_tail_tokens=tokens // 2, num_head_kv=keys, num_tail_kv=keys)
+            counts.update(max_seqlen_q=tokens, max_seqlen_k=keys)
         object.__setattr__(self, "__dict__", counts)  # the base class is frozen
 
     @property

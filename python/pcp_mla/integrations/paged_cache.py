@@ -42,9 +42,9 @@ class LatentBlocks:
         self._users: list[int] = []
         self._free: list[int] = []
 
-    def _take(self, count: int) -> list[int]:
-        """Free blocks, now with one user each; the pool grows if there are too few."""
-        missing, old = count - len(self._free), len(self._users)
+    def grow(self, free: int) -> None:
+        """Make sure that so many blocks are free."""
+        missing, old = free - len(self._free), len(self._users)
         if missing > 0:
             more = max(missing, old // 4)
             with torch.inference_mode(False), torch.no_grad():
@@ -53,6 +53,10 @@ class LatentBlocks:
             self.cache = grown
             self._users += [0] * more
             self._free += reversed(range(old, old + more))
+
+    def _take(self, count: int) -> list[int]:
+        """Free blocks, now with one user each; the pool grows if there are too few."""
+        self.grow(count)
         taken = [self._free.pop() for _ in range(count)]
         self._use(taken)
         return taken

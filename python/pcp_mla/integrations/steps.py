@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..exchange import Group, group_rank, group_world_size
@@ -16,10 +19,24 @@ from .paged_cache import BLOCK_SIZE, CachedRequests
 
 @dataclass
 class PCPStep:
-    """A running step: its plan and the exchange of its latents."""
+    """A running step: its plan, the exchange of its latents, and whether it is a decode step, each request having one token."""
 
     meta: PCPMetadata
     exchange: LatentExchange
+    is_decode: bool
+
+
+class Batch(NamedTuple):
+    """The requests of a step that have new tokens; the others' cached tokens would be expanded for nobody."""
+
+    lengths: list[int]
+    contexts: list[int]
+    tables: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], cached: CachedRequests) -> Batch:
+        busy = [i for i, length in enumerate(lengths) if length]
+        return cls([lengths[i] for i in busy], [cached.lengths[i] for i in busy], cached.block_tables()[busy])
 
 
 class StepPlanner:
@@ -35,15 +52,10 @@ class StepPlanner:
         self._planner = PCPPlanner(*sizes, layout=self._layout, block_size=BLOCK_SIZE, device=self._device)
         self._exchange = LatentExchange(self.group, self._planner.max_local_tokens, self._dims, self._dtype, self._device)
 
-    def plan(self, lengths: list[int], cached: CachedRequests, decode: bool) -> PCPStep:
-        """A step of ``lengths`` new tokens, whose blocks ``cached`` has already. Valid until the next one.
-
-        The plan is of the requests that have some: the others' cached tokens would be expanded for nobody.
-        """
-        busy = [i for i, length in enumerate(lengths) if length]
-        lengths, contexts = [lengths[i] for i in busy], [cached.lengths[i] for i in busy]
-        planner = self._planner
-        if len(busy) > planner.max_requests or sum(lengths) > planner.max_tokens:
-            self._make(max(len(busy), planner.max_requests), max(sum(lengths), planner.max_tokens))
-        meta = self._planner.plan(lengths, contexts, [not decode] * len(busy), cached.block_tables()[busy])
-        return PCPStep(meta, self._exchange)
+    def plan(self, batch: Batch, decode: bool) -> PCPStep:
+        """A step over a cache that has the blocks already. Valid until the next one."""
+        planner, tokens = self._planner, sum(batch.lengths)
+        if len(batch.lengths) > planner.max_requests or tokens > planner.max_tokens:
+            self._make(max(len(batch.lengths), planner.max_requests), max(tokens, planner.max_tokens))
+        meta = self._planner.plan(batch.lengths, batch.contexts, [not decode] * len(batch.lengths), batch.tables)
+        return PCPStep(meta, self._exchange, decode)

@@ -1,74 +1,45 @@
 """Prefill context parallelism for transformers' own DeepSeek-V2 and V3 models.
 
-:func:`enable_pcp` replaces the forward of every attention module; :func:`prefill`, :func:`extend`, :func:`decode` and
-:func:`generate` drive the model. For inference only.
+:func:`enable_pcp` replaces the forward of the model and of every attention module: calls of the model and its own ``generate``
+work as before, and :func:`prefill`, :func:`extend`, :func:`decode` and :func:`generate` drive it without padding. For inference
+only.
 
 A prefill cuts every request over the ranks. Every rank sees all latents in each layer, so it keeps the whole latent cache, in paged
-blocks that requests with a common prefix share, and a decode step runs on all ranks alike, with no collective.
+blocks that requests with a common prefix share, and a decode step runs on all ranks alike, with no collective, over the latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..exchange import Group, all_gather_rows, group_rank, group_world_size
+from ..exchange import Group, group_rank, group_world_size
 from ..partition import check_layout
-from ..pipeline import MLADims, MLAPrefill
-from .deepseek import check_model, copy_sharing_weights, model_dims, project_inputs
+from .captured import CapturedSteps
+from .context import PCPContext, context_of
+from .deepseek import check_model, copy_sharing_weights, model_dims
+from .forward import PCPCache, model_forward
+from .model_step import attention_forward, run_step
 from .paged_cache import CachedRequests, LatentBlocks
-from .steps import PCPStep, StepPlanner
+from .requests import check_count, checked_prefix, in_chunks, token_lists
+from .steps import StepPlanner
 
-__all__ = ["PCPContext", "copy_sharing_weights", "decode", "disable_pcp", "enable_pcp", "extend", "generate", "prefill"]
-
-
-@dataclass
-class PCPContext:
-    """What a model under PCP carries.
-
-    Attributes:
-        group, world_size, rank, layout: as enabled.
-        dims: widths of its attention.
-        blocks: the latent cache of all layers.
-        requests: those that the last :func:`prefill` started; a step that fails leaves them as they were.
-        planner, decode_planner: for steps of the group, and for those that each rank makes on its own.
-        step: the running step, None between steps.
-    """
-
-    group: Group
-    world_size: int
-    rank: int
-    layout: str
-    dims: MLADims
-    blocks: LatentBlocks
-    planner: StepPlanner
-    decode_planner: StepPlanner
-    requests: CachedRequests = field(default_factory=CachedRequests)
-    step: PCPStep | None = None
-
-    @contextmanager
-    def update(self, requests: CachedRequests) -> Iterator[None]:
-        """Around steps that add tokens to ``requests``: if all succeed they take the place of the last ones, else they go."""
-        try:
-            yield
-        except BaseException:
-            self.blocks.release(requests)
-            raise
-        self.blocks.release(self.requests)
-        self.requests = requests
-
-
-def _context(op: str, model: Any) -> PCPContext:
-    check_model(op, model)
-    if "_pcp" not in model.__dict__:
-        raise ValueError(f"{op}: model must be under PCP, call enable_pcp first")
-    return model.__dict__["_pcp"]
+__all__ = [
+    "PCPCache",
+    "PCPContext",
+    "capture_graphs",
+    "copy_sharing_weights",
+    "decode",
+    "disable_pcp",
+    "enable_pcp",
+    "extend",
+    "generate",
+    "prefill",
+]
 
 
 def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCPContext:
@@ -97,124 +68,62 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCP
     planner, decode_planner = (StepPlanner(g, layout, dims, *place) for g in (group, None))
     context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner)
     model.__dict__["_pcp"] = context
+    model.forward = partial(model_forward, model)
     for layer in model.model.layers:
-        layer.self_attn.forward = partial(_attention_forward, layer.self_attn, context)
+        layer.self_attn.forward = partial(attention_forward, layer.self_attn, context)
     return context
 
 
 def disable_pcp(model: Any) -> None:
     """Undo :func:`enable_pcp`. ValueError if the model is not under PCP, TypeError for another kind of model."""
-    _context("disable_pcp", model)
+    context_of("disable_pcp", model)
     del model.__dict__["_pcp"]
+    del model.forward
     for layer in model.model.layers:
         del layer.self_attn.forward
 
 
-def _attention_forward(
-    attention: Any,
-    context: PCPContext,
-    hidden_states: torch.Tensor,
-    position_embeddings: Any = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    step, dims = context.step, context.dims
-    if step is None:
-        raise ValueError("attention: the model is under PCP, call prefill, extend, decode or generate, got a direct call")
-    tokens = step.meta.num_tokens
-    q, kv_c, k_pe = (x[:tokens] for x in project_inputs(attention, hidden_states, position_embeddings, dims))
-    cache = context.blocks.cache[attention.layer_idx]
-    layer = MLAPrefill(dims, attention.scaling, step.exchange)
-    attended = layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, cache)
-    out = hidden_states.new_zeros(hidden_states.shape[1], dims.num_heads * dims.v_head_dim)
-    out[:tokens] = attended.flatten(1)
-    return attention.o_proj(out)[None], None
+@torch.no_grad()
+def capture_graphs(
+    model: Any,
+    *,
+    prefill_sizes: Sequence[tuple[int, int]] = (),
+    decode_sizes: Sequence[tuple[int, int]] = (),
+    max_requests: int = 16,
+) -> None:
+    """Capture CUDA graphs of steps: prefills in pieces between the layers' collectives, decodes whole. Steps that fit one are
+    replayed from then on, the smallest that fits; others run as before. All ranks must call it alike.
+
+    Where the latent cache has grown since, its graphs are not used any more: it is grown to what the largest of them needs first.
+
+    Args:
+        prefill_sizes: (tokens of the fullest rank, keys of all requests with their context) that a graph has room for.
+        decode_sizes: (requests, keys of all requests) likewise.
+        max_requests: of a step.
+
+    Raises:
+        ValueError: not under PCP, not on a GPU, or a size that is not positive.
+        RuntimeError: a module of the model does what CUDA cannot capture (transformers' default of MoE layers waits for the GPU).
+    """
+    context = context_of("capture_graphs", model)
+    if not model.model.embed_tokens.weight.is_cuda:
+        raise ValueError(f"capture_graphs: model must be on a CUDA device, got {model.model.embed_tokens.weight.device}")
+    for name, sizes in (("prefill_sizes", prefill_sizes), ("decode_sizes", decode_sizes)):
+        if any(min(size) < 1 for size in sizes) or max_requests < 1:
+            raise ValueError(f"capture_graphs: {name} and max_requests must be positive, got {sizes} and {max_requests}")
+    context.captured = CapturedSteps(model, context, False, prefill_sizes, max_requests) if prefill_sizes else None
+    context.captured_decodes = CapturedSteps(model, context, True, decode_sizes, max_requests) if decode_sizes else None
 
 
-def _token_lists(op: str, model: Any, requests: Any) -> list[list[int]]:
-    if (
-        not isinstance(requests, Sequence)
-        or isinstance(requests, str | bytes)
-        or not all(isinstance(r, Sequence) for r in requests)
-    ):
-        raise TypeError(f"{op}: requests must be a list with a list of token ids per request, got {type(requests).__name__}")
-    vocabulary = model.config.vocab_size
-    for i, request in enumerate(requests):
-        wrong = next((token for token in request if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise ValueError(f"{op}: requests must hold token ids in 0..{vocabulary - 1}, got {wrong} in request {i}")
-    return [list(request) for request in requests]
-
-
-def _step(model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], decode: bool = False) -> torch.Tensor:
-    """Run new tokens of every request and add them to ``requests``: last hidden states [new tokens, hidden] in natural order."""
-    device = model.model.embed_tokens.weight.device
-    lengths = [len(new) for new in tokens]
-    if not sum(lengths):
-        raise ValueError("step: requests must hold at least one token, got none")
-    context.blocks.reserve(requests, lengths)
-    planner = context.decode_planner if decode else context.planner
-    step = planner.plan(lengths, requests, decode)
-    meta = step.meta
-    natural = torch.tensor([*(token for new in tokens for token in new), 0], device=device)
-    local, positions = natural[meta.local_token_indices.long()], meta.positions.long()  # index -1, a pad, takes the last entry
-    if not meta.num_tokens:
-        # Modules of the model fail on no tokens at all; the attention leaves this one out.
-        local, positions = natural[-1:], natural.new_zeros(1)
-    context.step = step
-    try:
-        hidden = model.model(
-            input_ids=local[None],
-            position_ids=positions[None],
-            # A four-dimensional mask is passed on as it is, and ours is not read: without it, positions that jump (head to tail,
-            # request to request) are taken for packed sequences and a [T, T] mask is built.
-            attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
-            use_cache=False,
-        ).last_hidden_state[0, : meta.num_tokens]
-    finally:
-        context.step = None
-    padded = hidden.new_zeros(meta.num_tokens_padded, hidden.shape[1])
-    padded[: meta.num_tokens] = hidden
-    restored = all_gather_rows(padded, planner.group).index_select(0, meta.hidden_restore_idx)
-    requests.lengths = [old + new for old, new in zip(requests.lengths, lengths, strict=True)]
-    return restored
-
-
-def _chunks(tokens: list[list[int]], chunk_tokens: int) -> Iterator[list[list[int]]]:
-    """The requests' tokens in steps of ``chunk_tokens``, in natural order: what each request has in the step, often nothing."""
-    starts = np.cumsum([0, *map(len, tokens)]).tolist()
-    for first in range(0, max(1, starts[-1]), chunk_tokens):
-        last = first + chunk_tokens
-        yield [new[max(0, first - start) : max(0, last - start)] for new, start in zip(tokens, starts, strict=False)]
-
-
-def _checked_prefix(context: PCPContext, prefix: Any, count: int) -> list[tuple[int, int] | None]:
-    if prefix is None:
-        return [None] * count
-    lengths = context.requests.lengths
-    wanted = f"a (request, tokens) or None for each of the {count} requests"
-    if not isinstance(prefix, Sequence) or isinstance(prefix, str | bytes):
-        raise TypeError(f"prefill: prefix must be a list with {wanted}, got {type(prefix).__name__}")
-    if len(prefix) != count:
-        raise ValueError(f"prefill: prefix must have {wanted}, got {len(prefix)}")
-    for entry in prefix:
-        if entry is None:
-            continue
-        if not isinstance(entry, tuple) or len(entry) != 2 or not all(type(number) is int for number in entry):
-            raise TypeError(f"prefill: prefix must have {wanted}, got {entry!r}")
-        request, tokens = entry
-        if not 0 <= request < len(lengths):
-            raise ValueError(f"prefill: prefix must name one of the {len(lengths)} requests of the last prefill, got {request}")
-        if not 0 <= tokens <= lengths[request]:
-            raise ValueError(f"prefill: prefix must have 0 to {lengths[request]} tokens of request {request}, got {tokens}")
-    return list(prefix)
-
-
-def _check_count(argument: str, context: PCPContext, requests: list[list[int]]) -> None:
-    count = len(context.requests.lengths)
-    if len(requests) != count:
-        raise ValueError(
-            f"{argument} must have one entry for each of the {count} requests of the last prefill, got {len(requests)}"
-        )
+def _prefill_hidden(
+    model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], chunk_tokens: int | None
+) -> torch.Tensor:
+    """Last hidden states [sum of lengths, hidden] of a prefill in steps of ``chunk_tokens``."""
+    if chunk_tokens is None:
+        chunk_tokens = max(1, sum(map(len, tokens)))
+    if chunk_tokens < 1:
+        raise ValueError(f"prefill: chunk_tokens must be at least 1, got {chunk_tokens}")
+    return torch.cat([run_step(model, context, requests, new) for new in in_chunks(tokens, chunk_tokens)])
 
 
 @torch.no_grad()
@@ -239,25 +148,20 @@ def prefill(
     Raises:
         TypeError, ValueError: wrong model, not under PCP, token ids or prefixes out of range, or no token at all.
     """
-    context, lists = _context("prefill", model), _token_lists("prefill", model, requests)
-    prefixes = _checked_prefix(context, prefix, len(lists))
-    if chunk_tokens is None:
-        chunk_tokens = max(1, sum(map(len, lists)))
-    if chunk_tokens < 1:
-        raise ValueError(f"prefill: chunk_tokens must be at least 1, got {chunk_tokens}")
-    started = context.blocks.fork_prefixes(context.requests, prefixes)
+    context, lists = context_of("prefill", model), token_lists("prefill", model, requests)
+    started = context.blocks.fork_prefixes(context.requests, checked_prefix(context, prefix, len(lists)))
     with context.update(started):
-        return torch.cat([model.lm_head(_step(model, context, started, new)) for new in _chunks(lists, chunk_tokens)])
+        return model.lm_head(_prefill_hidden(model, context, started, lists, chunk_tokens))
 
 
 @torch.no_grad()
 def extend(model: Any, requests: Sequence[Sequence[int]]) -> torch.Tensor:
     """Add a further chunk of tokens to each request of the last :func:`prefill`; result and errors as there."""
-    context, lists = _context("extend", model), _token_lists("extend", model, requests)
-    _check_count("extend: requests", context, lists)
+    context, lists = context_of("extend", model), token_lists("extend", model, requests)
+    check_count("extend: requests", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
-        return model.lm_head(_step(model, context, extended, lists))
+        return model.lm_head(run_step(model, context, extended, lists))
 
 
 @torch.no_grad()
@@ -266,31 +170,44 @@ def decode(model: Any, tokens: Sequence[int]) -> torch.Tensor:
 
     Errors as :func:`prefill`.
     """
-    context, lists = _context("decode", model), _token_lists("decode", model, [[token] for token in tokens])
-    _check_count("decode: tokens", context, lists)
+    context, lists = context_of("decode", model), token_lists("decode", model, [[token] for token in tokens])
+    check_count("decode: tokens", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
-        return model.lm_head(_step(model, context, extended, lists, decode=True))
+        return model.lm_head(run_step(model, context, extended, lists, decode=True))
 
 
 @torch.no_grad()
-def generate(model: Any, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
-    """The ``n`` tokens that follow each prompt, greedily chosen, on every rank.
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    *,
+    eos_token_id: int | None = None,
+    chunk_tokens: int | None = None,
+    prefix: Sequence[tuple[int, int] | None] | None = None,
+) -> list[list[int]]:
+    """The ``n`` tokens that follow each prompt, greedily chosen, on every rank; fewer behind ``eos_token_id``, which is kept.
 
-    Errors as :func:`prefill`; ValueError also for an empty prompt and for ``n`` below 1.
+    ``chunk_tokens`` and ``prefix`` as :func:`prefill`. Errors as there; ValueError also for an empty prompt and for ``n`` below 1.
     """
-    context, lists = _context("generate", model), _token_lists("generate", model, prompts)
+    context, lists = context_of("generate", model), token_lists("generate", model, prompts)
+    prefixes = checked_prefix(context, prefix, len(lists))
     if n < 1:
         raise ValueError(f"generate: n must be at least 1, got {n}")
     if not all(lists):
         raise ValueError(f"generate: prompts must not be empty, got no tokens for prompt {lists.index([])}")
-    started = context.blocks.fork_prefixes(context.requests, [None] * len(lists))
+    started = context.blocks.fork_prefixes(context.requests, prefixes)
     with context.update(started):
-        hidden = _step(model, context, started, lists)
+        hidden = _prefill_hidden(model, context, started, lists, chunk_tokens)
     ends = torch.from_numpy(np.cumsum([len(prompt) for prompt in lists]) - 1).to(hidden.device)
     tokens = model.lm_head(hidden.index_select(0, ends)).argmax(-1).tolist()
-    chosen = [tokens]
-    while len(chosen) < n:
+    chosen = [[token] for token in tokens]
+    for _ in range(n - 1):
+        if all(eos_token_id in request for request in chosen):
+            break
+        # Requests that have ended go on, for nobody, as rows of a batch whose size stays.
         tokens = decode(model, tokens).argmax(-1).tolist()
-        chosen.append(tokens)
-    return [list(request) for request in zip(*chosen, strict=True)]
+        for request, token in zip(chosen, tokens, strict=True):
+            request += [token] * (eos_token_id not in request)
+    return chosen

@@ -25,10 +25,11 @@ def configuration(major: int | None, dtype: torch.dtype, width: int) -> dict[str
     config = {"QUERIES": 64, "KEYS": 32, "HEADS": 16, "num_warps": 4, "num_stages": 2}
     if major is None:
         return config | {"QUERIES": 16, "KEYS": 16}
+    wide = width > 320  # few queries, or registers spill: attention over latents has as many queries a row as heads anyway
     if dtype == torch.float32:
-        return config | {"QUERIES": 32, "num_stages": 1}
-    if width > 320:
-        return config
+        return config | ({"QUERIES": 16, "KEYS": 16} if wide else {"QUERIES": 32}) | {"num_stages": 1}
+    if wide:
+        return config | {"QUERIES": 16}
     if major == 9:
         return config | {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3}
     return config | {"QUERIES": 128, "num_warps": 8}

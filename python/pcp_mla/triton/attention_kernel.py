@@ -56,8 +56,8 @@ def work_item(
 @triton.jit
 def _tile(data, stride, row, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr,
           FLOAT32: tl.constexpr):  # fmt: skip
-    """[keys, BLOCK] of K or V: the tile from row ``row`` on, or the listed ``rows``, a pad (-1) being row 0. ``data`` is at the head's
-    part of row 0."""
+    """[keys, BLOCK] of K or V: the tile from row ``row`` on, or the listed ``rows``, a pad (-1) being row 0. ``data`` is at the
+    head's part of row 0."""
     KEYS: tl.constexpr = exists.shape[0]
     d = tl.arange(0, BLOCK)[None, :]
     if LISTED:

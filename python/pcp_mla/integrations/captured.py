@@ -1,0 +1,111 @@
+"""Steps of a model under PCP in CUDA graphs, captured for some sizes and dispatched by the step's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..exchange import group_rank, group_world_size
+from ..graphs import PiecewiseGraph
+from ..latent_exchange import LatentExchange
+from ..metadata import PCPMetadata
+from ..planner import PCPPlanner
+from .context import PCPContext
+from .model_step import run_modules
+from .paged_cache import BLOCK_SIZE
+from .steps import Batch, PCPStep
+
+
+@dataclass
+class _Capture:
+    """One size: what the graph reads and what it writes."""
+
+    tokens: int
+    keys: int
+    ids: torch.Tensor
+    positions: torch.Tensor
+    hidden: torch.Tensor
+    graph: PiecewiseGraph
+
+
+class CapturedSteps:
+    """Prefill steps, in pieces between the layers' collectives; or decode steps, which have none, in one graph each.
+
+    Args:
+        model, context: a model under PCP, on a GPU.
+        decode: whether these are decode steps.
+        sizes: (local tokens of the fullest rank, keys of all requests with their context) that a graph has room for.
+        max_requests: that a graph has room for.
+
+    Attributes:
+        num_pieces: of each captured size: graphs, and collectives between them.
+    """
+
+    def __init__(self, model: Any, context: PCPContext, decode: bool, sizes: Sequence[tuple[int, int]], max_requests: int) -> None:
+        self._decode, self._max_requests, self._layout = decode, max_requests, context.layout
+        group = None if decode else context.group
+        world, weight = group_world_size(group), model.model.embed_tokens.weight
+        tokens, keys = (max(column) for column in zip(*sizes, strict=True))
+        self._planner = PCPPlanner(
+            max_requests,
+            world * tokens,
+            world,
+            group_rank(group),
+            layout=context.layout,
+            block_size=BLOCK_SIZE,
+            device=weight.device,
+            max_kv_tokens=keys,
+        )
+        context.blocks.grow(-(-keys // BLOCK_SIZE) + max_requests)
+        self._cache, self._blocks = context.blocks.cache, context.blocks
+        exchange = LatentExchange(group, tokens, context.dims, weight.dtype, weight.device)
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the others find its memory in the pool.
+        self._captures = [self._capture(model, context, exchange, pool, *size) for size in sorted(sizes, reverse=True)][::-1]
+        self.num_pieces = [capture.graph.num_pieces for capture in self._captures]
+
+    def _plan(self, tokens: int, keys: int, batch: Batch) -> PCPMetadata:
+        return self._planner.plan(
+            batch.lengths,
+            batch.contexts,
+            [not self._decode] * len(batch.lengths),
+            batch.tables,
+            num_tokens_padded=tokens,
+            num_requests_padded=self._max_requests,
+            num_kv_tokens_padded=keys,
+        )
+
+    def _capture(self, model: Any, context: PCPContext, exchange: LatentExchange, pool: Any, tokens: int, keys: int) -> _Capture:
+        device = self._planner.device
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
+            ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=device) for _ in range(2))
+        # No requests: nothing is written to the cache.
+        meta = self._plan(tokens, keys, Batch([], [], np.zeros((0, 1), np.int32)))
+        graph = PiecewiseGraph(pool)
+        with context.running(PCPStep(meta, exchange, self._decode)):
+            run_modules(model, ids, positions)
+            hidden = graph.capture(lambda: run_modules(model, ids, positions), [exchange])
+        return _Capture(tokens, keys, ids, positions, hidden, graph)
+
+    def replay(self, batch: Batch, natural: torch.Tensor) -> tuple[PCPMetadata, torch.Tensor] | None:
+        """The step's plan and its last hidden states with pads [Np, hidden], valid until the next replay; None if no graph has room
+        for it, on all ranks alike, or if the cache is not the captured one any more."""
+        count, planner = len(batch.lengths), self._planner
+        if self._blocks.cache is not self._cache or count > self._max_requests or sum(batch.lengths) > planner.max_tokens:
+            return None
+        local = planner.largest_rank(batch.lengths, [not self._decode] * count)
+        pads = 2 * planner.world_size * count if self._layout == "padded" else 0
+        keys = sum(batch.lengths) + sum(batch.contexts) + pads
+        fitting = (capture for capture in self._captures if capture.tokens >= local and capture.keys >= keys)
+        capture = next(fitting, None)
+        if capture is None:
+            return None
+        meta = self._plan(capture.tokens, capture.keys, batch)
+        capture.ids.copy_(natural[meta.local_token_indices.long()])  # index -1, a pad, takes the last entry
+        capture.positions.copy_(meta.positions)
+        capture.graph.replay()
+        return meta, capture.hidden

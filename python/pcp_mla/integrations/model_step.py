@@ -1,0 +1,86 @@
+"""A step of a model under PCP: what its modules compute, for the tokens of this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..exchange import all_gather_rows
+from ..pipeline import MLAPrefill, plain_weight
+from .context import PCPContext
+from .deepseek import project_inputs
+from .latent_attention import latent_attention
+from .paged_cache import CachedRequests
+from .steps import Batch
+
+
+def attention_forward(
+    attention: Any,
+    context: PCPContext,
+    hidden_states: torch.Tensor,
+    position_embeddings: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """In place of the attention module's forward."""
+    step, dims = context.step, context.dims
+    if step is None:
+        raise ValueError("attention: the model is under PCP, call it as a whole, or prefill, extend, decode or generate")
+    rows, tokens = step.meta.num_local_rows, hidden_states.shape[1]
+    q, kv_c, k_pe = (x[:rows] for x in project_inputs(attention, hidden_states, position_embeddings, dims))
+    cache = context.blocks.cache[attention.layer_idx]
+    weight = plain_weight(attention.kv_b_proj) if step.is_decode else None
+    if weight is not None:
+        latents = torch.cat([kv_c, k_pe], dim=1)
+        torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, None)
+        attended = latent_attention(q, weight, step.meta, cache, dims, attention.scaling)
+    else:
+        layer = MLAPrefill(dims, attention.scaling, step.exchange)
+        attended = layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, cache)
+    out = attended.flatten(1)
+    if rows < tokens:  # of a rank without tokens, see run_step
+        out = torch.cat([out, out.new_zeros(tokens - rows, out.shape[1])])
+    return attention.o_proj(out)[None], None
+
+
+def run_modules(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hidden states [T, hidden] of token ids and positions [T], behind the last norm."""
+    return model.model(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        # A four-dimensional mask is passed on as it is, and ours is not read: without it, positions that jump (head to tail,
+        # request to request) are taken for packed sequences and a [T, T] mask is built.
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        use_cache=False,
+    ).last_hidden_state[0]
+
+
+def run_step(
+    model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], decode: bool = False
+) -> torch.Tensor:
+    """Run new tokens of every request and add them to ``requests``: last hidden states [new tokens, hidden] in natural order."""
+    device = model.model.embed_tokens.weight.device
+    lengths = [len(new) for new in tokens]
+    if not sum(lengths):
+        raise ValueError("step: requests must hold at least one token, got none")
+    context.blocks.reserve(requests, lengths)
+    natural = torch.tensor([*(token for new in tokens for token in new), 0], device=device)
+    batch = Batch.of(lengths, requests)
+    captured = context.captured_decodes if decode else context.captured
+    replayed = captured.replay(batch, natural) if captured is not None else None
+    if replayed is not None:
+        meta, padded = replayed
+    else:
+        step = (context.decode_planner if decode else context.planner).plan(batch, decode)
+        meta = step.meta
+        ids, positions = natural[meta.local_token_indices.long()], meta.positions.long()  # index -1, a pad, takes the last entry
+        if not meta.num_tokens:
+            # Modules of the model fail on no tokens at all; the attention leaves this one out.
+            ids, positions = natural[-1:], natural.new_zeros(1)
+        with context.running(step):
+            hidden = run_modules(model, ids, positions)[: meta.num_tokens]
+        padded = hidden.new_zeros(meta.num_tokens_padded, hidden.shape[1])
+        padded[: meta.num_tokens] = hidden
+    restored = all_gather_rows(padded, None if decode else context.group).index_select(0, meta.hidden_restore_idx[: sum(lengths)])
+    requests.lengths = [old + new for old, new in zip(requests.lengths, lengths, strict=True)]
+    return restored
