@@ -17,7 +17,18 @@ import torch
 
 import pcp_mla
 
-BENCHMARKS = ("attention", "cp_merge", "exchange", "fused_gather", "latent_cache", "layer", "merge_states", "planner", "up_project")
+BENCHMARKS = (
+    "attention",
+    "cp_merge",
+    "exchange",
+    "fused_gather",
+    "graphs",
+    "latent_cache",
+    "layer",
+    "merge_states",
+    "planner",
+    "up_project",
+)
 HERE = Path(__file__).resolve().parent
 
 

@@ -32,12 +32,12 @@ import torch.distributed as dist
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends, pipeline
 from pcp_mla.attention import run_rows
 from pcp_mla.attention_libraries import Rows
-from pcp_mla.exchange import all_gather_rows
 from pcp_mla.latent_exchange import pack_latents
 from pcp_mla.launch import run_distributed
-from pcp_mla.seed_path import build_kv, gather_calls
+from pcp_mla.seed_path import build_kv
 
 from . import attention, peers, timing
+from .seed import SeedPath
 
 BLOCK = 64
 SCALE = 192**-0.5
@@ -112,49 +112,23 @@ class Layer:
         index = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, used, strict=True)])
         self.row_slots = meta.kv_rows[torch.from_numpy(index).to(device)]
         self.row_cu_seqlens = torch.from_numpy(np.append(0, used.cumsum()).astype(np.int32)).to(device)
-        self.in_order = meta.slot_mapping[meta.allgather_restore_idx.long()]
-        self.scale = torch.ones(1, device=device)
+        self.seed_path = SeedPath(meta, group, dims, self.backend)
 
-    def ours(self) -> torch.Tensor:
-        return self.layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
-
-    def gather(self, part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """A collective: real, or a copy of its result."""
-        if self.group is None:
-            return whole.clone()
-        pads = self.meta.num_tokens_padded - len(part)
-        return all_gather_rows(torch.nn.functional.pad(part, (0, 0, 0, pads)).contiguous(), self.group)
-
-    def write(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> None:
-        """Latents in natural order to their slots."""
-        if peers.has_vllm_ops() and kv_c.is_cuda:
-            torch.ops._C_cache_ops.concat_and_cache_mla(kv_c, k_pe, self.cache, self.in_order, "auto", self.scale)
-        else:
-            self.cache.view(-1, self.dims.latent_dim).index_copy_(0, self.in_order, torch.cat([kv_c, k_pe], dim=1))
+    def seed(self) -> torch.Tensor:
+        return self.seed_path(self.q, self.kv_c, self.k_pe, self.weight, self.cache, self.parts)
 
     def parts_of(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         kv_c, k_pe = latents.split([self.dims.kv_lora_rank, self.dims.qk_rope_head_dim], dim=1)
         return kv_c, k_pe
 
-    def seed(self) -> torch.Tensor:
-        meta = self.meta
-        parts = [self.gather(mine, whole) for mine, whole in zip((self.kv_c, self.k_pe), self.parts, strict=True)]
-        kv_c, k_pe = (part.index_select(0, meta.allgather_restore_idx) for part in parts)
-        self.write(kv_c, k_pe)
-        if meta.num_context_tokens:
-            kv_c, k_pe = self.parts_of(self.cache.view(-1, self.dims.latent_dim).index_select(0, meta.kv_rows))
-        calls = gather_calls(self.q, *build_kv(kv_c, k_pe, self.weight, self.dims), meta)
-        outs = []
-        for call in calls:
-            lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_k.diff(), meta.max_seqlen_q, meta.max_seqlen_k, True)
-            outs.append(run_rows(self.backend, call.q, call.k, call.v, Rows(*lengths), SCALE, False)[0])
-        return torch.cat(outs).index_select(0, meta.output_restore_idx)
+    def ours(self) -> torch.Tensor:
+        return self.layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
 
     def rows(self) -> torch.Tensor:
         meta = self.meta
         mine = torch.cat([self.kv_c, self.k_pe], dim=1)
-        restored = self.gather(mine, self.gathered).index_select(0, meta.allgather_restore_idx)
-        self.write(*self.parts_of(restored))
+        restored = self.seed_path.gather(mine, self.gathered).index_select(0, meta.allgather_restore_idx)
+        self.seed_path.write(*self.parts_of(restored), self.cache)
         latents = self.cache.view(-1, self.dims.latent_dim).index_select(0, self.row_slots)
         k, v = build_kv(*self.parts_of(latents), self.weight, self.dims)
         lengths = (meta.cu_seqlens_q, self.row_cu_seqlens, meta.seqused_k, meta.max_seqlen_q, meta.max_seqlen_k, True)

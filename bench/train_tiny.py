@@ -1,4 +1,4 @@
-"""python -m bench.train_tiny [--out FOLDER] [--minutes M | --steps N]: trains a small DeepSeek-V2 model, transformers' own class,
+"""python -m bench.train_tiny [--out FOLDER] [--steps N]: trains a small DeepSeek-V2 model, transformers' own class,
 on generated word problems (pcp_mla.evaluation.problems), and writes its weights in bfloat16 and the training's facts to FOLDER."""
 
 from __future__ import annotations
@@ -154,36 +154,33 @@ def optimizer_of(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
 
 
-def train(model: Any, batches: Iterator[torch.Tensor], held_out: torch.Tensor, seconds: float, steps: int | None) -> dict[str, Any]:
-    """Trains for so many steps, or without a number of steps for so many seconds; returns the curve and the totals."""
+def train(model: Any, batches: Iterator[torch.Tensor], held_out: torch.Tensor, steps: int) -> dict[str, Any]:
+    """Trains for so many steps; returns the curve and the totals."""
     optimizer = optimizer_of(model)
     curve: list[dict[str, float]] = []
     begin = reported = time.perf_counter()
-    step, tokens, solution = 0, 0, torch.zeros(())
-    while True:
-        elapsed = time.perf_counter() - begin
-        done = step / steps if steps else elapsed / seconds
-        last = done >= 1
-        if step and (last or time.perf_counter() - reported > REPORT_EVERY):
-            model.eval()
-            point = {"step": step, "seconds": round(elapsed, 1), "loss": round(float(solution), 4)}
-            point["equations"] = round(equation_accuracy(model, held_out), 4)
-            model.train()
-            curve.append(point)
-            print(f"step {step:6} {elapsed:6.1f} s loss {point['loss']:.4f} equations {point['equations']:.1%}", flush=True)
-            reported = time.perf_counter()
-        if last:
-            return {"steps": step, "tokens": tokens, "seconds": round(elapsed, 1), "curve": curve}
+    tokens = 0
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * rate(done)
+            group["lr"] = RATE * rate((step - 1) / steps)
         batch = next(batches)
         loss, solution = loss_of(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step += 1
         tokens += batch[0].numel()
+        if step == steps or time.perf_counter() - reported > REPORT_EVERY:
+            model.eval()
+            point = {"step": step, "seconds": round(time.perf_counter() - begin, 1), "loss": round(float(solution), 4)}
+            point["equations"] = round(equation_accuracy(model, held_out), 4)
+            model.train()
+            curve.append(point)
+            print(
+                f"step {step:6} {point['seconds']:6.1f} s loss {point['loss']:.4f} equations {point['equations']:.1%}", flush=True
+            )
+            reported = time.perf_counter()
+    return {"steps": steps, "tokens": tokens, "seconds": round(time.perf_counter() - begin, 1), "curve": curve}
 
 
 @torch.inference_mode()
@@ -210,15 +207,15 @@ def exact_match(folder: Path, device: str, count: int, batch: int = 50) -> float
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.train_tiny", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the weights")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=4.0, help="of training")
-    length.add_argument("--steps", type=int, help="of training, however long they take")
+    parser.add_argument(
+        "--steps", type=int, default=1200, help="of training (default: %(default)s, less than it takes to err never)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the training's facts; default: training.json beside the weights")
     args = parser.parse_args(arguments)
-    if args.minutes <= 0 or (args.steps is not None and args.steps < 1):
-        parser.error("--minutes and --steps must be positive")
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
     file = args.json or args.out / "training.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -231,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     print(f"{parameters / 1e6:.2f} million parameters, {ROWS} x {ROW} tokens a step, {workers} workers, {hardware}", flush=True)
-    facts = train(model, batches, data["held out"], args.minutes * 60, args.steps)
+    facts = train(model, batches, data["held out"], args.steps)
 
     model.to(torch.bfloat16).save_pretrained(args.out)
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""``python -m pcp_mla``: env, demo."""
+"""``python -m pcp_mla``: env, demo, eval."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from . import __version__, attention_backends, demo, native
+from . import __version__, attention_backends, demo, evaluation, native
 from .backends import COMPOSED, SCHEMAS, availability, public_name
 
 
@@ -63,8 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="print versions, GPUs, native libraries and backends")
     demo.add_arguments(commands.add_parser("demo", help="run a DeepSeek model stock and under PCP, and compare the logits"))
+    evaluation.add_arguments(commands.add_parser("eval", help="solve word problems by a trained model, stock and under PCP"))
     args = parser.parse_args(argv)
-    return print_env() if args.command == "env" else demo.run(args)
+    if args.command == "env":
+        return print_env()
+    return demo.run(args) if args.command == "demo" else evaluation.run(args)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,8 @@ class LatentExchange:
 
     def _side_by_side(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor | None:
         """The two as one contiguous [T, W], if that is how they lie in memory."""
+        if torch.compiler.is_compiling():  # they have no addresses then
+            return None
         row, item = self.width, kv_c.element_size()
         strides = (row, 1)
         if kv_c.stride() != strides or k_pe.stride() != strides or k_pe.data_ptr() != kv_c.data_ptr() + self.kv_lora_rank * item:

@@ -48,8 +48,8 @@ def _rank_main(rank: int, world_size: int, folder: str, backend: str, timeout: f
     except BaseException:
         Path(folder, f"error{rank}").write_text(traceback.format_exc())
         code = 1
-    # Without the interpreter's teardown: of a broken group it can wait for the other ranks, and after a good run some thread that is
-    # not done yet, and asks for the interpreter then, is ended by force and the process with it (exit code -6, now and then).
+    # Without the interpreter's teardown: of a broken group it can wait for the other ranks, and after a good run a thread that is
+    # not done yet, and asks for the interpreter then, is ended by force, and the process with it (exit code -6, now and then).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,1 +1,154 @@
-"""How often a small model solves word problems: the problems, their tokens and the scoring."""
+"""``python -m pcp_mla eval``: exact match of a small MLA model on word problems, stock and at several numbers of ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..demo.ranks import TIMEOUT, choose_backend
+from ..exchange import Group, group_rank, group_world_size
+from ..launch import RankError, run_distributed
+from ..played import play
+from .answers import Answer, pcp_answers, stock_answers
+from .compare import as_json, noise, score, table
+from .problems import VOCABULARY, Item, evaluation_items
+
+# Where a checkout has the weights that bench/train_tiny.py made.
+MODEL = Path(__file__).resolve().parents[3] / "tests" / "data" / "arithmetic"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the evaluation."""
+    parser.add_argument("--pcp", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="numbers of ranks (default: 1 2 4)")
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="problems to solve (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, metavar="N", help="tokens of a prefill step (default: all prompts of a batch)")
+    parser.add_argument("--prefix-cache", action="store_true", help="prefill the solved problems first, and share their blocks")
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="weights (default: those of the repository)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE as well")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """ValueError or ImportError if the evaluation cannot run."""
+    for name, value in (("--limit", args.limit), ("--chunk", args.chunk), *(("--pcp", p) for p in args.pcp)):
+        if value is not None and value < 1:
+            raise ValueError(f"eval: {name} must be at least 1, got {value}")
+    if not (args.model / "model.safetensors").is_file():
+        raise ValueError(
+            f"eval: --model must be a folder with weights, got {args.model}; python -m bench.train_tiny --out FOLDER makes them"
+        )
+    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ValueError(f"eval: --json must be a file in a folder that exists, got {args.json}")
+    # Needed by all that follows: say so before anything runs.
+    from ..integrations import transformers as _  # noqa: F401
+
+
+def load_model(folder: Path, device: torch.device) -> Any:
+    """The model, in bfloat16 on a GPU, in float32 on a CPU. ValueError if its vocabulary is not that of the problems."""
+    from transformers import DeepseekV2ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model: Any = DeepseekV2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    if model.config.vocab_size != len(VOCABULARY):
+        raise ValueError(f"eval: --model must have a vocabulary of {len(VOCABULARY)} tokens, got {model.config.vocab_size}")
+    return model.to(device)
+
+
+def _bar(what: str, count: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and outlives one that ends at once
+    return tqdm(total=count, desc=what, unit="problem", disable=not shown, file=sys.stderr)
+
+
+def _answers_of_rank(model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool) -> list[Answer]:
+    from ..integrations.transformers import enable_pcp
+
+    enable_pcp(model, group)
+    with _bar(f"P = {group_world_size(group)}", len(items), group_rank(group) == 0) as bar:
+        return list(pcp_answers(model, items, chunk, prefix_cache, bar.update))
+
+
+def _process_main(group: Any, folder: Path, items: list[Item], chunk: int | None, prefix_cache: bool) -> list[Answer]:
+    device = torch.device("cuda", group.rank()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    answers = _answers_of_rank(load_model(folder, device), group, items, chunk, prefix_cache)
+    return answers if group.rank() == 0 else [Answer(answer.tokens, answer.logits[:0]) for answer in answers]
+
+
+def run_ranks(world_size: int, folder: Path, items: list[Item], chunk: int | None, prefix_cache: bool) -> tuple[str, list[Answer]]:
+    """How the ranks were run, and rank 0's answers. RuntimeError if another rank says something else."""
+    backend = choose_backend(world_size)
+    options = (items, chunk, prefix_cache)
+    if backend == "played":
+        from ..integrations.transformers import copy_sharing_weights
+
+        model = load_model(folder, torch.device("cuda"))
+        results = play(world_size, lambda group: _answers_of_rank(copy_sharing_weights(model), group, *options))
+    else:
+        results = run_distributed(world_size, _process_main, folder, *options, backend=backend, timeout=TIMEOUT)
+    for rank, answers in enumerate(results):
+        if [answer.tokens for answer in answers] != [answer.tokens for answer in results[0]]:
+            raise RuntimeError(f"eval: ranks 0 and {rank} of {world_size} gave different answers")
+    return backend, results[0]
+
+
+def _run(args: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # By length: prompts of a batch are alike, so transformers pads little.
+    items = sorted(evaluation_items(args.limit), key=lambda item: len(item.prompt_ids))
+    model = load_model(args.model, device)
+    layers, dtype = model.config.num_hidden_layers, model.dtype
+    lengths = [len(item.prompt_ids) for item in items]
+    parameters = sum(p.numel() for p in model.parameters())
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(
+        f"model    {type(model).__name__}, {layers} layers, {parameters / 1e6:.1f} M trained weights, {str(dtype)[6:]}, {hardware}"
+    )
+    print(f"problems {len(items)}, prompts of {lengths[0]} to {lengths[-1]} tokens")
+    print(f"prefill  {f'in steps of {args.chunk} tokens' if args.chunk else 'in one step a batch'}", end="")
+    print(f", prefix caching {'on' if args.prefix_cache else 'off'}", flush=True)
+    with _bar("stock", len(items), True) as bar:
+        stock = list(stock_answers(model, items, bar.update))
+    del model
+    tolerance = noise(stock, layers, dtype)
+    compare = partial(score, stock=stock, items=items, tolerance=tolerance)
+    scores, backends = [compare("stock", stock)], []
+    for world_size in args.pcp:
+        backend, answers = run_ranks(world_size, args.model, items, args.chunk, args.prefix_cache)
+        scores.append(compare(str(world_size), answers))
+        backends.append(backend)
+    print(f"\n{table(scores, len(items))}\n")
+    print(f"ranks    {', '.join(f'P = {p}: {b}' for p, b in zip(args.pcp, backends, strict=True))}")
+    print(f"rounding an answer may part from the stock model's where it preferred its token by at most {tolerance:.2g};", end=" ")
+    print(f"the largest preference that was overturned is {max(s.largest_margin for s in scores):.2g}")
+    failed = [s.run for s in scores if s.unexplained]
+    print(f"FAIL: P = {', '.join(failed)} differ by more" if failed else "PASS: no answer differs by more than rounding")
+    if args.json is not None:
+        facts = {"hardware": hardware, "torch": torch.__version__, "dtype": str(dtype)[6:], "problems": len(items)}
+        facts |= {"chunk": args.chunk, "prefix_cache": args.prefix_cache, "tolerance": tolerance, "ranks": backends}
+        args.json.write_text(json.dumps(facts | {"runs": as_json(scores)}, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the evaluation. Exit code 0: no answer differs from the stock model's by more than rounding explains; 1: some do, or a
+    rank failed; 2: bad input."""
+    try:
+        check_arguments(args)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _run(args)
+    except (RankError, TimeoutError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,85 @@
+"""Whether the answers of two runs differ by more than rounding, and the table of all runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .answers import Answer
+from .problems import EXAMPLES, Item
+
+
+@dataclass
+class Score:
+    """A run beside the stock model's.
+
+    Attributes:
+        run: ``stock`` or the number of ranks.
+        exact_match, stderr: share of right answers, and its standard error as lm-eval has it, sqrt(p (1 - p) / (n - 1)).
+        same_text: answers that are the stock model's token by token.
+        other_answer: those whose number is another one.
+        logit_difference: largest, over the steps that chose from the same text.
+        largest_margin: of the parted answers, by how much the stock model preferred its token where they part.
+        unexplained: answers that part where the margin is more than rounding can turn over.
+    """
+
+    run: str
+    exact_match: float
+    stderr: float
+    same_text: int
+    other_answer: int
+    logit_difference: float
+    largest_margin: float
+    unexplained: int
+
+
+def noise(answers: list[Answer], layers: int, dtype: torch.dtype) -> float:
+    """How far rounding may move the difference of two logits.
+
+    The residual stream is rounded twice a layer, each time by up to eps / 2 of its size; independent errors add up by the root of
+    their number. Eight times that, as a bound on many tokens and for what the layers make of it, of the largest logit.
+    """
+    largest = max(float(answer.logits.abs().max()) for answer in answers)
+    return 8 * torch.finfo(dtype).eps / 2 * math.sqrt(2 * layers) * largest
+
+
+def score(run: str, answers: list[Answer], stock: list[Answer], items: list[Item], tolerance: float) -> Score:
+    """Compare a run's answers with the stock model's: one Score."""
+    right = [answer.is_right(item) for answer, item in zip(answers, items, strict=True)]
+    share, count = sum(right) / len(items), len(items)
+    result = Score(run, share, math.sqrt(share * (1 - share) / max(1, count - 1)), 0, 0, 0.0, 0.0, 0)
+    for answer, wanted, item in zip(answers, stock, items, strict=True):
+        pairs = zip(answer.tokens, wanted.tokens, strict=False)
+        parting = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        steps = min(len(answer.tokens), len(wanted.tokens)) if parting is None else parting + 1
+        difference = (answer.logits[:steps] - wanted.logits[:steps]).abs().nan_to_num(nan=math.inf)
+        result.logit_difference = max(result.logit_difference, float(difference.max()))
+        result.other_answer += answer.is_right(item) != wanted.is_right(item)
+        if parting is None:
+            result.same_text += 1
+            continue
+        row = wanted.logits[parting]
+        margin = float(row[wanted.tokens[parting]] - row[answer.tokens[parting]])
+        result.largest_margin = max(result.largest_margin, margin)
+        result.unexplained += not margin <= tolerance
+    return result
+
+
+_HEAD = "|  Tasks   |n-shot| PCP |  Metric   |   |Value |   |Stderr|same text|other verdict|logit diff|"
+_RULE = "|----------|-----:|----:|-----------|---|-----:|---|-----:|--------:|------------:|---------:|"
+
+
+def table(scores: list[Score], count: int) -> str:
+    """lm-eval's table with a row for each run, and what differs from the stock model."""
+    rows = [
+        f"|arithmetic|{EXAMPLES:6}|{s.run:>5}|exact_match|↑  |{s.exact_match:.4f}|±  |{s.stderr:.4f}"
+        f"|{s.same_text:4}/{count:<4}|{s.other_answer:13}|{s.logit_difference:10.1e}|"
+        for s in scores
+    ]
+    return "\n".join([_HEAD, _RULE, *rows])
+
+
+def as_json(scores: list[Score]) -> list[dict[str, object]]:
+    return [asdict(score) for score in scores]

@@ -1,0 +1,161 @@
+"""Steps of a model in CUDA graphs, pieces around the collectives, replayed with batches that they were not captured with; the layer
+under torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
+from pcp_mla.graphs import PiecewiseGraph
+from pcp_mla.integrations.transformers import capture_graphs, copy_sharing_weights, decode, enable_pcp, extend, prefill
+from pcp_mla.launch import run_distributed
+from pcp_mla.played import play
+from test_integration_transformers import build, check_close, prompts
+
+# (local tokens of the fullest rank, keys), (requests, keys).
+PREFILLS, DECODES = [(20, 64), (64, 160)], [(2, 48), (5, 200)]
+
+
+def work(model: Any) -> list[torch.Tensor]:
+    """Steps of many shapes: some fit the small graphs, some the large ones, the long prompt none."""
+    logits = [prefill(model, prompts([13, 1, 5]))]
+    logits += [decode(model, [3, 4, 5]) for _ in range(3)]
+    logits += [extend(model, prompts([2, 7, 0]))]
+    logits += [prefill(model, prompts([30, 9]), prefix=[(0, 11), None], chunk_tokens=17)]
+    logits += [decode(model, [7, 8]), prefill(model, prompts([300])), decode(model, [1]), prefill(model, prompts([4]))]
+    return logits
+
+
+def replayed_and_not(group: Any, model: Any, layout: str) -> tuple[list[torch.Tensor], list[torch.Tensor], int, list[int]]:
+    """Results without graphs and with them, how many replays there were, and the pieces of the captured graphs."""
+    enable_pcp(model, group, layout)
+    wanted = work(model)
+    capture_graphs(model, prefill_sizes=PREFILLS, decode_sizes=DECODES, max_requests=5)
+    context = model.__dict__["_pcp"]
+    count = 0
+    for captured in (context.captured, context.captured_decodes):
+        for capture in captured._captures:
+
+            def counted(replay: Any = capture.graph.replay) -> None:
+                nonlocal count
+                count += 1
+                replay()
+
+            capture.graph.replay = counted
+    got = work(model)
+    return wanted, got, count, context.captured.num_pieces + context.captured_decodes.num_pieces
+
+
+def check(results: Any, world_size: int) -> None:
+    for wanted, got, count, pieces in results:
+        for one, other in zip(got, wanted, strict=True):
+            check_close(one, other)
+        # All but the long prompt and its decode, which has too many keys; the chunked prefill has three steps.
+        assert count == 1 + 3 + 1 + 3 + 1 + 1
+        # Three layers: a graph before, between and behind their collectives.
+        assert pieces == [7 if world_size > 1 else 1] * 2 + [1, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_replays_give_what_steps_give(world_size: int, layout: str) -> None:
+    model = build("v3", first_k_dense_replace=3).cuda()
+    check(play(world_size, lambda group: replayed_and_not(group, copy_sharing_weights(model), layout)), world_size)
+
+
+def in_process(group: Any) -> Any:
+    return replayed_and_not(group, build("v3", first_k_dense_replace=3).cuda(), "unpadded")
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_replays_over_nccl() -> None:
+    check(run_distributed(2, in_process, backend="nccl"), 2)
+
+
+@pytest.mark.gpu
+def test_a_cache_that_grew_is_not_the_captured_one() -> None:
+    model = build("v3", first_k_dense_replace=3).cuda()
+    blocks = enable_pcp(model).blocks
+    capture_graphs(model, prefill_sizes=[(64, 64)])
+    before = prefill(model, prompts([30]))
+    blocks.grow(blocks.cache.shape[1] + 100)
+    check_close(prefill(model, prompts([30])), before)
+    assert model.__dict__["_pcp"].captured._cache is not blocks.cache
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_nothing_open() -> None:
+    x = torch.zeros(3, device="cuda")
+    graph = PiecewiseGraph()
+    with pytest.raises(RuntimeError):
+        graph.capture(lambda: x.sum().item())
+    assert graph.num_pieces == 0
+    out = graph.capture(lambda: x + 1)
+    x.fill_(4)
+    graph.replay()
+    assert out.tolist() == [5, 5, 5]
+    with pytest.raises(RuntimeError, match="the graph must be new"):
+        graph.capture(lambda: x)
+
+
+def test_errors() -> None:
+    model = build("v3")
+    with pytest.raises(ValueError, match="capture_graphs: model must be under PCP"):
+        capture_graphs(model)
+    enable_pcp(model)
+    with pytest.raises(ValueError, match="capture_graphs: model must be on a CUDA device, got cpu"):
+        capture_graphs(model, decode_sizes=[(1, 10)])
+
+
+class Echo:
+    """Rank 1 of two ranks that have the same rows."""
+
+    rank, world_size = 1, 2
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, tensor])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("group", [None, Echo()], ids=["alone", "of two"])
+def test_the_layer_compiles_whole(device: str, group: Any) -> None:
+    """One graph, and padded plans of a size share it from the third at the latest: numbers that vary have become symbols."""
+    dims = MLADims(2, 128, 64, 128, 512)
+    world, rank = (1, 0) if group is None else (2, 1)
+    planner = PCPPlanner(4, 256 * world, world, rank, block_size=16, device=device, max_kv_tokens=700)
+    tables = torch.arange(4 * 40, dtype=torch.int32, device=device).view(4, 40)
+    layer = MLAPrefill(dims, 192**-0.5, LatentExchange(group, planner.max_local_tokens, dims, torch.bfloat16, device), "auto")
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().to(device)
+
+    cache, weight = values(160, 16, 576), values(2 * 256, 512) * 512**-0.5
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(*arguments: Any) -> torch.Tensor:
+        return layer(*arguments)
+
+    batches = [([100, 1], [20, 5]), ([37, 60, 1], [0, 8, 3]), ([200], [100]), ([50, 50], [1, 1]), ([9, 9, 9, 9], [0, 0, 3, 7])]
+    with torch.no_grad():
+        for number, (lengths, contexts) in enumerate(batches):
+            sizes = {"num_tokens_padded": 256, "num_requests_padded": 4, "num_kv_tokens_padded": 700}
+            meta = planner.plan(lengths, contexts, [length > 1 for length in lengths], tables, **sizes)
+            inputs = values(256, 2, 192), values(256, 512), values(256, 64), weight, meta
+            theirs, mine = cache.clone(), cache.clone()
+            wanted, got = layer(*inputs, theirs)[: meta.num_tokens], compiled(*inputs, mine)[: meta.num_tokens]
+            assert torch.equal(mine, theirs)
+            assert torch.allclose(got, wanted, atol=2**-5)
+            assert counter.frame_count <= min(number + 1, 3)
