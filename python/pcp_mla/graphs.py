@@ -39,7 +39,8 @@ class PiecewiseGraph:
         """Capture ``fn()``, the collectives of ``exchanges`` between pieces, and return its result, which every replay writes.
 
         Raises:
-            RuntimeError: captured already, or CUDA refuses to capture what ``fn`` does; nothing can be replayed then.
+            RuntimeError: captured already, or CUDA refuses to capture what ``fn`` does; torch can capture nothing more in this
+                process then.
         """
         if self._pieces:
             raise RuntimeError("PiecewiseGraph.capture: the graph must be new, got one that is captured")

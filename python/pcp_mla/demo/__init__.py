@@ -29,6 +29,7 @@ CONTINUATION = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo."""
     parser.add_argument("--model", choices=MODELS, default="tiny", help="shapes to use, weights are random (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: %(default)s)")
     parser.add_argument("--pcp", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="numbers of ranks (default: 1 2 4)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: the Declaration of Independence)")
     parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="bytes of the text to use (default: %(default)s)")
@@ -123,7 +124,7 @@ def _print_head(facts: dict[str, Any]) -> None:
 
 def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
     with Progress(f"building {args.model}"):
-        model = build_model(args.model)
+        model = build_model(args.model).to(getattr(torch, args.dtype))
     work = Work.make(prompt, CONTINUATION, args.chunk_tokens)
     facts = _describe(args, model, text, work)
     _print_head(facts)
@@ -134,7 +135,7 @@ def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
         with Progress("stock model, one process"):
             stock, routing = run_stock(model.to("cuda") if facts["on_gpu"] else model, work)
         facts["continuation"] = stock.tokens
-        tolerance = make_tolerance(stock, facts["layers"], facts["hidden"])
+        tolerance = make_tolerance(stock, facts["layers"], facts["hidden"], getattr(torch, args.dtype))
         # The ranks map the file; this copy would be one too many.
         del model
         gc.collect()

@@ -129,14 +129,14 @@ def measure_layers(
     planner = PCPPlanner(1, tokens, group_world_size(group), rank, block_size=BLOCK_SIZE, device=device)
     blocks = -(-tokens // BLOCK_SIZE)
     meta = planner.plan([tokens], block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None])
-    generator = torch.Generator().manual_seed(rank)
+    generator, dtype = torch.Generator().manual_seed(rank), next(kv_b_proj.parameters()).dtype
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(meta.num_tokens, *shape, generator=generator).to(device)
+        return torch.randn(meta.num_tokens, *shape, generator=generator).to(device, dtype)
 
     q, kv_c, k_pe = random(dims.num_heads, dims.qk_head_dim), random(dims.kv_lora_rank), random(dims.qk_rope_head_dim)
 
-    cache = torch.empty(blocks, BLOCK_SIZE, dims.latent_dim, device=device)
+    cache = torch.empty(blocks, BLOCK_SIZE, dims.latent_dim, dtype=dtype, device=device)
 
     def runner(make: Callable[[Any], Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:
         replayed = ReplayedGroup(group) if isinstance(group, PlayedGroup) else None

@@ -82,8 +82,8 @@ _YARN: dict[str, Any] = {
     "original_max_position_embeddings": 4096,
 }
 
-# Scores [heads, tokens, tokens] that torch's SDPA may keep in memory: 4 GiB in float32.
-_MAX_SCORES = 2**30
+# Scores [prompts, heads, tokens, tokens] that torch's SDPA may keep in memory: 1 GiB in float32.
+_MAX_SCORES = 2**28
 
 # Logits must depend on what attention reads, or a wrong order of the keys would hardly show: these gains make scores differ by a
 # few units instead of nearly none, and what attention adds as large as the residual stream.
@@ -123,14 +123,14 @@ def build_model(name: str) -> Any:
     return model
 
 
-def bound_memory(model: Any, tokens: int) -> None:
-    """Let the stock model read so many tokens on a CPU: torch's SDPA keeps all scores where V is narrower than K. If they are too
-    many, V is padded with zeros, as transformers itself does for FlashAttention, and torch takes its flash kernel."""
+def bound_memory(model: Any, tokens: int, prompts: int = 1) -> None:
+    """Let the stock model read prompts of so many tokens on a CPU: torch's SDPA keeps all scores where V is narrower than K. If
+    they are too many, V is padded with zeros, as transformers itself does for FlashAttention, and torch takes its flash kernel."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    if model.device.type != "cpu" or model.config.num_attention_heads * tokens**2 <= _MAX_SCORES:
+    if model.device.type != "cpu" or prompts * model.config.num_attention_heads * tokens**2 <= _MAX_SCORES:
         return
 
     def attend(

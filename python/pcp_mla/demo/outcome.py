@@ -11,7 +11,7 @@ import torch
 from ..exchange import Group, all_gather_rows, group_rank, group_world_size
 from ..metadata import PCPMetadata
 from .models import bound_memory
-from .routing import RecordRouting, Routing, rounding_share
+from .routing import RecordRouting, Routing, tie_share
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _run_steps(
     from ..integrations.transformers import extend, prefill
 
     device = model.lm_head.weight.device
-    tie = rounding_share(model.config.num_hidden_layers, model.config.hidden_size)
+    tie = tie_share(model.config.num_hidden_layers, model.config.hidden_size, model.dtype)
     logits, experts, ties = [], [], 0
     for start in range(cached, len(text), size):
         new = text[start : start + size]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..tensor_checks import dtype_name
 from .outcome import Comparison, Outcome, compare
 from .ranks import RankResult
 from .routing import rounding_share
@@ -14,16 +15,17 @@ from .routing import rounding_share
 
 @dataclass
 class Tolerance:
-    """``value``: the largest logit's share that float32 rounding may move; see :func:`rounding_share`."""
+    """``value``: the largest logit's share that rounding may move; see :func:`rounding_share`."""
 
     value: float
     derivation: str
 
 
-def make_tolerance(stock: Outcome, layers: int, hidden: int) -> Tolerance:
-    eps, largest = torch.finfo(torch.float32).eps, float(stock.logits.abs().max())
-    derivation = f"8 x float32 eps {eps:.2e} x sqrt({layers} layers x {hidden} hidden) x largest logit {largest:.3f}"
-    return Tolerance(rounding_share(layers, hidden) * largest, derivation)
+def make_tolerance(stock: Outcome, layers: int, hidden: int, dtype: torch.dtype) -> Tolerance:
+    eps, largest = torch.finfo(dtype).eps, float(stock.logits.abs().max())
+    each, factor = (f"{hidden} hidden", "8 x ") if dtype == torch.float32 else ("10 roundings", "2 x ")
+    derivation = f"{factor}{dtype_name(dtype)} eps {eps:.2e} x sqrt({layers} layers x {each}) x largest logit {largest:.3f}"
+    return Tolerance(rounding_share(layers, hidden, dtype) * largest, derivation)
 
 
 @dataclass
@@ -104,9 +106,7 @@ def notes(rows: list[PCPRow], tolerance: Tolerance) -> list[str]:
             near = "a tie within the tolerance" if c.parting_margin <= 2 * tolerance.value else "no tie"
             lines.append(f"P={row.pcp}: at the parting the stock logits of the two tokens are {c.parting_margin:.2e} apart: {near}")
         if row.routing_ties:
-            lines.append(
-                f"P={row.pcp}: {row.routing_ties} routings were ties within float32 rounding, broken as in the stock model"
-            )
+            lines.append(f"P={row.pcp}: {row.routing_ties} routings were ties within rounding, broken as in the stock model")
         if c.expert_changes:
             lines.append(
                 f"P={row.pcp}: {c.expert_changes} expert choices differ by more than a tie, and change the logits from there on"

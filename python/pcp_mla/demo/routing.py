@@ -27,13 +27,26 @@ class Routing:
         return Routing(*([x.to(index.device)[index] for x in part] for part in (self.experts, self.weights)))
 
 
-def rounding_share(layers: int, hidden: int) -> float:
-    """How far float32 results of a model may be apart, as a share of the largest of them: factor * eps * sqrt(layers * hidden).
+# Numbers that a layer rounds to its dtype one after another: norms, projections, scores, outputs, sums.
+_ROUNDINGS = 10
 
-    Every layer adds up ``hidden`` products per number, in an order that depends on how many tokens are computed at once;
-    independent rounding errors grow with the square root of the additions. The factor is 8, for all that this leaves out.
+
+def rounding_share(layers: int, hidden: int, dtype: torch.dtype) -> float:
+    """How far results of a model may be apart, as a share of the largest of them.
+
+    In float32 8 eps sqrt(layers * hidden): every layer adds up ``hidden`` products per number, in an order that depends on how many
+    tokens are computed at once; independent rounding errors grow with the square root of their number, and 8 is for all that this
+    leaves out. Narrower types are summed in float32 and what counts is that all in between is rounded to them, by half an eps some
+    ten times a layer, four times that: 2 eps sqrt(layers * 10).
     """
-    return 8 * torch.finfo(torch.float32).eps * math.sqrt(layers * hidden)
+    eps = torch.finfo(dtype).eps
+    return 8 * eps * math.sqrt(layers * hidden) if dtype == torch.float32 else 2 * eps * math.sqrt(layers * _ROUNDINGS)
+
+
+def tie_share(layers: int, hidden: int, dtype: torch.dtype) -> float:
+    """Scores that differ by less than this share of the largest are a tie. In narrow types ties of whole groups of experts are no
+    rarity, and turn over choices whose own scores are further apart."""
+    return rounding_share(layers, hidden, dtype) * (1 if dtype == torch.float32 else 4)
 
 
 def chosen_apart(scores: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..demo.models import bound_memory
 from .problems import END, PAD, Item, decode, encode, parse_answer
 
 MAX_TOKENS = 96  # more than any solution has
@@ -45,6 +46,7 @@ def stock_answers(model: Any, items: list[Item], progress: Callable[[int], objec
     device = model.lm_head.weight.device
     for batch in _batches(items):
         longest = max(len(item.prompt_ids) for item in batch)
+        bound_memory(model, longest, len(batch))
         ids = torch.tensor([[PAD] * (longest - len(item.prompt_ids)) + item.prompt_ids for item in batch], device=device)
         out = model.generate(
             ids,

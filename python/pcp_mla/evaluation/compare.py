@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-import torch
-
 from .answers import Answer
 from .problems import EXAMPLES, Item
 
@@ -22,7 +20,7 @@ class Score:
         other_answer: those whose number is another one.
         logit_difference: largest, over the steps that chose from the same text.
         largest_margin: of the parted answers, by how much the stock model preferred its token where they part.
-        unexplained: answers that part where the margin is more than rounding can turn over.
+        unexplained: answers that part where the margin is more than rounding can turn over, or whose logits differ by more.
     """
 
     run: str
@@ -35,16 +33,6 @@ class Score:
     unexplained: int
 
 
-def noise(answers: list[Answer], layers: int, dtype: torch.dtype) -> float:
-    """How far rounding may move the difference of two logits.
-
-    The residual stream is rounded twice a layer, each time by up to eps / 2 of its size; independent errors add up by the root of
-    their number. Eight times that, as a bound on many tokens and for what the layers make of it, of the largest logit.
-    """
-    largest = max(float(answer.logits.abs().max()) for answer in answers)
-    return 8 * torch.finfo(dtype).eps / 2 * math.sqrt(2 * layers) * largest
-
-
 def score(run: str, answers: list[Answer], stock: list[Answer], items: list[Item], tolerance: float) -> Score:
     """Compare a run's answers with the stock model's: one Score."""
     right = [answer.is_right(item) for answer, item in zip(answers, items, strict=True)]
@@ -55,15 +43,16 @@ def score(run: str, answers: list[Answer], stock: list[Answer], items: list[Item
         parting = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         steps = min(len(answer.tokens), len(wanted.tokens)) if parting is None else parting + 1
         difference = (answer.logits[:steps] - wanted.logits[:steps]).abs().nan_to_num(nan=math.inf)
-        result.logit_difference = max(result.logit_difference, float(difference.max()))
+        largest, margin = float(difference.max()), 0.0
+        result.logit_difference = max(result.logit_difference, largest)
         result.other_answer += answer.is_right(item) != wanted.is_right(item)
         if parting is None:
             result.same_text += 1
-            continue
-        row = wanted.logits[parting]
-        margin = float(row[wanted.tokens[parting]] - row[answer.tokens[parting]])
-        result.largest_margin = max(result.largest_margin, margin)
-        result.unexplained += not margin <= tolerance
+        else:
+            row = wanted.logits[parting]
+            margin = float(row[wanted.tokens[parting]] - row[answer.tokens[parting]])
+            result.largest_margin = max(result.largest_margin, margin)
+        result.unexplained += not max(margin, largest) <= tolerance
     return result
 
 
