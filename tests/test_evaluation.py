@@ -91,7 +91,7 @@ def test_score() -> None:
     assert (same.exact_match, same.same_text, same.other_answer, same.logit_difference) == (0.75, 4, 0, 0.0)
     assert same.stderr == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
     mine = [stock[0], answer("#### 6 <end>", lead=0.7), answer("#### 8 <end>"), stock[3]]
-    tight, middle, loose = (score("2", mine, stock, items, tolerance) for tolerance in (0.1, 0.5, 1.5))
+    tight, middle, loose = (score("2", mine, stock, items, tolerance) for tolerance in (0.1, 0.5, 6.0))
     assert (tight.exact_match, tight.same_text, tight.other_answer) == (1.0, 3, 1)
     assert tight.largest_margin == pytest.approx(0.2)
     assert (tight.unexplained, middle.unexplained, loose.unexplained) == (2, 1, 0)

@@ -18,7 +18,7 @@ from ..demo.routing import rounding_share
 from ..exchange import Group, group_rank, group_world_size
 from ..launch import RankError, run_distributed
 from ..played import play
-from .answers import Answer, pcp_answers, stock_answers
+from .answers import BATCH, LONGEST, Answer, pcp_answers, stock_answers
 from .compare import as_json, score, table
 from .problems import VOCABULARY, Item, evaluation_items
 
@@ -72,9 +72,12 @@ def _bar(what: str, count: int, shown: bool) -> Any:
 
 
 def _answers_of_rank(model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool) -> list[Answer]:
-    from ..integrations.transformers import enable_pcp
+    from ..integrations.transformers import capture_graphs, enable_pcp
 
     enable_pcp(model, group)
+    if model.lm_head.weight.is_cuda:
+        count = min(BATCH, len(items))
+        capture_graphs(model, decode_sizes=[(count, count * LONGEST)], max_requests=count)
     with _bar(f"P = {group_world_size(group)}", len(items), group_rank(group) == 0) as bar:
         return list(pcp_answers(model, items, chunk, prefix_cache, bar.update))
 
@@ -131,10 +134,8 @@ def _run(args: argparse.Namespace) -> int:
     print(f"\n{table(scores, len(items))}\n")
     print(f"ranks    {', '.join(f'P = {p}: {b}' for p, b in zip(args.pcp, backends, strict=True))}")
     overturned = max(s.largest_margin for s in scores)
-    print(
-        f"rounding may move logits by {tolerance:.2g}: an answer may part from the stock model's where it preferred its token by less"
-    )
-    print(f"         (the largest preference that was overturned is {overturned:.2g})")
+    print(f"rounding moves logits by at most {tolerance:.2g}: answers may part where the stock model preferred its token by less")
+    print(f"         (largest preference that was overturned: {overturned:.2g})")
     failed = [f"{s.unexplained} at P = {s.run}" for s in scores if s.unexplained]
     print(f"FAIL: answers differ by more: {', '.join(failed)}" if failed else "PASS: no answer differs by more than rounding")
     if args.json is not None:

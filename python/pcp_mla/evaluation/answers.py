@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..demo.models import bound_memory
-from .problems import END, PAD, Item, decode, encode, parse_answer
+from .problems import END, LONGEST_PROMPT, PAD, Item, decode, encode, parse_answer
 
 MAX_TOKENS = 96  # more than any solution has
+LONGEST = LONGEST_PROMPT + MAX_TOKENS
 BATCH = 50  # items at a time
 _QUESTION = encode("Question:")[0]
 
