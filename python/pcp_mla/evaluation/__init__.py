@@ -77,7 +77,8 @@ def _answers_of_rank(model: Any, group: Group, items: list[Item], chunk: int | N
     enable_pcp(model, group)
     if model.lm_head.weight.is_cuda:
         count = min(BATCH, len(items))
-        capture_graphs(model, decode_sizes=[(count, count * LONGEST)], max_requests=count)
+        # Twice the keys: a batch stays in the cache until the next one is read, and the cache must not grow.
+        capture_graphs(model, decode_sizes=[(count, 2 * count * LONGEST)], max_requests=count)
     with _bar(f"P = {group_world_size(group)}", len(items), group_rank(group) == 0) as bar:
         return list(pcp_answers(model, items, chunk, prefix_cache, bar.update))
 
