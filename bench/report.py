@@ -21,15 +21,23 @@ on slow virtual machines: compare within a row. Columns of vLLM and FlashAttenti
 
 LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result), FlashAttention 3
 in all columns. "seed": the first implementation's way. "rows": virtual rows, keys gathered and expanded for each head
-and tail. "Floor": all FLOPs at the rate of a large GEMM, and the bytes of exchange and cache. A row with cached
-tokens is a serving step drawn from a trace of requests (`--trace FILE`)."""
+and tail. "Floor": all FLOPs at the rate of a large GEMM, and the bytes of exchange and cache. The last column is ours by
+stages: checks and exchange, cache write, up-projection, attention. A row with cached tokens is a serving step drawn from
+a trace of requests (`--trace FILE`)."""
+
+GRAPHS = """4096 tokens through eight MLA layers with their projections, DeepSeek-V2-Lite's widths, P = 2. "Piecewise": CUDA
+graphs between the collectives. "Compiled": torch.compile of all eight, whose attention is the Triton kernel; the others' is
+FlashAttention 3. Wall time is from a call to its end on the GPU. One GPU: rank 0 played."""
+
+EVALUATION = """Exact match of the small model of `bench/train_tiny.py` on 500 word problems, bf16, as transformers' own model and
+at P ranks; "same text": answers that are the stock model's token by token."""
 
 RANKS = """Real ranks over NCCL: time of a layer of 16 heads on the slowest rank, calls one after another, and the parallel
 efficiency t(1) / (P t(P)), t(1) being ours."""
 
 ATTENTION = """One call over shared key starts, 16 heads, widths 192 and 128, bf16, rank 0 of P; TFLOP/s (µs). The Triton kernel
-with `k_pe` apart, with K in one piece, with `kv_rows` in order and random, with `prev`; FlashAttention 3 (fa3-fwd),
-torch's FlashAttention 2."""
+with `k_pe` apart, with K in one piece, with `kv_rows` in order, in blocks of 64 and random, with `prev`; FlashAttention
+3 (fa3-fwd), torch's FlashAttention 2."""
 
 UP_PROJECT = """bf16, DeepSeek's widths, latents in shuffled blocks of 64. "GEMM" is the bare product on gathered latents; "torch" a
 restore, the product and two copies."""
@@ -68,13 +76,45 @@ def section(title: str, file: str, text: str) -> tuple[list[dict[str, Any]], lis
     return report["results"], ["", f"## {title}", "", textwrap.fill(f"{first} {text}", 132, break_on_hyphens=False), ""]
 
 
+def by_stages(stages: dict[str, float]) -> str:
+    """Host time of checks and exchange, cache write, up-projection and attention."""
+    first = stages["checks"] + stages["exchange"]
+    return " / ".join(f"{t:.0f}" for t in (first, stages["cache_write"], stages["up_project"], stages["attention"]))
+
+
+def graphs() -> Iterator[str]:
+    rows = []
+    for file in ("graphs_h100", "graphs_h200x2"):
+        results, head = section("A prefill in CUDA graphs", file, GRAPHS)
+        where = "H100, played" if file == "graphs_h100" else "two H200s, NCCL"
+        paths = "seed,ours,piecewise,compiled"
+        rows += [[where, us(r, paths, "wall_us"), us(r, paths, "cpu_us")] for r in results]
+        if file == "graphs_h100":
+            yield from head
+    columns = "GPUs | wall µs, seed / ours / piecewise / compiled | CPU µs, seed / ours / piecewise / compiled"
+    yield from table(columns, rows)
+
+
+def evaluation() -> Iterator[str]:
+    runs = [json.loads((ROOT / "bench" / "results" / f"{file}_h100.json").read_text()) for file in ("eval", "eval_cached")]
+    first = f"`python -m pcp_mla eval --pcp 1 2 4 8 --limit 500`, {runs[0]['hardware']}."
+    yield from ["", "## Accuracy", "", textwrap.fill(f"{first} {EVALUATION}", 132, break_on_hyphens=False), ""]
+    rows = []
+    for report in runs:
+        mode = f"chunks of {report['chunk']}, prefix caching" if report["prefix_cache"] else "whole prompts"
+        for r in report["runs"]:
+            share = f"{r['exact_match']:.4f} ± {r['stderr']:.4f}"
+            rows.append([mode, r["run"], share, f"{r['same_text']}/{report['problems']}", f"{r['logit_difference']:.2f}"])
+    yield from table("prefill | P | exact match | same text | largest difference of logits", rows)
+
+
 def lines() -> Iterator[str]:
     yield HEAD
     results, head = section("The layer", "layer_h100", LAYER)
     yield from head
     yield from table(
         "new tokens (cached) | requests | heads | P | launches, seed / rows / ours | GPU µs, seed / rows / ours | seed / ours "
-        "| share of the floor | CPU µs, seed / rows / ours",
+        "| share of the floor | CPU µs, seed / rows / ours | ours by stages",
         (
             [
                 f"{r['tokens']} ({r['context']})" if r["context"] else r["tokens"],
@@ -86,10 +126,13 @@ def lines() -> Iterator[str]:
                 f"{r['seed']['gpu_us'] / r['ours']['gpu_us']:.2f}",
                 f"{r['ours']['share_of_floor']:.0%}",
                 us(r, "seed,rows,ours", "cpu_us"),
+                by_stages(r["ours"]["stages_cpu_us"]),
             ]
             for r in results
         ),
     )
+    yield from graphs()
+    yield from evaluation()
     results, head = section("The layer on real ranks", "layer_h100x2", RANKS)
     yield from head
     yield from table(
@@ -98,9 +141,9 @@ def lines() -> Iterator[str]:
     )
     results, head = section("Attention", "attention_h100", ATTENTION)
     yield from head
-    names = ("triton", "triton K", "triton rows", "triton random rows", "triton prev", "fa3", "fa2")
+    names = ("triton", "triton K", "triton rows", "triton blocks of rows", "triton random rows", "triton prev", "fa3", "fa2")
     yield from table(
-        "T | P | k_pe apart | K | rows in order | random rows | prev | FA3 | FA2",
+        "T | P | k_pe apart | K | rows in order | blocks of rows | random rows | prev | FA3 | FA2",
         ([r["tokens"], r["P"], *(f"{r[n]['tflops']:.0f} ({r[n]['gpu_us']:.0f})" for n in names)] for r in results),
     )
     results, head = section("Up-projection and concat", "up_project_h100", UP_PROJECT)
