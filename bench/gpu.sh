@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU in one run, with the torch that the interpreter has:
 #   bench/gpu.sh [FOLDER]      builds in place, GPU tests, sanitizer, benchmarks and the demo; logs and JSON go to FOLDER
-# PYTHON chooses the interpreter. STEPS picks some of: build test sanitize bench demo. For the benchmarks, if there: PCP_MLA_FA3 and
+# PYTHON chooses the interpreter. STEPS picks some of: build test sanitize bench demo eval. For the benchmarks, if there: PCP_MLA_FA3 and
 # PCP_MLA_VLLM_OPS name libraries of other projects, PCP_MLA_TRACE a trace of requests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ failed=()
 step() {  # step NAME COMMAND...: run it if wanted, log it, remember a failure
   local name=$1
   shift
-  [[ " ${STEPS:-build test sanitize bench demo} " == *" ${name%%-*} "* ]] || return 0
+  [[ " ${STEPS:-build test sanitize bench demo eval} " == *" ${name%%-*} "* ]] || return 0
   echo "== $name: $*"
   local begin=$SECONDS
   "$@" 2>&1 | tee "$out/$name.log" | tail -n "${TAIL:-25}" || failed+=("$name")
@@ -35,6 +35,8 @@ step sanitize-memcheck sanitizer memcheck
 step sanitize-racecheck sanitizer racecheck
 step bench "$python" -m bench --out "$out"
 step demo "$python" -m pcp_mla demo --model v2-lite --pcp 1 2 --json "$out/demo.json"
+step eval "$python" -m pcp_mla eval --pcp 1 2 4 8 --limit 500 --json "$out/eval.json"
+step eval-cached "$python" -m pcp_mla eval --pcp 1 2 4 8 --limit 500 --chunk 4096 --prefix-cache --json "$out/eval_cached.json"
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}"
   exit 1

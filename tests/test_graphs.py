@@ -4,6 +4,7 @@ under torch.compile."""
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
 from pcp_mla.graphs import PiecewiseGraph
+from pcp_mla.integrations import captured
 from pcp_mla.integrations.transformers import capture_graphs, copy_sharing_weights, decode, enable_pcp, extend, prefill
 from pcp_mla.launch import run_distributed
 from pcp_mla.played import play
@@ -40,8 +42,8 @@ def replayed_and_not(group: Any, model: Any, layout: str) -> tuple[list[torch.Te
     capture_graphs(model, prefill_sizes=PREFILLS, decode_sizes=DECODES, max_requests=5)
     context = model.__dict__["_pcp"]
     count = 0
-    for captured in (context.captured, context.captured_decodes):
-        for capture in captured._captures:
+    for steps in (context.captured, context.captured_decodes):
+        for capture in steps._captures:
 
             def counted(replay: Any = capture.graph.replay) -> None:
                 nonlocal count
@@ -89,8 +91,10 @@ def test_a_cache_that_grew_is_not_the_captured_one() -> None:
     capture_graphs(model, prefill_sizes=[(64, 64)])
     before = prefill(model, prompts([30]))
     blocks.grow(blocks.cache.shape[1] + 100)
-    check_close(prefill(model, prompts([30])), before)
-    assert model.__dict__["_pcp"].captured._cache is not blocks.cache
+    steps = model.__dict__["_pcp"].captured
+    assert steps._cache is not blocks.cache
+    with mock.patch.object(steps._captures[0].graph, "replay", side_effect=AssertionError):
+        check_close(prefill(model, prompts([30])), before)
 
 
 @pytest.mark.gpu
@@ -105,6 +109,49 @@ def test_one_capture_a_graph() -> None:
     assert out.tolist() == [5, 5, 5]
     with pytest.raises(RuntimeError, match="the graph must be new"):
         graph.capture(lambda: x)
+
+
+class NoGraph:
+    """Where nothing can be captured: what a capture runs, and no replay."""
+
+    num_pieces = 0
+
+    def __init__(self, pool: Any) -> None: ...
+
+    def capture(self, fn: Any, exchanges: Any) -> Any:
+        return fn()
+
+
+@pytest.mark.parametrize("layout", ["unpadded", "padded"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_padded_steps_call_by_call(world_size: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank does whose cache grew: the captured sizes, without the graphs."""
+    monkeypatch.setattr(captured, "PiecewiseGraph", NoGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model = build("v3")
+
+    @torch.no_grad()
+    def rank(group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+        mine = copy_sharing_weights(model)
+        context = enable_pcp(mine, group, layout)
+        wanted, taken = work(mine), 0
+        context.captured = captured.CapturedSteps(mine, context, False, PREFILLS, 5)
+        context.captured_decodes = captured.CapturedSteps(mine, context, True, DECODES, 5)
+        for steps in (context.captured, context.captured_decodes):
+            steps._cache = torch.empty(0)
+
+            def counted(*arguments: Any, call: Any = steps._call) -> torch.Tensor:
+                nonlocal taken
+                taken += 1
+                return call(*arguments)
+
+            steps._call = counted  # type: ignore[method-assign]
+        return wanted, work(mine), taken
+
+    for wanted, got, taken in play(world_size, rank):
+        assert taken == 10
+        for one, other in zip(got, wanted, strict=True):
+            check_close(one, other)
 
 
 def test_errors() -> None:

@@ -46,7 +46,7 @@ class CapturedSteps:
     """
 
     def __init__(self, model: Any, context: PCPContext, decode: bool, sizes: Sequence[tuple[int, int]], max_requests: int) -> None:
-        self._decode, self._max_requests, self._layout = decode, max_requests, context.layout
+        self._model, self._context, self._decode, self._max_requests = model, context, decode, max_requests
         group = None if decode else context.group
         world, weight = group_world_size(group), model.model.embed_tokens.weight
         tokens, keys = (max(column) for column in zip(*sizes, strict=True))
@@ -61,11 +61,11 @@ class CapturedSteps:
             max_kv_tokens=keys,
         )
         context.blocks.grow(-(-keys // BLOCK_SIZE) + max_requests)
-        self._cache, self._blocks = context.blocks.cache, context.blocks
-        exchange = LatentExchange(group, tokens, context.dims, weight.dtype, weight.device)
+        self._cache = context.blocks.cache
+        self._exchange = LatentExchange(group, tokens, context.dims, weight.dtype, weight.device)
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others find its memory in the pool.
-        self._captures = [self._capture(model, context, exchange, pool, *size) for size in sorted(sizes, reverse=True)][::-1]
+        self._captures = [self._capture(pool, *size) for size in sorted(sizes, reverse=True)][::-1]
         self.num_pieces = [capture.graph.num_pieces for capture in self._captures]
 
     def _plan(self, tokens: int, keys: int, batch: Batch) -> PCPMetadata:
@@ -79,26 +79,33 @@ class CapturedSteps:
             num_kv_tokens_padded=keys,
         )
 
-    def _capture(self, model: Any, context: PCPContext, exchange: LatentExchange, pool: Any, tokens: int, keys: int) -> _Capture:
+    def _call(self, meta: PCPMetadata, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with self._context.running(PCPStep(meta, self._exchange, self._decode)):
+            return run_modules(self._model, ids, positions)
+
+    def _capture(self, pool: Any, tokens: int, keys: int) -> _Capture:
         device = self._planner.device
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
             ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=device) for _ in range(2))
         # No requests: nothing is written to the cache.
         meta = self._plan(tokens, keys, Batch([], [], np.zeros((0, 1), np.int32)))
         graph = PiecewiseGraph(pool)
-        with context.running(PCPStep(meta, exchange, self._decode)):
-            run_modules(model, ids, positions)
-            hidden = graph.capture(lambda: run_modules(model, ids, positions), [exchange])
+        self._call(meta, ids, positions)
+        hidden = graph.capture(lambda: self._call(meta, ids, positions), [self._exchange])
         return _Capture(tokens, keys, ids, positions, hidden, graph)
 
-    def replay(self, batch: Batch, natural: torch.Tensor) -> tuple[PCPMetadata, torch.Tensor] | None:
-        """The step's plan and its last hidden states with pads [Np, hidden], valid until the next replay; None if no graph has room
-        for it, on all ranks alike, or if the cache is not the captured one any more."""
+    def run(self, batch: Batch, natural: torch.Tensor) -> tuple[PCPMetadata, torch.Tensor] | None:
+        """The step's plan and its last hidden states with pads [Np, hidden], valid until the next step; None if no graph has room
+        for it.
+
+        All ranks decide that alike. When a rank's cache grows may differ, so a step whose graph is bound to an earlier cache is run
+        call by call, padded as the graph is: its collectives are those of the other ranks.
+        """
         count, planner = len(batch.lengths), self._planner
-        if self._blocks.cache is not self._cache or count > self._max_requests or sum(batch.lengths) > planner.max_tokens:
+        if count > self._max_requests or sum(batch.lengths) > planner.max_tokens:
             return None
         local = planner.largest_rank(batch.lengths, [not self._decode] * count)
-        pads = 2 * planner.world_size * count if self._layout == "padded" else 0
+        pads = 2 * planner.world_size * count if planner.layout == "padded" else 0
         keys = sum(batch.lengths) + sum(batch.contexts) + pads
         fitting = (capture for capture in self._captures if capture.tokens >= local and capture.keys >= keys)
         capture = next(fitting, None)
@@ -107,5 +114,7 @@ class CapturedSteps:
         meta = self._plan(capture.tokens, capture.keys, batch)
         capture.ids.copy_(natural[meta.local_token_indices.long()])  # index -1, a pad, takes the last entry
         capture.positions.copy_(meta.positions)
+        if self._context.blocks.cache is not self._cache:
+            return meta, self._call(meta, capture.ids, capture.positions)
         capture.graph.replay()
         return meta, capture.hidden

@@ -67,9 +67,9 @@ def run_step(
     natural = torch.tensor([*(token for new in tokens for token in new), 0], device=device)
     batch = Batch.of(lengths, requests)
     captured = context.captured_decodes if decode else context.captured
-    replayed = captured.replay(batch, natural) if captured is not None else None
-    if replayed is not None:
-        meta, padded = replayed
+    fitting = captured.run(batch, natural) if captured is not None else None
+    if fitting is not None:
+        meta, padded = fitting
     else:
         step = (context.decode_planner if decode else context.planner).plan(batch, decode)
         meta = step.meta

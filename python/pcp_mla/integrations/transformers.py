@@ -94,7 +94,8 @@ def capture_graphs(
     """Capture CUDA graphs of steps: prefills in pieces between the layers' collectives, decodes whole. Steps that fit one are
     replayed from then on, the smallest that fits; others run as before. All ranks must call it alike.
 
-    Where the latent cache has grown since, its graphs are not used any more: it is grown to what the largest of them needs first.
+    A graph is bound to the latent cache as it is: this is grown first to what the largest of them needs. When it has grown since,
+    steps are padded as before but run call by call.
 
     Args:
         prefill_sizes: (tokens of the fullest rank, keys of all requests with their context) that a graph has room for.
