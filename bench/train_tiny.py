@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from pcp_mla.evaluation import problems
+from pcp_mla.demo.models import register_padded_attention
+from pcp_mla.evaluation import MODEL, load_model, problems
+from pcp_mla.evaluation.answers import stock_answers
 
 from .__main__ import commit
 
-OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "arithmetic"
 ROW = 1600  # tokens of a training row: the longest prompt and its solution
 ROWS = 20  # a step
 ITEMS = 200  # to solve at the end
 STORY_LOSS = 0.1  # weight of a token that is not of a solution
 RATE, WARM_UP, LAST_RATE = 1.5e-3, 0.03, 0.02  # the last two as shares of the training and of the rate
 REPORT_EVERY = 5.0  # seconds
-SOLUTION_TOKENS = 96  # more than a solution has
 
 # Shapes of DeepSeek-V2-Lite scaled down, without experts: values narrower than keys, no low rank of the queries.
 SHAPE: dict[str, Any] = {
@@ -46,20 +46,8 @@ SHAPE: dict[str, Any] = {
 
 def build_model(shape: dict[str, Any]) -> Any:
     """A model with seeded random weights in float32, whose attention is torch's flash kernel."""
-    from transformers import AttentionInterface, AttentionMaskInterface, DeepseekV2Config, DeepseekV2ForCausalLM
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-    def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
-    ) -> tuple[torch.Tensor, None]:
-        # torch keeps all scores where V is narrower than K.
-        padded = pad(value, (0, query.shape[-1] - value.shape[-1]))
-        out, weights = sdpa_attention_forward(module, query, key, padded, *rest, **options)
-        return out[..., : value.shape[-1]], weights
-
-    AttentionInterface.register("sdpa_padded", attend)
-    AttentionMaskInterface.register("sdpa_padded", sdpa_mask)
     config = DeepseekV2Config(
         **shape,
         vocab_size=len(problems.VOCABULARY),
@@ -71,7 +59,7 @@ def build_model(shape: dict[str, Any]) -> Any:
         eos_token_id=problems.END,
         pad_token_id=problems.PAD,
     )
-    model = DeepseekV2ForCausalLM._from_config(config, attn_implementation="sdpa_padded", dtype=torch.float32)
+    model = DeepseekV2ForCausalLM._from_config(config, attn_implementation=register_padded_attention(), dtype=torch.float32)
     with torch.no_grad():
         for layer in model.model.layers:  # the sum of what all layers add keeps the scale of one
             for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -183,30 +171,16 @@ def train(model: Any, batches: Iterator[torch.Tensor], held_out: torch.Tensor, s
     return {"steps": steps, "tokens": tokens, "seconds": round(time.perf_counter() - begin, 1), "curve": curve}
 
 
-@torch.inference_mode()
-def exact_match(folder: Path, device: str, count: int, batch: int = 50) -> float:
+def exact_match(folder: Path, device: str, count: int) -> float:
     """Share of evaluation items that the saved model solves, greedily, with transformers' own attention."""
-    from transformers import DeepseekV2ForCausalLM
-
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = DeepseekV2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
     items = sorted(problems.evaluation_items(count), key=lambda item: len(item.prompt_ids))
-    solved = 0
-    for first in range(0, count, batch):
-        some = items[first : first + batch]
-        longest = max(len(item.prompt_ids) for item in some)
-        ids = torch.tensor([[problems.PAD] * (longest - len(item.prompt_ids)) + item.prompt_ids for item in some], device=device)
-        out = model.generate(
-            ids, attention_mask=(ids != problems.PAD).long(), do_sample=False, max_new_tokens=SOLUTION_TOKENS, use_cache=True
-        )
-        texts = [problems.decode(row) for row in out[:, longest:].tolist()]
-        solved += sum(problems.parse_answer(text) == item.answer for text, item in zip(texts, some, strict=True))
-    return solved / count
+    answers = stock_answers(load_model(folder, torch.device(device)), items, lambda done: None)
+    return sum(answer.is_right(item) for answer, item in zip(answers, items, strict=True)) / count
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.train_tiny", description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the weights")
+    parser.add_argument("--out", type=Path, default=MODEL, help="folder of the weights")
     parser.add_argument("--steps", type=int, default=700, help="of training (default: %(default)s, too few to solve all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,7 @@ from pcp_mla.evaluation.answers import Answer, pcp_answers, stock_answers
 from pcp_mla.evaluation.compare import score, table
 from pcp_mla.evaluation.problems import VOCABULARY, Item, encode, evaluation_items
 from pcp_mla.integrations.transformers import enable_pcp
+from test_integration_transformers import build
 
 
 def evaluate(tmp_path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
@@ -54,7 +55,7 @@ def short() -> tuple[list[Item], list[Answer], float]:
     items = sorted(evaluation_items(60), key=lambda item: len(item.prompt_ids))[:8]
     model = load_model(MODEL, torch.device("cpu"))
     answers = list(stock_answers(model, items, lambda count: None))
-    share = rounding_share(model.config.num_hidden_layers, model.config.hidden_size, torch.float32)
+    share, _ = rounding_share(model.config.num_hidden_layers, model.config.hidden_size, torch.float32)
     return items, answers, share * max(float(answer.logits.abs().max()) for answer in answers)
 
 
@@ -88,11 +89,11 @@ def test_score() -> None:
     items = [Item([], "", 5), Item([], "", 6), Item([], "", 8), Item([], "", 9)]
     stock = [answer("#### 5 <end>"), answer("#### 6 <end>"), answer("#### 7 <end>", "8", 0.2), answer("#### 9 <end>")]
     same = score("stock", stock, stock, items, 0.1)
-    assert (same.exact_match, same.same_text, same.other_answer, same.logit_difference) == (0.75, 4, 0, 0.0)
+    assert (same.exact_match, same.same_text, same.other_verdict, same.logit_difference) == (0.75, 4, 0, 0.0)
     assert same.stderr == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
     mine = [stock[0], answer("#### 6 <end>", lead=0.7), answer("#### 8 <end>"), stock[3]]
     tight, middle, loose = (score("2", mine, stock, items, tolerance) for tolerance in (0.1, 0.5, 6.0))
-    assert (tight.exact_match, tight.same_text, tight.other_answer) == (1.0, 3, 1)
+    assert (tight.exact_match, tight.same_text, tight.other_verdict) == (1.0, 3, 1)
     assert tight.largest_margin == pytest.approx(0.2)
     assert (tight.unexplained, middle.unexplained, loose.unexplained) == (2, 1, 0)
     broken = Answer(stock[0].tokens, torch.full_like(stock[0].logits, torch.nan))
@@ -114,3 +115,9 @@ def test_score() -> None:
 def test_bad_arguments(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_wrong_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("v2", q_lora_rank=None).save_pretrained(tmp_path)
+    assert main(["eval", "--model", str(tmp_path)]) == 2
+    assert f"--model must have a vocabulary of {len(VOCABULARY)} tokens, got 50" in capsys.readouterr().err

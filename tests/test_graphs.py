@@ -154,6 +154,21 @@ def test_padded_steps_call_by_call(world_size: int, layout: str, monkeypatch: py
             check_close(one, other)
 
 
+@pytest.mark.gpu
+def test_graphs_of_a_new_model_stay_in_use() -> None:
+    """Capturing one kind does not outdate the other, nor do prompts one after another, generate among them."""
+    model = build("v3", first_k_dense_replace=3).cuda()
+    ids = torch.tensor(prompts([30, 30]), device="cuda")
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    context = enable_pcp(model)
+    capture_graphs(model, prefill_sizes=[(64, 64)], decode_sizes=[(2, 400)], max_requests=2)
+    for _ in range(3):
+        prefill(model, prompts([60]))
+    got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, wanted)
+    assert context.captured._cache is context.captured_decodes._cache is context.blocks.cache
+
+
 def test_errors() -> None:
     model = build("v3")
     with pytest.raises(ValueError, match="capture_graphs: model must be under PCP"):
@@ -161,6 +176,12 @@ def test_errors() -> None:
     enable_pcp(model)
     with pytest.raises(ValueError, match="capture_graphs: model must be on a CUDA device, got cpu"):
         capture_graphs(model, decode_sizes=[(1, 10)])
+    with pytest.raises(ValueError, match=r"capture_graphs: prefill_sizes must be positive, got \(0, 10\)"):
+        capture_graphs(model, prefill_sizes=[(8, 10), (0, 10)])
+    with pytest.raises(TypeError, match=r"capture_graphs: decode_sizes must be pairs of integers, got 8"):
+        capture_graphs(model, decode_sizes=[8])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="capture_graphs: max_requests must be at least 32, as decode_sizes, got 16"):
+        capture_graphs(model, decode_sizes=[(8, 10), (32, 10)])
 
 
 class Echo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -50,8 +51,9 @@ def _rank_main(rank: int, world_size: int, folder: str, backend: str, timeout: f
         code = 1
     # Without the interpreter's teardown: of a broken group it can wait for the other ranks, and after a good run a thread that is
     # not done yet, and asks for the interpreter then, is ended by force, and the process with it (exit code -6, now and then).
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

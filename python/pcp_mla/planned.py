@@ -31,7 +31,7 @@ class PlannedMetadata(PCPMetadata):
 
     In a plan that was padded (``num_tokens_padded=``) the per-token arrays have the sizes that a captured graph needs: [Np] the
     local ones, [P * Np] the restore indices, pads -1 (positions 0). The four counts of the two-call ops are upper limits there, and
-    so are the lengths of the longest rows: Np and N.
+    so are the lengths of the longest rows: Np and N, of a chunk its rows.
     """
 
     num_new_tokens: int
@@ -145,7 +145,7 @@ class PlannedMetadata(PCPMetadata):
                 step.narrow(0, start + offsets["chunk_cu_seqlens_k"], rows + 1),
                 step.narrow(0, start + offsets["chunk_seqused_k"], rows),
             )
-            chunks.append(KeyChunk(first, count, number == last, longest, *tables))
+            chunks.append(KeyChunk(first, count, number == last, longest if self._asked[0] is None else count, *tables))
             first += count
         return tuple(chunks)
 

@@ -123,15 +123,12 @@ def build_model(name: str) -> Any:
     return model
 
 
-def bound_memory(model: Any, tokens: int, prompts: int = 1) -> None:
-    """Let the stock model read prompts of so many tokens on a CPU: torch's SDPA keeps all scores where V is narrower than K. If
-    they are too many, V is padded with zeros, as transformers itself does for FlashAttention, and torch takes its flash kernel."""
+def register_padded_attention() -> str:
+    """The name of torch's SDPA, for transformers, over V padded with zeros to K's width, as transformers itself pads it for
+    FlashAttention: torch's flash kernels take one width, and all scores are in memory without them."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
-
-    if model.device.type != "cpu" or prompts * model.config.num_attention_heads * tokens**2 <= _MAX_SCORES:
-        return
 
     def attend(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
@@ -142,4 +139,10 @@ def bound_memory(model: Any, tokens: int, prompts: int = 1) -> None:
 
     AttentionInterface.register("sdpa_padded", attend)
     AttentionMaskInterface.register("sdpa_padded", sdpa_mask)
-    model.set_attn_implementation("sdpa_padded")
+    return "sdpa_padded"
+
+
+def bound_memory(model: Any, tokens: int, prompts: int = 1) -> None:
+    """Let the stock model read prompts of so many tokens on a CPU, padding V if torch would keep too many scores in memory."""
+    if model.device.type == "cpu" and prompts * model.config.num_attention_heads * tokens**2 > _MAX_SCORES:
+        model.set_attn_implementation(register_padded_attention())

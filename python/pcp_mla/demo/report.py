@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..tensor_checks import dtype_name
 from .outcome import Comparison, Outcome, compare
 from .ranks import RankResult
 from .routing import rounding_share
@@ -22,10 +21,8 @@ class Tolerance:
 
 
 def make_tolerance(stock: Outcome, layers: int, hidden: int, dtype: torch.dtype) -> Tolerance:
-    eps, largest = torch.finfo(dtype).eps, float(stock.logits.abs().max())
-    each, factor = (f"{hidden} hidden", "8 x ") if dtype == torch.float32 else ("10 roundings", "2 x ")
-    derivation = f"{factor}{dtype_name(dtype)} eps {eps:.2e} x sqrt({layers} layers x {each}) x largest logit {largest:.3f}"
-    return Tolerance(rounding_share(layers, hidden, dtype) * largest, derivation)
+    (share, words), largest = rounding_share(layers, hidden, dtype), float(stock.logits.abs().max())
+    return Tolerance(share * largest, f"{words} x largest logit {largest:.3f}")
 
 
 @dataclass

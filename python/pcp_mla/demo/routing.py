@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..tensor_checks import dtype_name
+
 
 @dataclass
 class Routing:
@@ -31,22 +33,24 @@ class Routing:
 _ROUNDINGS = 10
 
 
-def rounding_share(layers: int, hidden: int, dtype: torch.dtype) -> float:
-    """How far results of a model may be apart, as a share of the largest of them.
+def rounding_share(layers: int, hidden: int, dtype: torch.dtype) -> tuple[float, str]:
+    """How far results of a model may be apart, as a share of the largest of them, and how that was worked out.
 
     In float32 8 eps sqrt(layers * hidden): every layer adds up ``hidden`` products per number, in an order that depends on how many
     tokens are computed at once; independent rounding errors grow with the square root of their number, and 8 is for all that this
     leaves out. Narrower types are summed in float32 and what counts is that all in between is rounded to them, by half an eps some
-    ten times a layer, four times that: 2 eps sqrt(layers * 10).
+    ten times a layer, twice that: eps sqrt(layers * 10).
     """
+    factor, each, name = (8, hidden, "hidden") if dtype == torch.float32 else (1, _ROUNDINGS, "roundings")
     eps = torch.finfo(dtype).eps
-    return 8 * eps * math.sqrt(layers * hidden) if dtype == torch.float32 else 2 * eps * math.sqrt(layers * _ROUNDINGS)
+    words = f"{factor} x {dtype_name(dtype)} eps {eps:.2e} x sqrt({layers} layers x {each} {name})"
+    return factor * eps * math.sqrt(layers * each), words
 
 
 def tie_share(layers: int, hidden: int, dtype: torch.dtype) -> float:
     """Scores that differ by less than this share of the largest are a tie. In narrow types ties of whole groups of experts are no
     rarity, and turn over choices whose own scores are further apart."""
-    return rounding_share(layers, hidden, dtype) * (1 if dtype == torch.float32 else 4)
+    return rounding_share(layers, hidden, dtype)[0] * (1 if dtype == torch.float32 else 8)
 
 
 def chosen_apart(scores: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -77,8 +77,7 @@ def _answers_of_rank(model: Any, group: Group, items: list[Item], chunk: int | N
     enable_pcp(model, group)
     if model.lm_head.weight.is_cuda:
         count = min(BATCH, len(items))
-        # Twice the keys: a batch stays in the cache until the next one is read, and the cache must not grow.
-        capture_graphs(model, decode_sizes=[(count, 2 * count * LONGEST)], max_requests=count)
+        capture_graphs(model, decode_sizes=[(count, count * LONGEST)], max_requests=count)
     with _bar(f"P = {group_world_size(group)}", len(items), group_rank(group) == 0) as bar:
         return list(pcp_answers(model, items, chunk, prefix_cache, bar.update))
 
@@ -106,11 +105,10 @@ def run_ranks(world_size: int, folder: Path, items: list[Item], chunk: int | Non
     return backend, results[0]
 
 
-def _run(args: argparse.Namespace) -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _run(args: argparse.Namespace, model: Any) -> int:
+    device = model.device
     # By length: prompts of a batch are alike, so transformers pads little.
     items = sorted(evaluation_items(args.limit), key=lambda item: len(item.prompt_ids))
-    model = load_model(args.model, device)
     layers, hidden, dtype = model.config.num_hidden_layers, model.config.hidden_size, model.dtype
     lengths = [len(item.prompt_ids) for item in items]
     parameters = sum(p.numel() for p in model.parameters())
@@ -123,9 +121,9 @@ def _run(args: argparse.Namespace) -> int:
     print(f", prefix caching {'on' if args.prefix_cache else 'off'}", flush=True)
     with _bar("stock", len(items), True) as bar:
         stock = list(stock_answers(model, items, bar.update))
-    del model
     largest = max(float(answer.logits.abs().max()) for answer in stock)
-    tolerance = rounding_share(layers, hidden, dtype) * largest
+    share, words = rounding_share(layers, hidden, dtype)
+    tolerance = share * largest
     compare = partial(score, stock=stock, items=items, tolerance=tolerance)
     scores, backends = [compare("stock", stock)], []
     for world_size in args.pcp:
@@ -135,8 +133,8 @@ def _run(args: argparse.Namespace) -> int:
     print(f"\n{table(scores, len(items))}\n")
     print(f"ranks    {', '.join(f'P = {p}: {b}' for p, b in zip(args.pcp, backends, strict=True))}")
     overturned = max(s.largest_margin for s in scores)
-    print(f"rounding moves logits by at most {tolerance:.2g}: answers may part where the stock model preferred its token by less")
-    print(f"         (largest preference that was overturned: {overturned:.2g})")
+    print(f"rounding moves a logit by at most {tolerance:.2g} = {words} x largest logit {largest:.1f}; answers may part where the")
+    print(f"         stock model preferred its token by less than twice that (largest preference overturned: {overturned:.2g})")
     failed = [f"{s.unexplained} at P = {s.run}" for s in scores if s.unexplained]
     print(f"FAIL: answers differ by more: {', '.join(failed)}" if failed else "PASS: no answer differs by more than rounding")
     if args.json is not None:
@@ -151,11 +149,12 @@ def run(args: argparse.Namespace) -> int:
     rank failed; 2: bad input."""
     try:
         check_arguments(args)
-    except (ValueError, ImportError) as error:
+        model = load_model(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        return _run(args)
+        return _run(args, model)
     except (RankError, TimeoutError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,17 +17,18 @@ class Score:
         run: ``stock`` or the number of ranks.
         exact_match, stderr: share of right answers, and its standard error as lm-eval has it, sqrt(p (1 - p) / (n - 1)).
         same_text: answers that are the stock model's token by token.
-        other_answer: those whose number is another one.
+        other_verdict: answers that are right where the stock model's is wrong, or the other way round.
         logit_difference: largest, over the steps that chose from the same text.
         largest_margin: of the parted answers, by how much the stock model preferred its token where they part.
-        unexplained: answers that part where the margin is more than rounding can turn over, or whose logits differ by more.
+        unexplained: answers whose logits differ by more than rounding can move one, or that part where the margin is more than it
+            can move two.
     """
 
     run: str
     exact_match: float
     stderr: float
     same_text: int
-    other_answer: int
+    other_verdict: int
     logit_difference: float
     largest_margin: float
     unexplained: int
@@ -45,14 +46,14 @@ def score(run: str, answers: list[Answer], stock: list[Answer], items: list[Item
         difference = (answer.logits[:steps] - wanted.logits[:steps]).abs().nan_to_num(nan=math.inf)
         largest, margin = float(difference.max()), 0.0
         result.logit_difference = max(result.logit_difference, largest)
-        result.other_answer += answer.is_right(item) != wanted.is_right(item)
+        result.other_verdict += answer.is_right(item) != wanted.is_right(item)
         if parting is None:
             result.same_text += 1
         else:
             row = wanted.logits[parting]
             margin = float(row[wanted.tokens[parting]] - row[answer.tokens[parting]])
             result.largest_margin = max(result.largest_margin, margin)
-        result.unexplained += not max(margin, largest) <= tolerance
+        result.unexplained += not (largest <= tolerance and margin <= 2 * tolerance)
     return result
 
 
@@ -64,7 +65,7 @@ def table(scores: list[Score], count: int) -> str:
     """lm-eval's table with a row for each run, and what differs from the stock model."""
     rows = [
         f"|arithmetic|{EXAMPLES:6}|{s.run:>5}|exact_match|↑  |{s.exact_match:.4f}|±  |{s.stderr:.4f}"
-        f"|{s.same_text:4}/{count:<4}|{s.other_answer:13}|{s.logit_difference:10.1e}|"
+        f"|{s.same_text:4}/{count:<4}|{s.other_verdict:13}|{s.logit_difference:10.1e}|"
         for s in scores
     ]
     return "\n".join([_HEAD, _RULE, *rows])

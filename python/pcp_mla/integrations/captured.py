@@ -60,7 +60,6 @@ class CapturedSteps:
             device=weight.device,
             max_kv_tokens=keys,
         )
-        context.blocks.grow(-(-keys // BLOCK_SIZE) + max_requests)
         self._cache = context.blocks.cache
         self._exchange = LatentExchange(group, tokens, context.dims, weight.dtype, weight.device)
         pool = torch.cuda.graph_pool_handle()

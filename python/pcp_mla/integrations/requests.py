@@ -17,12 +17,17 @@ def token_lists(op: str, model: Any, requests: Any) -> list[list[int]]:
         or not all(isinstance(r, Sequence) for r in requests)
     ):
         raise TypeError(f"{op}: requests must be a list with a list of token ids per request, got {type(requests).__name__}")
+    check_token_ids(op, model, requests)
+    return [list(request) for request in requests]
+
+
+def check_token_ids(op: str, model: Any, requests: Sequence[Sequence[int]]) -> None:
+    """ValueError unless all are of the model's vocabulary: an embedding that fails on one rank leaves others in a collective."""
     vocabulary = model.config.vocab_size
     for i, request in enumerate(requests):
         wrong = next((token for token in request if not 0 <= token < vocabulary), None)
         if wrong is not None:
             raise ValueError(f"{op}: requests must hold token ids in 0..{vocabulary - 1}, got {wrong} in request {i}")
-    return [list(request) for request in requests]
 
 
 def in_chunks(tokens: list[list[int]], chunk_tokens: int) -> Iterator[list[list[int]]]:

@@ -24,7 +24,7 @@ from .context import PCPContext, context_of
 from .deepseek import check_model, copy_sharing_weights, model_dims
 from .forward import PCPCache, model_forward
 from .model_step import attention_forward, run_step
-from .paged_cache import CachedRequests, LatentBlocks
+from .paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
 from .requests import check_count, checked_prefix, in_chunks, token_lists
 from .steps import StepPlanner
 
@@ -94,8 +94,8 @@ def capture_graphs(
     """Capture CUDA graphs of steps: prefills in pieces between the layers' collectives, decodes whole. Steps that fit one are
     replayed from then on, the smallest that fits; others run as before. All ranks must call it alike.
 
-    A graph is bound to the latent cache as it is: this is grown first to what the largest of them needs. When it has grown since,
-    steps are padded as before but run call by call.
+    A graph is bound to the latent cache as it is: this is first given room for twice the keys of the largest size, as new requests
+    take theirs before the old ones go. When it has grown since, steps are padded as before but run call by call.
 
     Args:
         prefill_sizes: (tokens of the fullest rank, keys of all requests with their context) that a graph has room for.
@@ -103,17 +103,29 @@ def capture_graphs(
         max_requests: of a step.
 
     Raises:
-        ValueError: not under PCP, not on a GPU, or a size that is not positive.
-        RuntimeError: a module of the model does what CUDA cannot capture (transformers' default of MoE layers waits for the GPU).
+        TypeError, ValueError: not under PCP, not on a GPU, a size that is no pair of positive numbers or has more than
+            ``max_requests`` requests; nothing is changed then.
+        RuntimeError: a module of the model does what CUDA cannot capture (some implementations of experts wait for the GPU).
     """
     context = context_of("capture_graphs", model)
+    for name, sizes in (("prefill_sizes", prefill_sizes), ("decode_sizes", decode_sizes)):
+        for size in sizes:
+            if not isinstance(size, tuple) or len(size) != 2 or not all(type(number) is int for number in size):
+                raise TypeError(f"capture_graphs: {name} must be pairs of integers, got {size!r}")
+            if min(size) < 1:
+                raise ValueError(f"capture_graphs: {name} must be positive, got {size}")
+    requests = max((requests for requests, _ in decode_sizes), default=1)
+    if max_requests < requests:
+        raise ValueError(f"capture_graphs: max_requests must be at least {requests}, as decode_sizes, got {max_requests}")
     if not model.model.embed_tokens.weight.is_cuda:
         raise ValueError(f"capture_graphs: model must be on a CUDA device, got {model.model.embed_tokens.weight.device}")
-    for name, sizes in (("prefill_sizes", prefill_sizes), ("decode_sizes", decode_sizes)):
-        if any(min(size) < 1 for size in sizes) or max_requests < 1:
-            raise ValueError(f"capture_graphs: {name} and max_requests must be positive, got {sizes} and {max_requests}")
-    context.captured = CapturedSteps(model, context, False, prefill_sizes, max_requests) if prefill_sizes else None
-    context.captured_decodes = CapturedSteps(model, context, True, decode_sizes, max_requests) if decode_sizes else None
+    keys = max((keys for _, keys in (*prefill_sizes, *decode_sizes)), default=0)
+    context.blocks.grow(2 * (-(-keys // BLOCK_SIZE) + max_requests))
+    prefills, decodes = (
+        CapturedSteps(model, context, decode, sizes, max_requests) if sizes else None
+        for decode, sizes in ((False, prefill_sizes), (True, decode_sizes))
+    )
+    context.captured, context.captured_decodes = prefills, decodes
 
 
 def _prefill_hidden(
@@ -190,10 +202,13 @@ def generate(
 ) -> list[list[int]]:
     """The ``n`` tokens that follow each prompt, greedily chosen, on every rank; fewer behind ``eos_token_id``, which is kept.
 
-    ``chunk_tokens`` and ``prefix`` as :func:`prefill`. Errors as there; ValueError also for an empty prompt and for ``n`` below 1.
+    ``chunk_tokens`` and ``prefix`` as :func:`prefill`. Errors as there; ValueError also for an empty prompt and for ``n`` below 1,
+    TypeError for an ``eos_token_id`` that is no number.
     """
     context, lists = context_of("generate", model), token_lists("generate", model, prompts)
     prefixes = checked_prefix(context, prefix, len(lists))
+    if eos_token_id is not None and type(eos_token_id) is not int:
+        raise TypeError(f"generate: eos_token_id must be an int or None, got {type(eos_token_id).__name__}")
     if n < 1:
         raise ValueError(f"generate: n must be at least 1, got {n}")
     if not all(lists):
