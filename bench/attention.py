@@ -51,10 +51,12 @@ def make_paths(meta: PCPMetadata, x: dict[str, torch.Tensor], device: str) -> Pa
     order = torch.arange(len(k), device=device, dtype=torch.int32)
     blocks = order.view(-1, 64)[torch.randperm(len(k) // 64, device=device)].flatten()  # a paged cache's
     mixed = torch.randperm(len(k), device=device)
-    mixed_k, mixed_pe, mixed_v = torch.empty_like(k_nope), torch.empty_like(k_pe), torch.empty_like(v)
-    mixed_k[mixed], mixed_pe[mixed], mixed_v[mixed] = k_nope, k_pe, v
-    paged_k, paged_pe, paged_v = torch.empty_like(k_nope), torch.empty_like(k_pe), torch.empty_like(v)
-    paged_k[blocks], paged_pe[blocks], paged_v[blocks] = k_nope, k_pe, v
+
+    def moved(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """K, k_pe and V of key i in row ``rows[i]``."""
+        return tuple(torch.empty_like(part).index_copy_(0, rows.long(), part) for part in (k_nope, k_pe, v))
+
+    (mixed_k, mixed_pe, mixed_v), (paged_k, paged_pe, paged_v) = moved(mixed), moved(blocks)
     nothing = (torch.zeros_like(wanted[0]), torch.full_like(wanted[1], -40.0))  # weighs nothing, but is read and merged
     own = {**options, "backend": "triton"}
     paths: Paths = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,25 @@ def us(result: dict[str, Any], names: str, key: str = "gpu_us", digits: int = 0)
     return " / ".join(f"{result[name][key]:.{digits}f}" if name in result else "-" for name in names.split(","))
 
 
-def section(title: str, file: str, text: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Results of a file, and the lines above their table."""
-    report = json.loads((ROOT / "bench" / "results" / f"{file}.json").read_text())
-    name = report["benchmark"]
+def load(file: str) -> dict[str, Any]:
+    return json.loads((ROOT / "bench" / "results" / f"{file}.json").read_text())
+
+
+def head(title: str, first: str, text: str) -> Iterator[str]:
+    yield from ["", f"## {title}", "", textwrap.fill(f"{first} {text}", 132, break_on_hyphens=False), ""]
+
+
+def source(file: str) -> str:
+    """How a file's results were made."""
+    report = load(file)
     count = f"{file.rsplit('x', 1)[1]} " if "x" in file.rsplit("_", 1)[1] else ""
-    first = f"`python -m bench {name}`, {count}{report['hardware']}, {report['commit']}."
-    return report["results"], ["", f"## {title}", "", textwrap.fill(f"{first} {text}", 132, break_on_hyphens=False), ""]
+    return f"`python -m bench {report['benchmark']}`, {count}{report['hardware']}, {report['commit']}."
+
+
+def section(title: str, file: str, text: str, columns: str, cells: Callable[[dict[str, Any]], Iterable[Any]]) -> Iterator[str]:
+    """A file's results, a row each."""
+    yield from head(title, source(file), text)
+    yield from table(columns, map(cells, load(file)["results"]))
 
 
 def by_stages(stages: dict[str, float]) -> str:
@@ -83,22 +95,21 @@ def by_stages(stages: dict[str, float]) -> str:
 
 
 def graphs() -> Iterator[str]:
-    rows = []
-    for file in ("graphs_h100", "graphs_h200x2"):
-        results, head = section("A prefill in CUDA graphs", file, GRAPHS)
-        where = "H100, played" if file == "graphs_h100" else "two H200s, NCCL"
-        paths = "seed,ours,piecewise,compiled"
-        rows += [[where, us(r, paths, "wall_us"), us(r, paths, "cpu_us")] for r in results]
-        if file == "graphs_h100":
-            yield from head
-    columns = "GPUs | wall µs, seed / ours / piecewise / compiled | CPU µs, seed / ours / piecewise / compiled"
-    yield from table(columns, rows)
+    yield from head("A prefill in CUDA graphs", source("graphs_h100"), GRAPHS)
+    paths = "seed,ours,piecewise,compiled"
+    yield from table(
+        "GPUs | wall µs, seed / ours / piecewise / compiled | CPU µs, seed / ours / piecewise / compiled",
+        (
+            [where, us(r, paths, "wall_us"), us(r, paths, "cpu_us")]
+            for where, file in (("H100, played", "graphs_h100"), ("two H200s, NCCL", "graphs_h200x2"))
+            for r in load(file)["results"]
+        ),
+    )
 
 
 def evaluation() -> Iterator[str]:
-    runs = [json.loads((ROOT / "bench" / "results" / f"{file}_h100.json").read_text()) for file in ("eval", "eval_cached")]
-    first = f"`python -m pcp_mla eval --pcp 1 2 4 8 --limit 500`, {runs[0]['hardware']}."
-    yield from ["", "## Accuracy", "", textwrap.fill(f"{first} {EVALUATION}", 132, break_on_hyphens=False), ""]
+    runs = [load(file) for file in ("eval_h100", "eval_cached_h100")]
+    yield from head("Accuracy", f"`python -m pcp_mla eval --pcp 1 2 4 8 --limit 500`, {runs[0]['hardware']}.", EVALUATION)
     rows = []
     for report in runs:
         mode = f"chunks of {report['chunk']}, prefix caching" if report["prefix_cache"] else "whole prompts"
@@ -108,127 +119,125 @@ def evaluation() -> Iterator[str]:
     yield from table("prefill | P | exact match | same text | largest difference of logits", rows)
 
 
+def merge_cells(r: dict[str, Any]) -> list[Any]:
+    best = "auto out=" if "auto out=" in r else "auto"
+    return [
+        r["partials"],
+        r["tokens"],
+        r["heads"],
+        f"{r['bytes'] / 1e6:.0f}",
+        us(r, f"torch,vllm,{best}", digits=1),
+        f"{r[best]['share_of_copy']:.0%}",
+        us(r, f"vllm,{best}", "graph_us", 1),
+        us(r, f"vllm,{best}", "cpu_us"),
+    ]
+
+
 def lines() -> Iterator[str]:
     yield HEAD
-    results, head = section("The layer", "layer_h100", LAYER)
-    yield from head
-    yield from table(
+    yield from section(
+        "The layer",
+        "layer_h100",
+        LAYER,
         "new tokens (cached) | requests | heads | P | launches, seed / rows / ours | GPU µs, seed / rows / ours | seed / ours "
         "| share of the floor | CPU µs, seed / rows / ours | ours by stages",
-        (
-            [
-                f"{r['tokens']} ({r['context']})" if r["context"] else r["tokens"],
-                r["requests"],
-                r["heads"],
-                r["P"],
-                us(r, "seed,rows,ours", "launches"),
-                us(r, "seed,rows,ours"),
-                f"{r['seed']['gpu_us'] / r['ours']['gpu_us']:.2f}",
-                f"{r['ours']['share_of_floor']:.0%}",
-                us(r, "seed,rows,ours", "cpu_us"),
-                by_stages(r["ours"]["stages_cpu_us"]),
-            ]
-            for r in results
-        ),
+        lambda r: [
+            f"{r['tokens']} ({r['context']})" if r["context"] else r["tokens"],
+            r["requests"],
+            r["heads"],
+            r["P"],
+            us(r, "seed,rows,ours", "launches"),
+            us(r, "seed,rows,ours"),
+            f"{r['seed']['gpu_us'] / r['ours']['gpu_us']:.2f}",
+            f"{r['ours']['share_of_floor']:.0%}",
+            us(r, "seed,rows,ours", "cpu_us"),
+            by_stages(r["ours"]["stages_cpu_us"]),
+        ],
     )
     yield from graphs()
     yield from evaluation()
-    results, head = section("The layer on real ranks", "layer_h100x2", RANKS)
-    yield from head
-    yield from table(
+    yield from section(
+        "The layer on real ranks",
+        "layer_h100x2",
+        RANKS,
         "tokens | P | µs, seed / ours | efficiency, seed / ours",
-        ([r["tokens"], r["P"], us(r, "seed,ours", "wall_us"), us(r, "seed,ours", "efficiency", 2)] for r in results),
+        lambda r: [r["tokens"], r["P"], us(r, "seed,ours", "wall_us"), us(r, "seed,ours", "efficiency", 2)],
     )
-    results, head = section("Attention", "attention_h100", ATTENTION)
-    yield from head
     names = ("triton", "triton K", "triton rows", "triton blocks of rows", "triton random rows", "triton prev", "fa3", "fa2")
-    yield from table(
+    yield from section(
+        "Attention",
+        "attention_h100",
+        ATTENTION,
         "T | P | k_pe apart | K | rows in order | blocks of rows | random rows | prev | FA3 | FA2",
-        ([r["tokens"], r["P"], *(f"{r[n]['tflops']:.0f} ({r[n]['gpu_us']:.0f})" for n in names)] for r in results),
+        lambda r: [r["tokens"], r["P"], *(f"{r[n]['tflops']:.0f} ({r[n]['gpu_us']:.0f})" for n in names)],
     )
-    results, head = section("Up-projection and concat", "up_project_h100", UP_PROJECT)
-    yield from head
-    yield from table(
+    yield from section(
+        "Up-projection and concat",
+        "up_project_h100",
+        UP_PROJECT,
         "op | T | heads | GPU µs, GEMM / torch / ours / Triton | ours in GEMMs | share | CPU µs, torch / ours",
-        (
-            [
-                f"`{r['op']}`",
-                r["tokens"],
-                r["heads"],
-                us(r, "gemm,torch,auto,triton"),
-                f"{r['auto']['of_gemm']:.2f}" if r["flops"] else "-",
-                "-" if r["flops"] else f"{r['auto']['share_of_copy']:.0%}",
-                us(r, "torch,auto", "cpu_us"),
-            ]
-            for r in results
-        ),
+        lambda r: [
+            f"`{r['op']}`",
+            r["tokens"],
+            r["heads"],
+            us(r, "gemm,torch,auto,triton"),
+            f"{r['auto']['of_gemm']:.2f}" if r["flops"] else "-",
+            "-" if r["flops"] else f"{r['auto']['share_of_copy']:.0%}",
+            us(r, "torch,auto", "cpu_us"),
+        ],
     )
-    results, head = section("Latent cache", "latent_cache_h100", CACHE)
-    yield from head
-    yield from table(
+    yield from section(
+        "Latent cache",
+        "latent_cache_h100",
+        CACHE,
         "op | T | GPU µs, torch / vLLM / ours | share | of a 4 GiB copy's bandwidth | graph µs, vLLM / ours | CPU µs, vLLM / ours",
-        (
-            [
-                f"`{r['op']}`",
-                r["tokens"],
-                us(r, "torch,vllm,auto", digits=1),
-                f"{r['auto']['share_of_copy']:.0%}",
-                f"{r['auto']['share_of_bandwidth']:.0%}",
-                us(r, "vllm,auto", "graph_us", 1),
-                us(r, "vllm,auto", "cpu_us"),
-            ]
-            for r in results
-        ),
+        lambda r: [
+            f"`{r['op']}`",
+            r["tokens"],
+            us(r, "torch,vllm,auto", digits=1),
+            f"{r['auto']['share_of_copy']:.0%}",
+            f"{r['auto']['share_of_bandwidth']:.0%}",
+            us(r, "vllm,auto", "graph_us", 1),
+            us(r, "vllm,auto", "cpu_us"),
+        ],
     )
-    results, head = section("Exchange and cache write", "exchange_h100x2", EXCHANGE)
-    yield from head
-    yield from table(
+    yield from section(
+        "Exchange and cache write",
+        "exchange_h100x2",
+        EXCHANGE,
         "T | P | launches, seed / ours | graph µs, seed / ours | CPU µs, seed / ours",
-        ([r["tokens"], r["ranks"], *(us(r, "seed,ours", key) for key in ("launches", "graph_us", "cpu_us"))] for r in results),
+        lambda r: [r["tokens"], r["ranks"], *(us(r, "seed,ours", key) for key in ("launches", "graph_us", "cpu_us"))],
     )
-    results, head = section("Merges", "merge_states_h100", MERGE)
-    yield from head
-    yield from table(
+    yield from section(
+        "Merges",
+        "merge_states_h100",
+        MERGE,
         "partials | T | heads | MB | GPU µs, torch / vLLM / ours | share | graph µs, vLLM / ours | CPU µs, vLLM / ours",
-        (
-            [
-                r["partials"],
-                r["tokens"],
-                r["heads"],
-                f"{r['bytes'] / 1e6:.0f}",
-                us(r, f"torch,vllm,{best}", digits=1),
-                f"{r[best]['share_of_copy']:.0%}",
-                us(r, f"vllm,{best}", "graph_us", 1),
-                us(r, f"vllm,{best}", "cpu_us"),
-            ]
-            for r in results
-            for best in ["auto out=" if "auto out=" in r else "auto"]
-        ),
+        merge_cells,
     )
-    results, head = section("Merges over a group", "cp_merge_h200x2", CP_MERGE)
-    yield from head
-    yield from table(
+    yield from section(
+        "Merges over a group",
+        "cp_merge_h200x2",
+        CP_MERGE,
         "op | ranks | rows | width | torch + NCCL / ours",
-        ([f"`{r['op']}`", r["ranks"], r["rows"], r["dim"], us(r, "torch,ours", "graph_us")] for r in results),
+        lambda r: [f"`{r['op']}`", r["ranks"], r["rows"], r["dim"], us(r, "torch,ours", "graph_us")],
     )
-    results, head = section("Gather and restore around two calls", "fused_gather_h100", GATHER)
-    yield from head
-    yield from table(
+    yield from section(
+        "Gather and restore around two calls",
+        "fused_gather_h100",
+        GATHER,
         "op | T | heads | P | MB | launches, seed / ours | GPU µs, seed / ours | share | CPU µs, seed / ours / ours with `out=`",
-        (
-            [
-                f"`pcp_{r['op']}`",
-                r["tokens"],
-                r["heads"],
-                r["P"],
-                f"{r['bytes'] / 1e6:.0f}",
-                us(r, "seed,auto", "launches"),
-                us(r, "seed,auto out="),
-                f"{r['auto out=']['share_of_copy']:.0%}",
-                us(r, "seed,auto,auto out=", "cpu_us"),
-            ]
-            for r in results
-        ),
+        lambda r: [
+            f"`pcp_{r['op']}`",
+            r["tokens"],
+            r["heads"],
+            r["P"],
+            f"{r['bytes'] / 1e6:.0f}",
+            us(r, "seed,auto", "launches"),
+            us(r, "seed,auto out="),
+            f"{r['auto out=']['share_of_copy']:.0%}",
+            us(r, "seed,auto,auto out=", "cpu_us"),
+        ],
     )
 
 

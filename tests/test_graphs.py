@@ -13,6 +13,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from bench.graphs import Echo
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
 from pcp_mla.graphs import PiecewiseGraph
 from pcp_mla.integrations import captured
@@ -184,17 +185,8 @@ def test_errors() -> None:
         capture_graphs(model, decode_sizes=[(8, 10), (32, 10)])
 
 
-class Echo:
-    """Rank 1 of two ranks that have the same rows."""
-
-    rank, world_size = 1, 2
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor, tensor])
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("group", [None, Echo()], ids=["alone", "of two"])
+@pytest.mark.parametrize("group", [None, Echo(rank=1)], ids=["alone", "of two"])
 def test_the_layer_compiles_whole(device: str, group: Any) -> None:
     """One graph, and padded plans of a size share it from the third at the latest: numbers that vary have become symbols."""
     dims = MLADims(2, 128, 64, 128, 512)
