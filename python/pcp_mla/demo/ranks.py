@@ -1,9 +1,11 @@
-"""Runs the demo's model on P ranks: processes on CPU cores or on a GPU each, or all ranks in turn on one GPU."""
+"""Runs a model on P ranks: processes on CPU cores or on a GPU each, or all ranks in turn on one GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from ..launch import run_distributed
 from ..played import play
 from .measure import LayerCosts, measure_layers
 from .outcome import Outcome, StockRouting, Work, run_pcp
+
+T = TypeVar("T")
 
 # Seconds for all that P ranks do; long enough for the largest model on two cores.
 TIMEOUT = 3600.0
@@ -42,25 +46,32 @@ def _run_rank(model: Any, group: Group, work: Work, stock: StockRouting) -> Rank
     return RankResult(outcome, costs)
 
 
-def _process_main(group: Any, model_file: str, work: Work, stock: StockRouting) -> RankResult:
-    device = torch.device("cuda", group.rank()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+def _load(model_file: str, device: torch.device) -> Any:
     # Mapped, not read: the processes share the file's pages, so P ranks need the memory of one model.
-    model = torch.load(model_file, map_location=device, mmap=True, weights_only=False)
-    return _run_rank(model, group, work, stock)
+    return torch.load(model_file, map_location=device, mmap=True, weights_only=False)
 
 
-def run_ranks(world_size: int, model_file: str, work: Work, stock: StockRouting) -> tuple[str, list[RankResult]]:
-    """The backend that was chosen, and every rank's result. ``stock``: how the stock model routed the prompts.
+def _process_main(group: Any, load: Callable[[torch.device], Any], fn: Callable[..., Any], *args: Any) -> Any:
+    device = torch.device("cuda", group.rank()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    return fn(load(device), group, *args)
+
+
+def on_ranks(world_size: int, load: Callable[[torch.device], Any], fn: Callable[..., T], *args: Any) -> tuple[str, list[T]]:
+    """The backend that was chosen, and every rank's ``fn(model, group, *args)`` with the model that ``load(device)`` gives.
+    All must be picklable.
 
     Raises:
         RankError, TimeoutError: as :func:`pcp_mla.launch.run_distributed`.
     """
     backend = choose_backend(world_size)
     if backend != "played":
-        given = (model_file, work, stock)
-        return backend, run_distributed(world_size, _process_main, *given, backend=backend, timeout=TIMEOUT)
+        return backend, run_distributed(world_size, _process_main, load, fn, *args, backend=backend, timeout=TIMEOUT)
     from ..integrations.deepseek import copy_sharing_weights
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = torch.load(model_file, map_location=device, mmap=True, weights_only=False)
-    return backend, play(world_size, lambda group: _run_rank(copy_sharing_weights(model), group, work, stock))
+    model = load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return backend, play(world_size, lambda group: fn(copy_sharing_weights(model), group, *args))
+
+
+def run_ranks(world_size: int, model_file: str, work: Work, stock: StockRouting) -> tuple[str, list[RankResult]]:
+    """The demo's work by :func:`on_ranks`. ``stock``: how the stock model routed the prompts."""
+    return on_ranks(world_size, partial(_load, model_file), _run_rank, work, stock)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ..demo.ranks import TIMEOUT, choose_backend
+from ..demo.ranks import on_ranks
 from ..demo.routing import rounding_share
 from ..exchange import Group, group_rank, group_world_size
-from ..launch import RankError, run_distributed
-from ..played import play
+from ..launch import RankError
+from ..tensor_checks import dtype_name
 from .answers import BATCH, LONGEST, Answer, pcp_answers, stock_answers
 from .compare import as_json, score, table
 from .problems import VOCABULARY, Item, evaluation_items
@@ -72,33 +71,22 @@ def _bar(what: str, count: int, shown: bool) -> Any:
 
 
 def _answers_of_rank(model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool) -> list[Answer]:
+    """A rank's answers; their logits are rank 0's alone to bring."""
     from ..integrations.transformers import capture_graphs, enable_pcp
 
     enable_pcp(model, group)
     if model.lm_head.weight.is_cuda:
         count = min(BATCH, len(items))
         capture_graphs(model, decode_sizes=[(count, count * LONGEST)], max_requests=count)
-    with _bar(f"P = {group_world_size(group)}", len(items), group_rank(group) == 0) as bar:
-        return list(pcp_answers(model, items, chunk, prefix_cache, bar.update))
-
-
-def _process_main(group: Any, folder: Path, items: list[Item], chunk: int | None, prefix_cache: bool) -> list[Answer]:
-    device = torch.device("cuda", group.rank()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    answers = _answers_of_rank(load_model(folder, device), group, items, chunk, prefix_cache)
-    return answers if group.rank() == 0 else [Answer(answer.tokens, answer.logits[:0]) for answer in answers]
+    rank = group_rank(group)
+    with _bar(f"P = {group_world_size(group)}", len(items), rank == 0) as bar:
+        answers = list(pcp_answers(model, items, chunk, prefix_cache, bar.update))
+    return answers if rank == 0 else [Answer(answer.tokens, answer.logits[:0]) for answer in answers]
 
 
 def run_ranks(world_size: int, folder: Path, items: list[Item], chunk: int | None, prefix_cache: bool) -> tuple[str, list[Answer]]:
     """How the ranks were run, and rank 0's answers. RuntimeError if another rank says something else."""
-    backend = choose_backend(world_size)
-    options = (items, chunk, prefix_cache)
-    if backend == "played":
-        from ..integrations.transformers import copy_sharing_weights
-
-        model = load_model(folder, torch.device("cuda"))
-        results = play(world_size, lambda group: _answers_of_rank(copy_sharing_weights(model), group, *options))
-    else:
-        results = run_distributed(world_size, _process_main, folder, *options, backend=backend, timeout=TIMEOUT)
+    backend, results = on_ranks(world_size, partial(load_model, folder), _answers_of_rank, items, chunk, prefix_cache)
     for rank, answers in enumerate(results):
         if [answer.tokens for answer in answers] != [answer.tokens for answer in results[0]]:
             raise RuntimeError(f"eval: ranks 0 and {rank} of {world_size} gave different answers")
@@ -113,9 +101,8 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     lengths = [len(item.prompt_ids) for item in items]
     parameters = sum(p.numel() for p in model.parameters())
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(
-        f"model    {type(model).__name__}, {layers} layers, {parameters / 1e6:.1f} M trained weights, {str(dtype)[6:]}, {hardware}"
-    )
+    size = f"{layers} layers, {parameters / 1e6:.1f} M trained weights, {dtype_name(dtype)}"
+    print(f"model    {type(model).__name__}, {size}, {hardware}")
     print(f"problems {len(items)}, prompts of {lengths[0]} to {lengths[-1]} tokens")
     print(f"prefill  {f'in steps of {args.chunk} tokens' if args.chunk else 'in one step a batch'}", end="")
     print(f", prefix caching {'on' if args.prefix_cache else 'off'}", flush=True)
@@ -138,7 +125,7 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     failed = [f"{s.unexplained} at P = {s.run}" for s in scores if s.unexplained]
     print(f"FAIL: answers differ by more: {', '.join(failed)}" if failed else "PASS: no answer differs by more than rounding")
     if args.json is not None:
-        facts = {"hardware": hardware, "torch": torch.__version__, "dtype": str(dtype)[6:], "problems": len(items)}
+        facts = {"hardware": hardware, "torch": torch.__version__, "dtype": dtype_name(dtype), "problems": len(items)}
         facts |= {"chunk": args.chunk, "prefix_cache": args.prefix_cache, "tolerance": tolerance, "ranks": backends}
         args.json.write_text(json.dumps(facts | {"runs": as_json(scores)}, indent=1) + "\n")
     return 1 if failed else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -69,8 +70,7 @@ def pcp_answers(
 ) -> Iterator[Answer]:
     """Of a model under PCP, on every rank. With ``prefix_cache`` the solved problems of a prompt are prefilled as a request of
     their own, and the question as another that finds them in the cache."""
-    from ..integrations.transformers import decode as decode_step
-    from ..integrations.transformers import prefill
+    from ..integrations.transformers import greedy_steps, prefill
 
     for batch in _batches(items):
         prompts, prefix = [item.prompt_ids for item in batch], None
@@ -79,14 +79,13 @@ def pcp_answers(
             prefill(model, [prompt[:start] for prompt, start in zip(prompts, starts, strict=True)], chunk_tokens=chunk_tokens)
             prompts = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
             prefix = list(enumerate(starts))
-        logits = prefill(model, prompts, chunk_tokens=chunk_tokens, prefix=prefix)
-        ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
-        steps = [logits[ends.to(logits.device)]]
-        tokens = [steps[-1].argmax(-1)]
-        ended = tokens[-1] == END
-        while len(tokens) < MAX_TOKENS and not bool(ended.all()):
-            steps.append(decode_step(model, tokens[-1].tolist()))
-            tokens.append(steps[-1].argmax(-1))
-            ended |= tokens[-1] == END
+        tokens, steps = [], []
+        ended = torch.zeros(len(batch), dtype=torch.bool, device=model.lm_head.weight.device)
+        for chosen, logits in islice(greedy_steps(model, prompts, chunk_tokens=chunk_tokens, prefix=prefix), MAX_TOKENS):
+            tokens.append(chosen)
+            steps.append(logits)
+            ended |= chosen == END
+            if bool(ended.all()):
+                break
         yield from _until_end(torch.stack(tokens, dim=1), torch.stack(steps, dim=1))
         progress(len(batch))

@@ -15,7 +15,7 @@ from ..latent_exchange import LatentExchange
 from ..metadata import PCPMetadata
 from ..planner import PCPPlanner
 from .context import PCPContext
-from .model_step import run_modules
+from .model_step import local_tokens, run_modules
 from .paged_cache import BLOCK_SIZE
 from .steps import Batch, PCPStep
 
@@ -111,8 +111,8 @@ class CapturedSteps:
         if capture is None:
             return None
         meta = self._plan(capture.tokens, capture.keys, batch)
-        capture.ids.copy_(natural[meta.local_token_indices.long()])  # index -1, a pad, takes the last entry
-        capture.positions.copy_(meta.positions)
+        for buffer, values in zip((capture.ids, capture.positions), local_tokens(meta, natural), strict=True):
+            buffer.copy_(values)
         if self._context.blocks.cache is not self._cache:
             return meta, self._call(meta, capture.ids, capture.positions)
         capture.graph.replay()

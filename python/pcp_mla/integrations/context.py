@@ -56,11 +56,8 @@ class PCPContext:
     @contextmanager
     def update(self, requests: CachedRequests) -> Iterator[None]:
         """Around steps that add tokens to ``requests``: if all succeed they take the place of the last ones, else they go."""
-        try:
+        with self.blocks.released_on_failure(requests):
             yield
-        except BaseException:
-            self.blocks.release(requests)
-            raise
         self.blocks.release(self.requests)
         self.requests = requests
 

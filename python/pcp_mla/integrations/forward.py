@@ -154,14 +154,11 @@ def model_forward(
     check_token_ids("forward", model, tokens)
     extended = context.blocks.fork(started)
     is_decode = cache.columns > 0 and all(len(new) == 1 for new in tokens)
-    try:
+    with context.blocks.released_on_failure(extended):
         if any(tokens):
             hidden = run_step(model, context, extended, tokens, is_decode)
         else:  # nothing but pads
             hidden = model.lm_head.weight.new_zeros(0, model.config.hidden_size)
-    except BaseException:
-        context.blocks.release(extended)
-        raise
     keep = model.config.use_cache if use_cache is None else use_cache
     if keep:
         cache.take(extended, cache.columns + width)

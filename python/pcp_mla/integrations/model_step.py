@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..exchange import all_gather_rows
+from ..metadata import PCPMetadata
 from ..pipeline import MLAPrefill, plain_weight
 from .context import PCPContext
 from .deepseek import project_inputs
@@ -55,6 +56,11 @@ def run_modules(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch
     ).last_hidden_state[0]
 
 
+def local_tokens(meta: PCPMetadata, natural: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions in local order, of all new tokens in natural order and one more, which pads (index -1) take."""
+    return natural[meta.local_token_indices.long()], meta.positions.long()
+
+
 def run_step(
     model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], decode: bool = False
 ) -> torch.Tensor:
@@ -73,7 +79,7 @@ def run_step(
     else:
         step = (context.decode_planner if decode else context.planner).plan(batch, decode)
         meta = step.meta
-        ids, positions = natural[meta.local_token_indices.long()], meta.positions.long()  # index -1, a pad, takes the last entry
+        ids, positions = local_tokens(meta, natural)
         if not meta.num_tokens:
             # Modules of the model fail on no tokens at all; the attention leaves this one out.
             ids, positions = natural[-1:], natural.new_zeros(1)

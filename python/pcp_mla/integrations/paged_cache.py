@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,6 +73,15 @@ class LatentBlocks:
                 self._users[block] -= 1
                 if not self._users[block]:
                     self._free.append(block)
+
+    @contextmanager
+    def released_on_failure(self, requests: CachedRequests) -> Iterator[None]:
+        """Around what may fail before anybody else keeps the requests."""
+        try:
+            yield
+        except BaseException:
+            self.release(requests)
+            raise
 
     def fork(self, requests: CachedRequests) -> CachedRequests:
         """The same requests over the same blocks, to add tokens to; the given ones stay as they are."""

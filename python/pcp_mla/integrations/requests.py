@@ -38,6 +38,11 @@ def in_chunks(tokens: list[list[int]], chunk_tokens: int) -> Iterator[list[list[
         yield [new[max(0, first - start) : max(0, last - start)] for new, start in zip(tokens, starts, strict=False)]
 
 
+def is_pair(entry: Any) -> bool:
+    """Whether it is a tuple of two ints."""
+    return isinstance(entry, tuple) and len(entry) == 2 and all(type(number) is int for number in entry)
+
+
 def checked_prefix(context: PCPContext, prefix: Any, count: int) -> list[tuple[int, int] | None]:
     if prefix is None:
         return [None] * count
@@ -50,7 +55,7 @@ def checked_prefix(context: PCPContext, prefix: Any, count: int) -> list[tuple[i
     for entry in prefix:
         if entry is None:
             continue
-        if not isinstance(entry, tuple) or len(entry) != 2 or not all(type(number) is int for number in entry):
+        if not is_pair(entry):
             raise TypeError(f"prefill: prefix must have {wanted}, got {entry!r}")
         request, tokens = entry
         if not 0 <= request < len(lengths):

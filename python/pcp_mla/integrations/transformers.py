@@ -10,8 +10,9 @@ blocks that requests with a common prefix share, and a decode step runs on all r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from .deepseek import check_model, copy_sharing_weights, model_dims
 from .forward import PCPCache, model_forward
 from .model_step import attention_forward, run_step
 from .paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
-from .requests import check_count, checked_prefix, in_chunks, token_lists
+from .requests import check_count, checked_prefix, in_chunks, is_pair, token_lists
 from .steps import StepPlanner
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "enable_pcp",
     "extend",
     "generate",
+    "greedy_steps",
     "prefill",
 ]
 
@@ -110,7 +112,7 @@ def capture_graphs(
     context = context_of("capture_graphs", model)
     for name, sizes in (("prefill_sizes", prefill_sizes), ("decode_sizes", decode_sizes)):
         for size in sizes:
-            if not isinstance(size, tuple) or len(size) != 2 or not all(type(number) is int for number in size):
+            if not is_pair(size):
                 raise TypeError(f"capture_graphs: {name} must be pairs of integers, got {size!r}")
             if min(size) < 1:
                 raise ValueError(f"capture_graphs: {name} must be positive, got {size}")
@@ -191,6 +193,30 @@ def decode(model: Any, tokens: Sequence[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
+def greedy_steps(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    chunk_tokens: int | None = None,
+    prefix: Sequence[tuple[int, int] | None] | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The likeliest tokens [R] behind each prompt and the logits [R, vocabulary] they are chosen from, step after step, without an
+    end: take as many as are wanted. Arguments and errors as :func:`prefill`; ValueError also for an empty prompt."""
+    context, lists = context_of("generate", model), token_lists("generate", model, prompts)
+    prefixes = checked_prefix(context, prefix, len(lists))
+    if not all(lists):
+        raise ValueError(f"generate: prompts must not be empty, got no tokens for prompt {lists.index([])}")
+    started = context.blocks.fork_prefixes(context.requests, prefixes)
+    with context.update(started):
+        hidden = _prefill_hidden(model, context, started, lists, chunk_tokens)
+    ends = torch.from_numpy(np.cumsum([len(prompt) for prompt in lists]) - 1).to(hidden.device)
+    logits = model.lm_head(hidden.index_select(0, ends))
+    while True:
+        tokens = logits.argmax(-1)
+        yield tokens, logits
+        logits = decode(model, tokens.tolist())
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -205,25 +231,17 @@ def generate(
     ``chunk_tokens`` and ``prefix`` as :func:`prefill`. Errors as there; ValueError also for an empty prompt and for ``n`` below 1,
     TypeError for an ``eos_token_id`` that is no number.
     """
-    context, lists = context_of("generate", model), token_lists("generate", model, prompts)
-    prefixes = checked_prefix(context, prefix, len(lists))
+    context_of("generate", model)
     if eos_token_id is not None and type(eos_token_id) is not int:
         raise TypeError(f"generate: eos_token_id must be an int or None, got {type(eos_token_id).__name__}")
     if n < 1:
         raise ValueError(f"generate: n must be at least 1, got {n}")
-    if not all(lists):
-        raise ValueError(f"generate: prompts must not be empty, got no tokens for prompt {lists.index([])}")
-    started = context.blocks.fork_prefixes(context.requests, prefixes)
-    with context.update(started):
-        hidden = _prefill_hidden(model, context, started, lists, chunk_tokens)
-    ends = torch.from_numpy(np.cumsum([len(prompt) for prompt in lists]) - 1).to(hidden.device)
-    tokens = model.lm_head(hidden.index_select(0, ends)).argmax(-1).tolist()
-    chosen = [[token] for token in tokens]
-    for _ in range(n - 1):
+    chosen: list[list[int]] = []
+    for tokens, _ in islice(greedy_steps(model, prompts, chunk_tokens=chunk_tokens, prefix=prefix), n):
+        chosen = chosen or [[] for _ in tokens]
+        # Requests that have ended go on, for nobody, as rows of a batch whose size stays.
+        for request, token in zip(chosen, tokens.tolist(), strict=True):
+            request += [token] * (eos_token_id not in request)
         if all(eos_token_id in request for request in chosen):
             break
-        # Requests that have ended go on, for nobody, as rows of a batch whose size stays.
-        tokens = decode(model, tokens).argmax(-1).tolist()
-        for request, token in zip(chosen, tokens, strict=True):
-            request += [token] * (eos_token_id not in request)
     return chosen
