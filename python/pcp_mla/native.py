@@ -20,7 +20,7 @@ def _load(name: str, prerequisite: str) -> str:
         return f"not built ({path.name} is not in {path.parent})"
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:
+    except Exception as error:  # whatever it is, the package must still import
         return f"did not load: {error}"
     return ""
 
@@ -32,12 +32,22 @@ status["_native_cuda"] = _load(
     "needs _native, which is missing" if status["_native"] else "" if torch.version.cuda else "this torch is a build without CUDA",
 )
 
-planner: Any = None  # the module _planner, where it is built
-try:
-    planner = importlib.import_module("pcp_mla._planner")
-    status["_planner"] = ""
-except ImportError as error:
-    status["_planner"] = f"not built ({error})"
+
+def _module(name: str) -> Any:
+    """The module, or None with the reason in status."""
+    try:
+        module = importlib.import_module(f"pcp_mla.{name}")
+    except ModuleNotFoundError as error:
+        status[name] = f"not built ({error})"
+    except Exception as error:  # as above
+        status[name] = f"did not load: {error}"
+    else:
+        status[name] = ""
+        return module
+    return None
+
+
+planner = _module("_planner")
 
 
 def _exported(name: str) -> int:
@@ -53,15 +63,18 @@ def plan_transport() -> int:
 
 
 def _load_direct() -> Any:
-    """The module _direct, connected to the CUDA library; None where the dispatcher is the only way."""
-    if status["_native_cuda"] or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    """The module _direct, connected to the CUDA library; None where the dispatcher is the only way, with the reason in status."""
+    if status["_native_cuda"]:
+        status["_direct"] = "needs _native_cuda, which is missing"
         return None
+    module = _module("_direct")
     try:
-        module = importlib.import_module("pcp_mla._direct")
-        module.connect(_exported("pcp_mla_direct_ops"), torch)
-    except (ImportError, RuntimeError):
+        if module is not None:
+            module.connect(_exported("pcp_mla_direct_ops"), torch)
+    except Exception as error:  # among others, torch may drop a name that it needs
+        status["_direct"] = f"did not connect: {error}"
         return None
     return module
 
 
-direct: Any = _load_direct()
+direct = _load_direct()

@@ -150,14 +150,13 @@ class _Stage:
         torch.cuda.nvtx.range_pop()
 
 
-_STAGES: dict[str, AbstractContextManager[None]] = {
-    name: _Stage(name) if torch.version.cuda is not None and torch.cuda.is_available() else nullcontext()
-    for name in ("exchange", "cache_write", "up_project", "attention")
-}
+_STAGES = {name: _Stage(name) for name in ("exchange", "cache_write", "up_project", "attention")}
 
 
-def _stage(name: str) -> AbstractContextManager[None]:
-    return nullcontext() if torch.compiler.is_compiling() else _STAGES[name]
+def _stage(name: str, q: torch.Tensor) -> AbstractContextManager[None]:
+    """The range of a stage where its work is a GPU's. Whether there is a GPU is not asked: that wakes the driver, and a process that
+    forks later would have none in its children."""
+    return _STAGES[name] if q.is_cuda and not torch.compiler.is_compiling() else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -221,13 +220,13 @@ class MLAPrefill:
         check_layer_inputs("MLAPrefill", q, kv_c, k_pe, kv_b_proj, meta, self.dims, cache)
         backend = choose(self.backend, q.device, q.dtype, q.shape[2], self.dims.v_head_dim, False)
         check_chunks(backend, len(meta.key_chunks) > 1)
-        with _stage("exchange"):
+        with _stage("exchange", q):
             latents = self.exchange.all_gather(kv_c, k_pe, meta)
         rows = meta.allgather_restore_idx
         if cache is not None:
             assert meta.slot_mapping is not None
             assert meta.kv_rows is not None
-            with _stage("cache_write"):
+            with _stage("cache_write", q):
                 torch.ops.pcp_mla.write_latent_cache.default(latents, cache, meta.slot_mapping, None)
             latents, rows = cache, meta.kv_rows
         *context, new = meta.key_chunks or (None,)
@@ -252,9 +251,9 @@ class MLAPrefill:
         """Output and LSE over the keys of a chunk, merged into ``prev`` in place; without a chunk over all keys, and no LSE."""
         if chunk is not None:
             rows = rows[chunk.first_row : chunk.first_row + chunk.num_rows]
-        with _stage("up_project"):
+        with _stage("up_project", q):
             k, v = expand_rows(latents, rows, kv_b_proj, self.dims)
-        with _stage("attention"):
+        with _stage("attention", q):
             # Everything was checked, or made here.
             if chunk is None:
                 out = attend(backend, q, k, v, meta, self.softmax_scale)
