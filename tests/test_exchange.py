@@ -79,6 +79,29 @@ def test_played_ranks_have_the_callers_grad_mode() -> None:
     assert play(2, lambda _: torch.is_grad_enabled()) == [True, True]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_played_ranks_see_autocast(device):
+    x = torch.ones(2, 2, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        assert play(2, lambda _: (x @ x).dtype) == [torch.bfloat16] * 2
+    assert play(2, lambda _: (x @ x).dtype) == [torch.float32] * 2
+
+
+@pytest.mark.gpu
+def test_played_ranks_are_on_the_callers_stream():
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert play(2, lambda _: torch.cuda.current_stream()) == [stream] * 2
+    assert play(2, lambda _: torch.cuda.current_stream()) == [torch.cuda.default_stream()] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+def test_played_ranks_are_on_the_callers_device():
+    with torch.cuda.device(1):
+        assert play(2, lambda _: torch.cuda.current_device()) == [1, 1]
+
+
 def test_play_needs_a_rank() -> None:
     with pytest.raises(ValueError, match="play: world_size must be at least 1, got 0"):
         play(0, lambda group: None)

@@ -3,6 +3,7 @@ under torch.compile."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -85,17 +86,29 @@ def test_replays_over_nccl() -> None:
     check(run_distributed(2, in_process, backend="nccl"), 2)
 
 
-@pytest.mark.gpu
-def test_a_cache_that_grew_is_not_the_captured_one() -> None:
-    model = build("v3", first_k_dense_replace=3).cuda()
-    blocks = enable_pcp(model).blocks
+def outgrown(group: Any, model: Any) -> None:
+    blocks = enable_pcp(model, group).blocks
     capture_graphs(model, prefill_sizes=[(64, 64)])
-    before = prefill(model, prompts([30]))
+    steps, (capture,) = model.__dict__["_pcp"].captured, model.__dict__["_pcp"].captured._captures
+    replay = capture.graph.replay
+    with mock.patch.object(capture.graph, "replay", side_effect=replay) as counted:
+        before = prefill(model, prompts([30]))
+        assert counted.call_count == 1
+    old = weakref.ref(blocks.cache)
+    del replay, counted
     blocks.grow(blocks.cache.shape[1] + 100)
-    steps = model.__dict__["_pcp"].captured
-    assert steps._cache is not blocks.cache
-    with mock.patch.object(steps._captures[0].graph, "replay", side_effect=AssertionError):
-        check_close(prefill(model, prompts([30])), before)
+    check_close(prefill(model, prompts([30])), before)
+    assert capture.graph is None
+    assert capture.hidden is None
+    assert old() is None
+    assert steps._cache() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_cache_that_grew_takes_its_graphs_along(world_size: int) -> None:
+    model = build("v3", first_k_dense_replace=3).cuda()
+    play(world_size, lambda group: outgrown(group, copy_sharing_weights(model)))
 
 
 @pytest.mark.gpu
@@ -112,12 +125,30 @@ def test_one_capture_a_graph() -> None:
         graph.capture(lambda: x)
 
 
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+def test_another_device_than_the_current_one() -> None:
+    """Captured, replayed and played there, whatever the current device is."""
+    assert torch.cuda.current_device() == 0
+    x = torch.zeros(3, device="cuda:1")
+    graph = PiecewiseGraph(device="cuda:1")
+    x + 1
+    out = graph.capture(lambda: x + 1)
+    x.fill_(4)
+    graph.replay()
+    assert out.tolist() == [5, 5, 5]
+
+    model = build("v3", first_k_dense_replace=3).to("cuda:1")
+    check(play(2, lambda group: replayed_and_not(group, copy_sharing_weights(model), "unpadded")), 2)
+    assert torch.cuda.current_device() == 0
+
+
 class NoGraph:
     """Where nothing can be captured: what a capture runs, and no replay."""
 
     num_pieces = 0
 
-    def __init__(self, pool: Any) -> None: ...
+    def __init__(self, pool: Any, device: Any) -> None: ...
 
     def capture(self, fn: Any, exchanges: Any) -> Any:
         return fn()
@@ -139,7 +170,7 @@ def test_padded_steps_call_by_call(world_size: int, layout: str, monkeypatch: py
         context.captured = captured.CapturedSteps(mine, context, False, PREFILLS, 5)
         context.captured_decodes = captured.CapturedSteps(mine, context, True, DECODES, 5)
         for steps in (context.captured, context.captured_decodes):
-            steps._cache = torch.empty(0)
+            steps._cache = lambda: None
 
             def counted(*arguments: Any, call: Any = steps._call) -> torch.Tensor:
                 nonlocal taken
@@ -167,7 +198,7 @@ def test_graphs_of_a_new_model_stay_in_use() -> None:
         prefill(model, prompts([60]))
     got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     assert torch.equal(got, wanted)
-    assert context.captured._cache is context.captured_decodes._cache is context.blocks.cache
+    assert context.captured._cache() is context.captured_decodes._cache() is context.blocks.cache
 
 
 def test_errors() -> None:

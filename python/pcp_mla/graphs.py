@@ -19,14 +19,17 @@ class PiecewiseGraph:
 
     The function is to read and write tensors that stay where they are, such as those of a planner's padded plan. While it is
     captured nothing is computed, but the collectives are made, on whatever is in their buffers: all ranks capture alike. It should
-    have run before, for what is made only once (handles, compiled kernels). A replay is on the current stream.
+    have run before, for what is made only once (handles, compiled kernels). A replay is on the device's current stream.
 
     Args:
         pool: ``torch.cuda.graph_pool_handle()`` to share with other graphs that are never replayed at the same time.
+        device: whose work is captured, by default the current one.
     """
 
-    def __init__(self, pool: Any = None) -> None:
+    def __init__(self, pool: Any = None, device: torch.device | str | None = None) -> None:
         self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        named = torch.device("cuda" if device is None else device)
+        self._device = torch.device("cuda", torch.cuda.current_device()) if named.index is None else named
         self._pieces: list[Callable[[], None]] = []
         self._open: torch.cuda.CUDAGraph | None = None
 
@@ -44,8 +47,8 @@ class PiecewiseGraph:
         """
         if self._pieces:
             raise RuntimeError("PiecewiseGraph.capture: the graph must be new, got one that is captured")
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, caller = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(caller)
         try:
             with torch.cuda.stream(stream):
                 self._begin()
@@ -63,7 +66,7 @@ class PiecewiseGraph:
             self._open = None
             for exchange in exchanges:
                 exchange.around = None
-        torch.cuda.current_stream().wait_stream(stream)
+        caller.wait_stream(stream)
         return result
 
     def gap(self, call: Callable[[], None]) -> None:
@@ -74,8 +77,9 @@ class PiecewiseGraph:
         self._begin()
 
     def replay(self) -> None:
-        for piece in self._pieces:
-            piece()
+        with torch.cuda.device(self._device):
+            for piece in self._pieces:
+                piece()
 
     def _begin(self) -> None:
         self._open = torch.cuda.CUDAGraph()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -104,11 +106,25 @@ class PlayedGroup:
         return stage.gathered.clone()
 
 
+def _modes_of_thread() -> list[Callable[[], AbstractContextManager[Any]]]:
+    """What makes another thread see the modes of this one."""
+    modes: list[Callable[[], AbstractContextManager[Any]]] = [
+        partial(torch.inference_mode, torch.is_inference_mode_enabled()),
+        partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+    ]
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            modes.append(partial(torch.autocast, device, torch.get_autocast_dtype(device)))
+    if torch.cuda.is_initialized():  # else all of them are still to begin with the first device and its default stream
+        modes.append(partial(torch.cuda.stream, torch.cuda.current_stream()))  # sets its device, too
+    return modes
+
+
 def play(world_size: int, fn: Callable[[PlayedGroup], T]) -> list[T]:
     """Run ``fn(group)`` for every rank, one after another, and return the results in rank order.
 
-    The ranks see the caller's grad and inference mode (both belong to a thread). An exception of one rank ends all of them and is
-    raised here.
+    The ranks see what belongs to a thread as the caller has it: grad and inference mode, autocast, current CUDA device and stream.
+    An exception of one rank ends all of them and is raised here.
 
     Raises:
         ValueError: ``world_size`` is less than 1.
@@ -118,12 +134,14 @@ def play(world_size: int, fn: Callable[[PlayedGroup], T]) -> list[T]:
         raise ValueError(f"play: world_size must be at least 1, got {world_size}")
     stage = _Stage(world_size)
     results: list[Any] = [None] * world_size
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    modes = _modes_of_thread()
 
     def run(rank: int) -> None:
         try:
             stage.wait_for_turn(rank)
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            with ExitStack() as entered:
+                for mode in modes:
+                    entered.enter_context(mode())
                 results[rank] = fn(PlayedGroup(stage, rank))
             if stage.left:
                 raise RuntimeError(f"play: rank {rank} finished while {len(stage.left)} ranks wait for it in a collective")

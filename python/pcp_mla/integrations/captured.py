@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,14 @@ from .steps import Batch, PCPStep
 
 @dataclass
 class _Capture:
-    """One size: what the graph reads and what it writes."""
+    """One size: what the graph reads and what it writes; without the graph once that is outdated."""
 
     tokens: int
     keys: int
     ids: torch.Tensor
     positions: torch.Tensor
-    hidden: torch.Tensor
-    graph: PiecewiseGraph
+    hidden: torch.Tensor | None
+    graph: PiecewiseGraph | None
 
 
 class CapturedSteps:
@@ -60,12 +61,12 @@ class CapturedSteps:
             device=weight.device,
             max_kv_tokens=keys,
         )
-        self._cache = context.blocks.cache
+        self._cache = weakref.ref(context.blocks.cache)  # a graph that is outdated must not keep the cache that it was bound to
         self._exchange = LatentExchange(group, tokens, context.dims, weight.dtype, weight.device)
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others find its memory in the pool.
         self._captures = [self._capture(pool, *size) for size in sorted(sizes, reverse=True)][::-1]
-        self.num_pieces = [capture.graph.num_pieces for capture in self._captures]
+        self.num_pieces = [capture.graph.num_pieces for capture in self._captures if capture.graph is not None]
 
     def _plan(self, tokens: int, keys: int, batch: Batch) -> PCPMetadata:
         return self._planner.plan(
@@ -88,7 +89,7 @@ class CapturedSteps:
             ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=device) for _ in range(2))
         # No requests: nothing is written to the cache.
         meta = self._plan(tokens, keys, Batch([], [], np.zeros((0, 1), np.int32)))
-        graph = PiecewiseGraph(pool)
+        graph = PiecewiseGraph(pool, device)
         self._call(meta, ids, positions)
         hidden = graph.capture(lambda: self._call(meta, ids, positions), [self._exchange])
         return _Capture(tokens, keys, ids, positions, hidden, graph)
@@ -113,7 +114,10 @@ class CapturedSteps:
         meta = self._plan(capture.tokens, capture.keys, batch)
         for buffer, values in zip((capture.ids, capture.positions), local_tokens(meta, natural), strict=True):
             buffer.copy_(values)
-        if self._context.blocks.cache is not self._cache:
+        if self._context.blocks.cache is not self._cache():
+            for outdated in self._captures:  # their memory goes with them
+                outdated.graph = outdated.hidden = None
+        if capture.graph is None or capture.hidden is None:
             return meta, self._call(meta, capture.ids, capture.positions)
         capture.graph.replay()
         return meta, capture.hidden
