@@ -1,10 +1,10 @@
-# make demo | test | test-asan | lint | bench: everything is set up in .venv first. PYTHON=... chooses the interpreter to start from.
+# make demo | test | test-asan | test-newest | lint | bench: everything is set up in .venv first. PYTHON=... chooses the interpreter to start from.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
-.PHONY: demo test test-asan lint format bench build clean
+.PHONY: demo test test-asan test-newest lint format bench build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -24,6 +24,16 @@ test-asan: $(VENV)/ready
 	    $(RUN) setup.py -q build_ext --build-lib $(ASAN) --build-temp $(ASAN)/temp
 	PYTHONPATH=$(ASAN) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -p no:cacheprovider --capture=sys -k "not triton" $(ASAN_TESTS)
+
+# The whole test-suite in an environment of its own, with the newest versions that pyproject.toml allows (of torch, that pip finds: its
+# build with CUDA brings its own Triton), against the installed package.
+NEWEST := build/newest
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	PCP_MLA_NATIVE=0 $(NEWEST)/bin/python -m pip install -q '.[triton,demo]' -r requirements-test.txt
+	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+	$(NEWEST)/bin/python -m pcp_mla env
+	$(NEWEST)/bin/python -m pytest
 
 bench: build
 	$(RUN) -m bench

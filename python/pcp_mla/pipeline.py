@@ -154,8 +154,8 @@ _STAGES = {name: _Stage(name) for name in ("exchange", "cache_write", "up_projec
 
 
 def _stage(name: str, q: torch.Tensor) -> AbstractContextManager[None]:
-    """The range of a stage whose work is a GPU's. Whether there is a GPU is not asked: that wakes the driver, and after it no child of a
-    fork can use CUDA."""
+    """The range of a stage, where its work is a GPU's. Whether there is a GPU is not asked: that wakes the driver, and forks of a
+    process whose driver is awake cannot use CUDA."""
     return _STAGES[name] if q.is_cuda and not torch.compiler.is_compiling() else nullcontext()
 
 
