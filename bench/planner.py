@@ -70,12 +70,13 @@ def run(device: str) -> Iterator[dict[str, Any]]:
                 return planner.plan(**given)
 
             def expand(planner: PCPPlanner = planner) -> None:
-                planner._expand(tokens=True, keys=False)
+                buffers = planner._buffers
+                buffers.expand(buffers.tables, tokens=True, keys=False)
 
             meta, part = plan(), partition(**lengths, world_size=world, rank=0)
             got, wanted = meta.slot_mapping.cpu().numpy(), slot_mapping(part, tables, PagedCache(BLOCK))
             assert np.array_equal(got, wanted), "slot_mapping differs from the specification"
-            table = planner._request_table[: request_table(part).size].cpu().numpy()
+            table = planner._buffers.request_table[: request_table(part).size].cpu().numpy()
             assert np.array_equal(table, request_table(part).reshape(-1)), "the request table differs from the specification"
             result: dict[str, Any] = {
                 "op": "planner",

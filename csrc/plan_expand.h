@@ -18,11 +18,12 @@ struct PlanExpand : ExpandJob {
              int64_t num_tokens_padded, int64_t num_kv_rows, bool split_in, int64_t block_size, int64_t dcp_world_size,
              int64_t dcp_rank, int64_t cp_interleave)
       : ExpandJob{}, kind(kind_of(request_table)) {
-    check(num_requests >= 0 && world_size >= 1 && rank_in >= 0 && rank_in < world_size && num_tokens_padded >= 0 &&
-              num_kv_rows >= 0 && world_size * num_tokens_padded <= INT32_MAX && num_kv_rows <= INT32_MAX,
-          "plan_expand: counts must not be negative and rank must be in 0..world_size - 1");
-    check(block_size >= 1 && dcp_world_size >= 1 && dcp_rank >= 0 && dcp_rank < dcp_world_size && cp_interleave >= 1,
-          "plan_expand: block_size, dcp_world_size and cp_interleave must be at least 1, dcp_rank in 0..dcp_world_size - 1");
+    const auto in = [](int64_t low, int64_t value) { return low <= value && value <= INT32_MAX; };
+    check(in(0, num_requests) && in(1, world_size) && in(0, rank_in) && rank_in < world_size && in(0, num_tokens_padded) &&
+              in(0, num_kv_rows) && in(0, world_size * num_tokens_padded),
+          "plan_expand: counts must be 0 to 2**31 - 1 and rank in 0..world_size - 1");
+    check(in(1, block_size) && in(1, dcp_world_size) && in(0, dcp_rank) && dcp_rank < dcp_world_size && in(1, cp_interleave),
+          "plan_expand: block_size, dcp_world_size and cp_interleave must be 1 to 2**31 - 1, dcp_rank in 0..dcp_world_size - 1");
     const int64_t gathered = world_size * num_tokens_padded;
     table = {output<int32_t>("request_table", request_table, (5 + world_size) * (num_requests + 1)),
              static_cast<int32_t>(num_requests), static_cast<int32_t>(world_size)};
@@ -36,6 +37,7 @@ struct PlanExpand : ExpandJob {
     cache = {nullptr,
              0,
              0,
+             0,
              static_cast<uint32_t>(block_size),
              static_cast<uint32_t>(dcp_world_size),
              static_cast<uint32_t>(dcp_rank),
@@ -43,11 +45,14 @@ struct PlanExpand : ExpandJob {
     if (block_tables) {
       const Tensor& t = *block_tables;
       const Kind k = kind_of(t);
-      check(k.same_device(kind) && k.dtype == aoti_torch_dtype_int32() && t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1),
+      // Strides of a tensor without elements mean nothing.
+      check(k.same_device(kind) && k.dtype == aoti_torch_dtype_int32() && t.dim() == 2 &&
+                (t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1),
             "plan_expand: block_tables must be int32 [requests, blocks] with a contiguous last dimension on the device of the "
             "others");
       cache.blocks = static_cast<const int32_t*>(t.data_ptr());
       cache.row_stride = t.stride(0);
+      cache.rows = t.size(0);
       cache.columns = t.size(1);
     }
     rank = static_cast<int32_t>(rank_in);

@@ -56,11 +56,11 @@ struct RequestTable {
 
 // The paged latent cache, seen as rows of one token, and this shard's part of it.
 struct PagedCache {
-  const int32_t* blocks;  // [requests, columns], null for none
-  int64_t row_stride, columns;
+  const int32_t* blocks;  // [rows, columns], null for none
+  int64_t row_stride, rows, columns;
   uint32_t block_size, shards, shard, interleave;
 
-  // -1 where this shard does not hold the token.
+  // -1 where this shard does not hold the token, and for a block without slots of 31 bits: those of another one are never met.
   PCP_HOST_DEVICE int64_t slot(int32_t request, int32_t position) const {
     uint32_t at = position;
     if (shards > 1) {
@@ -70,8 +70,9 @@ struct PagedCache {
       at = round * interleave + within;
     }
     const uint32_t block = at / block_size;
-    if (block >= columns) return -1;
-    return int64_t{blocks[request * row_stride + block]} * block_size + (at - block * block_size);
+    if (request >= rows || block >= columns) return -1;
+    const int64_t number = blocks[request * row_stride + block], slot = number * block_size + (at - block * block_size);
+    return number < 0 || slot > INT32_MAX ? -1 : slot;
   }
 };
 

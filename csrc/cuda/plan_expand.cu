@@ -1,6 +1,9 @@
 // plan_expand: one launch, a thread for each gathered row and for each row of K and V.
 #include <cuda_runtime.h>
 
+#include <exception>
+#include <string>
+
 #include "../plan_expand.h"
 #include "../plan_transport.h"
 #include "vec.cuh"
@@ -92,18 +95,21 @@ const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 const char* wait(void* copied) { return text_of(cudaEventSynchronize(static_cast<cudaEvent_t>(copied))); }
 
-const char* submit(const PlanSubmission& s) {
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(s.device_index, &stream) != 0) return "no CUDA stream";
-  const auto on = static_cast<cudaStream_t>(stream);
-  int before = -1;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != s.device_index) error = cudaSetDevice(s.device_index);
-  if (error == cudaSuccess) error = cudaMemcpyAsync(s.device, s.host, s.bytes, cudaMemcpyHostToDevice, on);
-  if (error == cudaSuccess) error = cudaEventRecord(static_cast<cudaEvent_t>(s.copied), on);
-  if (error == cudaSuccess) error = launch(s.job, on);
-  if (before >= 0 && before != s.device_index) cudaSetDevice(before);
-  return text_of(error);
+// Nothing may be thrown from one library into another.
+const char* submit(const PlanSubmission& s) noexcept {
+  static thread_local std::string text;
+  try {
+    const Kind kind{0, kCudaDevice, s.device_index};
+    const DeviceGuard guard(kind);
+    const cudaStream_t on = current_stream(kind);
+    cudaError_t error = cudaMemcpyAsync(s.device, s.host, s.bytes, cudaMemcpyHostToDevice, on);
+    if (error == cudaSuccess) error = cudaEventRecord(static_cast<cudaEvent_t>(s.copied), on);
+    if (error == cudaSuccess) error = launch(s.job, on);
+    return text_of(error);
+  } catch (const std::exception& error) {
+    text = error.what();
+    return text.c_str();
+  }
 }
 
 }  // namespace

@@ -123,6 +123,7 @@ class Bound {
     to_.job.cache = {nullptr,
                      0,
                      0,
+                     0,
                      static_cast<uint32_t>(c.block_size),
                      static_cast<uint32_t>(c.dcp_world_size),
                      static_cast<uint32_t>(c.dcp_rank),
@@ -133,15 +134,15 @@ class Bound {
     to_.job.restore = ints("allgather_restore_idx");
     to_.job.hidden = ints("hidden_restore_idx");
     to_.job.slots = reinterpret_cast<int64_t*>(number("slot_mapping"));
-    to_.job.kv = ints("kv_rows");
     transport_ = transport;
   }
 
   // The counts, the longest key row of each chunk and the batch as bytes, by their names in the metadata. Written to `step`, or if
-  // attached to a buffer that send() takes.
+  // attached to a buffer that send() takes. Block tables on the host, int32 or int64 with a contiguous last dimension, are checked
+  // and copied to `kept` [requests or more, at least their columns] int32, if it is not None.
   py::dict plan(py::handle step, py::handle query_lens, py::handle context_lens, py::handle is_prefill, py::handle prompt_lens,
                 py::handle num_requests_padded, py::handle num_tokens_padded, py::handle num_kv_tokens_padded,
-                py::handle workspace_tokens, int64_t block_rows, int64_t block_columns) {
+                py::handle workspace_tokens, int64_t block_rows, int64_t block_columns, py::handle host_tables, py::handle kept) {
     const Sizes sizes{optional_size("num_requests_padded", num_requests_padded),
                       optional_size("num_tokens_padded", num_tokens_padded),
                       optional_size("num_kv_tokens_padded", num_kv_tokens_padded),
@@ -149,6 +150,7 @@ class Bound {
                       block_rows,
                       block_columns};
     const Batch batch = read(query_lens, context_lens, is_prefill, prompt_lens);
+    const HostTables tables = tables_of(host_tables, kept);
     int32_t* to = nullptr;
     if (transport_ == nullptr) {
       to = static_cast<int32_t*>(py::reinterpret_borrow<py::array>(step).mutable_data());
@@ -157,7 +159,7 @@ class Bound {
       check_sent(transport_->wait(staging_[0].copied));
       to = staging_[0].host;
     }
-    const Counts n = planner_.plan(batch, sizes, to);
+    const Counts n = planner_.plan(batch, sizes, tables, to);
     planned_ = n;
     py::tuple longest(n.chunks);
     for (int64_t k = 0; k < n.chunks; ++k) longest[k] = py::int_(planner_.chunk_max_seqlens()[k]);
@@ -175,8 +177,8 @@ class Bound {
     return fields;
   }
 
-  // Issue the last plan's copy and expansion on the current stream. Key rows are made if they have a fixed place.
-  void send(int64_t blocks, int64_t block_stride, int64_t block_columns) {
+  // Issue the last plan's copy and expansion on the current stream. Without block tables, block_columns is -1.
+  void send(int64_t blocks, int64_t block_stride, int64_t block_rows, int64_t block_columns, int64_t kv_rows) {
     const Config& c = planner_.config();
     std::swap(staging_[0], staging_[1]);
     to_.host = staging_[1].host;
@@ -186,10 +188,12 @@ class Bound {
     job.table.requests = static_cast<int32_t>(planned_.requests);
     job.rows = static_cast<int32_t>(planned_.tokens_padded);
     job.has_slots = block_columns >= 0;
-    job.kv_rows = job.has_slots && c.max_kv_tokens >= 0 ? static_cast<int32_t>(planned_.kv_rows) : 0;
+    job.kv_rows = job.has_slots ? static_cast<int32_t>(planned_.kv_rows) : 0;
+    job.kv = reinterpret_cast<int32_t*>(kv_rows);
     job.split = planned_.chunks > 1;
     job.cache.blocks = reinterpret_cast<const int32_t*>(blocks);
     job.cache.row_stride = block_stride;
+    job.cache.rows = block_rows;
     job.cache.columns = block_columns;
     check_sent(transport_->submit(to_));
   }
@@ -206,6 +210,23 @@ class Bound {
 
   static void check_sent(const char* error) {
     if (error != nullptr) throw std::runtime_error(std::string("pcp_mla: CUDA error: ") + error);
+  }
+
+  static HostTables tables_of(py::handle host_tables, py::handle kept) {
+    if (host_tables.is_none()) return {};
+    const auto array = py::reinterpret_borrow<py::array>(host_tables);
+    const bool wide = array.itemsize() == 8;
+    if (array.ndim() != 2 || !(wide ? py::array_t<int64_t, 0>::check_(array) : py::array_t<int32_t, 0>::check_(array)) ||
+        (array.size() > 0 && array.shape(1) > 1 && array.strides(1) != array.itemsize())) {
+      throw std::invalid_argument("_planner: block_tables must be int32 or int64 with a contiguous last dimension");
+    }
+    HostTables tables{static_cast<const char*>(array.data()), array.strides(0), wide, nullptr, 0};
+    if (!kept.is_none()) {
+      auto to = py::reinterpret_borrow<py::array_t<int32_t>>(kept);
+      tables.kept = to.mutable_data();
+      tables.kept_stride = to.shape(1);
+    }
+    return tables;
   }
 
   Batch read(py::handle query_lens, py::handle context_lens, py::handle is_prefill, py::handle prompt_lens) {

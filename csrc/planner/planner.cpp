@@ -1,6 +1,7 @@
 #include "planner.h"
 
 #include <algorithm>
+#include <bit>
 #include <sstream>
 #include <stdexcept>
 
@@ -21,8 +22,15 @@ int64_t clip(int64_t value, int64_t high) { return std::clamp<int64_t>(value, 0,
 }  // namespace
 
 Planner::Planner(const Config& config)
-    : config_(config), per_rank_(config.world_size), no_context_(config.max_requests, 0), all_prefill_(config.max_requests, 1) {
+    : config_(config),
+      per_rank_(config.world_size),
+      blocks_(config.max_requests),
+      no_context_(config.max_requests, 0),
+      all_prefill_(config.max_requests, 1) {
   chunk_max_.reserve(config.max_context_chunks + 1);
+  const auto size = static_cast<uint64_t>(config.block_size);
+  block_shift_ = 31 + std::bit_width(size - 1);
+  per_block_ = ((uint64_t{1} << block_shift_) + size - 1) / size;
 }
 
 Planner::Cut Planner::cut(int64_t query, bool prefill, int64_t decode) const {
@@ -104,6 +112,18 @@ Counts Planner::measure(const Batch& batch) {
   return n;
 }
 
+// Blocks of this shard for a sequence of so many tokens.
+int64_t Planner::blocks_of(int64_t length) const {
+  if (config_.dcp_world_size > 1) {
+    const int64_t round = config_.cp_interleave * config_.dcp_world_size;
+    length = length / round * config_.cp_interleave +
+             clip(length % round - config_.dcp_rank * config_.cp_interleave, config_.cp_interleave);
+  }
+  if (length == 0) return 0;
+  // Exact for less than 2**31 tokens; 256 divisions would take as long as half of the plan.
+  return static_cast<int64_t>((static_cast<uint64_t>(length - 1) * per_block_) >> block_shift_) + 1;
+}
+
 void Planner::check_block_tables(const Batch& batch, const Sizes& sizes) const {
   if (sizes.block_columns < 0) return;
   require(sizes.block_rows >= batch.count, "block_tables must have a row for each of the ", batch.count, " requests, got ",
@@ -114,12 +134,42 @@ void Planner::check_block_tables(const Batch& batch, const Sizes& sizes) const {
     if (length > longest) longest = length, request = i;
   }
   // This shard's part of a sequence grows with the sequence: the longest one needs most blocks.
-  const int64_t round = config_.cp_interleave * config_.dcp_world_size;
-  const int64_t held = longest / round * config_.cp_interleave +
-                       clip(longest % round - config_.dcp_rank * config_.cp_interleave, config_.cp_interleave);
-  const int64_t blocks = (held + config_.block_size - 1) / config_.block_size;
+  const int64_t blocks = blocks_of(longest);
   require(blocks <= sizes.block_columns, "block_tables must have at least ", blocks, " blocks of ", config_.block_size, " for the ",
           longest, " context and new tokens of request ", request, ", got ", sizes.block_columns);
+}
+
+// A plan is of one moment, and its block numbers have slots of their own: what is in use is looked at once, all of it.
+template <typename Entry>
+void Planner::check_entries(const HostTables& tables, int64_t count) const {
+  const int64_t limit = (int64_t{1} << 31) / config_.block_size;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto* row = reinterpret_cast<const Entry*>(tables.entries + i * tables.row_bytes);
+    std::make_unsigned_t<Entry> all = 0;
+    for (int32_t j = 0; j < blocks_[i]; ++j) all |= static_cast<std::make_unsigned_t<Entry>>(row[j]);
+    if (all < static_cast<uint64_t>(limit)) continue;  // then so is each
+    for (int32_t j = 0; j < blocks_[i]; ++j) {
+      require(row[j] >= 0 && row[j] < limit, "block_tables must have numbers of 0 to ", limit - 1, ", so that slots of blocks of ",
+              config_.block_size, " stay below 2**31, got ", row[j], " for block ", j, " of request ", i);
+    }
+  }
+}
+
+template <typename Entry>
+void Planner::keep_entries(const HostTables& tables, int64_t count) const {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto* row = reinterpret_cast<const Entry*>(tables.entries + i * tables.row_bytes);
+    std::copy_n(row, blocks_[i], tables.kept + i * tables.kept_stride);
+  }
+}
+
+void Planner::read_tables(const Batch& batch, const HostTables& tables) {
+  for (int64_t i = 0; i < batch.count; ++i) {
+    blocks_[i] = static_cast<int32_t>(blocks_of(int64_t{batch.context_lens[i]} + batch.query_lens[i]));
+  }
+  tables.wide ? check_entries<int64_t>(tables, batch.count) : check_entries<int32_t>(tables, batch.count);
+  if (tables.kept == nullptr) return;
+  tables.wide ? keep_entries<int64_t>(tables, batch.count) : keep_entries<int32_t>(tables, batch.count);
 }
 
 void Planner::check_sizes(const Batch& batch, const Sizes& sizes, Counts& n) const {
@@ -159,11 +209,12 @@ int64_t Planner::largest_rank(const Batch& batch) {
   return measure(full).tokens_padded;
 }
 
-Counts Planner::plan(const Batch& batch, const Sizes& sizes, int32_t* step) {
+Counts Planner::plan(const Batch& batch, const Sizes& sizes, const HostTables& tables, int32_t* step) {
   const Batch full = complete(batch);
   check_batch(full);
   Counts n = measure(full);
   check_sizes(full, sizes, n);
+  if (tables.entries != nullptr) read_tables(full, tables);
   write(full, n, step);
   write_local_starts(full, n, step);
   write_chunks(sizes, n, step);

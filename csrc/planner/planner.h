@@ -39,6 +39,15 @@ struct Sizes {
   int64_t block_rows, block_columns;    // of the block tables
 };
 
+// Block tables on the host: their entries are checked, and kept if there is room for them. Only those of blocks in use are read.
+struct HostTables {
+  const char* entries;  // int32, or int64 if wide; null: the tables are on a GPU
+  int64_t row_bytes;    // from one row to the next
+  bool wide;
+  int32_t* kept;  // null: not wanted
+  int64_t kept_stride;
+};
+
 struct Counts {
   int64_t requests;
   int64_t tokens, tokens_padded;  // T, Np
@@ -56,7 +65,7 @@ class Planner {
   explicit Planner(const Config& config);
 
   // Throws std::invalid_argument before anything is written.
-  Counts plan(const Batch& batch, const Sizes& sizes, int32_t* step);
+  Counts plan(const Batch& batch, const Sizes& sizes, const HostTables& tables, int32_t* step);
 
   // The local tokens of the fullest rank, as plan() would count them.
   int64_t largest_rank(const Batch& batch);
@@ -77,13 +86,22 @@ class Planner {
   void check_batch(const Batch& batch) const;
   Counts measure(const Batch& batch);
   void check_sizes(const Batch& batch, const Sizes& sizes, Counts& counts) const;
+  int64_t blocks_of(int64_t length) const;
   void check_block_tables(const Batch& batch, const Sizes& sizes) const;
+  template <typename Entry>
+  void check_entries(const HostTables& tables, int64_t count) const;
+  template <typename Entry>
+  void keep_entries(const HostTables& tables, int64_t count) const;
+  void read_tables(const Batch& batch, const HostTables& tables);
   void write(const Batch& batch, Counts& counts, int32_t* step) const;
   void write_local_starts(const Batch& batch, const Counts& counts, int32_t* step) const;
   void write_chunks(const Sizes& sizes, const Counts& counts, int32_t* step);
 
   Config config_;
+  uint64_t per_block_;  // 2**block_shift_ / block_size, rounded up: a length's blocks by one multiplication
+  int block_shift_;
   std::vector<int64_t> per_rank_;
+  std::vector<int32_t> blocks_;  // that each request of the last batch uses
   std::vector<int32_t> no_context_;
   std::vector<uint8_t> all_prefill_;
   std::vector<int32_t> chunk_max_;

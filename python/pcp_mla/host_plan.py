@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import native
+from .block_tables import read_entries
 from .partition import Partition, partition
 from .slots import PagedCache, key_chunks
 from .step_buffer import StepLayout, fill
@@ -74,13 +75,6 @@ def _optional_size(name: str, value: Any) -> int | None:
     return size
 
 
-def _held(length: int, cache: PagedCache) -> int:
-    """Tokens of a sequence that this shard of the cache holds."""
-    turn = cache.cp_interleave * cache.dcp_world_size
-    rest = length % turn - cache.dcp_rank * cache.cp_interleave
-    return length // turn * cache.cp_interleave + min(max(rest, 0), cache.cp_interleave)
-
-
 class NumpyHostPlan:
     """Fills the step buffer from :func:`pcp_mla.partition`. Arguments, results and errors as the native planner's."""
 
@@ -134,7 +128,7 @@ class NumpyHostPlan:
         if requests == 0:
             return
         request = int(lengths.argmax())
-        blocks = -(-_held(int(lengths[request]), self._cache) // self._cache.block_size)
+        blocks = int(self._cache.blocks_of(lengths[request]))
         if blocks > columns:
             what = f"at least {blocks} blocks of {self._cache.block_size} for the {lengths[request]} context and new tokens"
             raise ValueError(f"{_OP}: block_tables must have {what} of request {request}, got {columns}")
@@ -152,6 +146,8 @@ class NumpyHostPlan:
         workspace_tokens: int | None,
         block_rows: int,
         block_columns: int,
+        host_tables: np.ndarray | None,
+        kept: np.ndarray | None,
     ) -> dict[str, Any]:
         requests = _optional_size("num_requests_padded", num_requests_padded)
         tokens = _optional_size("num_tokens_padded", num_tokens_padded)
@@ -178,7 +174,10 @@ class NumpyHostPlan:
                 limits = f"{context} context tokens in {self._max_context_chunks} chunks (max_context_chunks)"
                 raise ValueError(f"{_OP}: workspace_tokens must be large enough for {limits}, got {workspace}")
         if block_columns >= 0:
-            self._check_block_tables(part, len(np.asarray(query_lens)), block_rows, block_columns)
+            given = len(np.asarray(query_lens))
+            self._check_block_tables(part, given, block_rows, block_columns)
+            if host_tables is not None:
+                read_entries(host_tables, (part.context_lens + part.query_lens)[:given], self._cache, kept)
 
         chunks = key_chunks(part, workspace)
         fill(self._layout, step, part, chunks)

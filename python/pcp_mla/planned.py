@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from .partition import Partition, partition
 from .slots import KeyChunk, PagedCache
 
 if TYPE_CHECKING:
-    from .planner import PCPPlanner
+    from .plan_buffers import PlanBuffers
 
 
 class PlannedMetadata(PCPMetadata):
-    """A :class:`PCPMetadata` in a planner's buffers. Its tensors hold the planner's *last* plan: the next one overwrites them.
+    """A :class:`PCPMetadata` in a planner's buffers. Its tensors hold the planner's *last* plan: the next one overwrites them. One
+    that is asked for only then raises RuntimeError; counts and ``partition`` stay those of its own plan.
 
     Beside the fields of PCPMetadata:
 
@@ -40,20 +42,22 @@ class PlannedMetadata(PCPMetadata):
     num_key_tokens: int
     chunk_max_seqlens: tuple[int, ...]
     batch: bytes
-    _planner: PCPPlanner
-    _block_tables: torch.Tensor | None
+    _buffers: PlanBuffers
+    _plan: int
+    _has_slots: bool
     _asked: tuple[int | None, int | None, bool]
 
     def __init__(
         self,
-        planner: PCPPlanner,
+        buffers: PlanBuffers,
         counts: dict[str, Any],
-        block_tables: torch.Tensor | None,
+        has_slots: bool,
         asked: tuple[int | None, int | None, bool],
     ) -> None:
-        counts["device"] = planner.device
-        counts["_planner"] = planner
-        counts["_block_tables"] = block_tables
+        counts["device"] = buffers.device
+        counts["_buffers"] = buffers
+        counts["_plan"] = buffers.plan + 1
+        counts["_has_slots"] = has_slots
         counts["_asked"] = asked  # num_tokens_padded, workspace_tokens, whether there were prompt_lens
         if asked[0] is not None:
             # A chunk's tail is never longer than its head.
@@ -64,11 +68,11 @@ class PlannedMetadata(PCPMetadata):
 
     @property
     def world_size(self) -> int:
-        return self._planner.world_size
+        return self._buffers.world_size
 
     @property
     def rank(self) -> int:
-        return self._planner.rank
+        return self._buffers.rank
 
     @cached_property
     def partition(self) -> Partition:
@@ -80,8 +84,8 @@ class PlannedMetadata(PCPMetadata):
             np.frombuffer(self.batch, np.bool_, offset=lengths.nbytes),
             world_size=self.world_size,
             rank=self.rank,
-            layout=self._planner.layout,
-            decode_policy=self._planner.decode_policy,
+            layout=self._buffers.layout,
+            decode_policy=self._buffers.decode_policy,
             prompt_lens=lengths[2] if self._asked[2] else None,
         )
 
@@ -92,20 +96,28 @@ class PlannedMetadata(PCPMetadata):
     @cached_property
     def is_replicated(self) -> bool:
         """As in PCPMetadata; never of a padded plan, whose captured graph another batch will use."""
-        planner = self._planner
-        if self._asked[0] is not None or planner.layout != "unpadded" or planner.decode_policy != "replicate":
+        buffers = self._buffers
+        if self._asked[0] is not None or buffers.layout != "unpadded" or buffers.decode_policy != "replicate":
             return False
         query_lens = np.frombuffer(self.batch, np.int32, self.num_requests)
         return not query_lens[np.frombuffer(self.batch, np.bool_, offset=3 * query_lens.nbytes)].any()
 
     @property
     def paged_cache(self) -> PagedCache | None:
-        return None if self._block_tables is None else self._planner.cache
+        return self._buffers.cache if self._has_slots else None
+
+    def _current(self) -> PlanBuffers:
+        buffers = self._buffers
+        if buffers.plan != self._plan:
+            what = f"got plan {self._plan} while the planner's buffers hold plan {buffers.plan}"
+            raise RuntimeError(f"PlannedMetadata: a tensor must be read for the first time before the next plan(), {what}")
+        return buffers
 
     # Arrays of the step buffer.
 
     def _step(self, name: str, count: int) -> torch.Tensor:
-        return self._planner.step.narrow(0, self._planner.step_layout.offsets[name], count)
+        buffers = self._current()
+        return buffers.step.narrow(0, buffers.step_layout.offsets[name], count)
 
     @cached_property
     def row_table(self) -> torch.Tensor:
@@ -134,11 +146,11 @@ class PlannedMetadata(PCPMetadata):
 
     @cached_property
     def key_chunks(self) -> tuple[KeyChunk, ...]:
-        planner, rows, window = self._planner, 2 * self.num_requests, self._asked[1] or 0
-        offsets, step, last = planner.step_layout.offsets, planner.step, len(self.chunk_max_seqlens) - 1
+        buffers, rows, window = self._current(), 2 * self.num_requests, self._asked[1] or 0
+        offsets, step, last = buffers.step_layout.offsets, buffers.step, len(self.chunk_max_seqlens) - 1
         chunks, first = [], 0
         for number, longest in enumerate(self.chunk_max_seqlens):
-            start = planner.step_layout.chunk(number)
+            start = buffers.step_layout.chunk(number)
             count = min(window, self.num_context_tokens - first) if number < last else self.num_key_tokens - first
             tables = (
                 step.narrow(0, start + offsets["chunk_starts"], self.num_requests),
@@ -152,51 +164,52 @@ class PlannedMetadata(PCPMetadata):
     # Arrays over tokens.
 
     def _token_rows(self, name: str, count: int, padded_count: int) -> torch.Tensor:
-        return self._planner.expanded_tokens(name).narrow(0, 0, count if self._asked[0] is None else padded_count)
+        return self._current().expanded_tokens(name).narrow(0, 0, count if self._asked[0] is None else padded_count)
 
     @cached_property
     def local_token_indices(self) -> torch.Tensor:
-        return self._token_rows("_local_token_indices", self.num_tokens, self.num_tokens_padded)
+        return self._token_rows("local_token_indices", self.num_tokens, self.num_tokens_padded)
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        return self._token_rows("_positions", self.num_tokens, self.num_tokens_padded)
+        return self._token_rows("positions", self.num_tokens, self.num_tokens_padded)
 
     @cached_property
     def allgather_restore_idx(self) -> torch.Tensor:
-        return self._token_rows("_allgather_restore_idx", self.num_restored, self.world_size * self.num_tokens_padded)
+        return self._token_rows("allgather_restore_idx", self.num_restored, self.world_size * self.num_tokens_padded)
 
     @cached_property
     def hidden_restore_idx(self) -> torch.Tensor:
-        return self._token_rows("_hidden_restore_idx", self.num_new_tokens, self.world_size * self.num_tokens_padded)
+        return self._token_rows("hidden_restore_idx", self.num_new_tokens, self.world_size * self.num_tokens_padded)
 
     @cached_property
     def slot_mapping(self) -> torch.Tensor | None:
-        if self._block_tables is None:
+        if not self._has_slots:
             return None
         gathered = self.world_size * self.num_tokens_padded
-        return self._token_rows("_slot_mapping", gathered, gathered)
+        return self._token_rows("slot_mapping", gathered, gathered)
 
     @cached_property
     def kv_rows(self) -> torch.Tensor | None:
-        if self._block_tables is None:
+        if not self._has_slots:
             return None
-        return self._planner.expanded_kv_rows().narrow(0, 0, self.num_kv_tokens)
+        return self._current().expanded_keys().narrow(0, 0, self.num_kv_tokens)
 
     def shared_fields(self) -> dict[str, Any]:
         """What all ranks must have equal, by the names of :data:`pcp_mla.consistency.FIELDS`."""
-        words, planner = 4 * self.num_requests, self._planner
+        words, buffers = 4 * self.num_requests, self._buffers
+        padded, workspace = self._asked[:2]
         return {
             "query_lens": self.batch[:words],
             "context_lens": self.batch[words : 2 * words],
             "is_prefill": self.batch[3 * words :],
             "prompt_lens": (self._asked[2], self.batch[2 * words : 3 * words]),
-            "world_size": planner.world_size,
-            "layout": planner.layout,
-            "decode_policy": planner.decode_policy,
-            "block_size": planner.cache.block_size,
-            "dcp_world_size": planner.cache.dcp_world_size,
-            "cp_interleave": planner.cache.cp_interleave,
-            "num_tokens_padded": self._asked[0],
-            "workspace_tokens": self._asked[1],
+            "world_size": buffers.world_size,
+            "layout": buffers.layout,
+            "decode_policy": buffers.decode_policy,
+            "block_size": buffers.cache.block_size,
+            "dcp_world_size": buffers.cache.dcp_world_size,
+            "cp_interleave": buffers.cache.cp_interleave,
+            "num_tokens_padded": None if padded is None else operator.index(padded),
+            "workspace_tokens": None if workspace is None else operator.index(workspace),
         }

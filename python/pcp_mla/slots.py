@@ -28,14 +28,23 @@ class PagedCache:
     def slots(
         self, block_tables: npt.NDArray[Any], requests: npt.NDArray[Any], positions: npt.NDArray[Any]
     ) -> npt.NDArray[np.int64]:
-        """int64 slots of tokens, given their requests and their positions in them; -1 where another shard holds the token."""
+        """int64 slots of tokens, given their requests and their positions in them; -1 where another shard holds the token, and of a
+        block whose number is negative or too large: an int32 must hold the slot."""
         group, within = np.divmod(positions.astype(np.int64), self.cp_interleave)
         turn, shard = np.divmod(group, self.dcp_world_size)
         block, offset = np.divmod(turn * self.cp_interleave + within, self.block_size)
         mine = shard == self.dcp_rank
         blocks = np.full(positions.shape, -1, np.int64)
         blocks[mine] = block_tables[requests[mine], block[mine]]
-        return np.where(mine, blocks * self.block_size + offset, -1)
+        known = (blocks >= 0) & (blocks < 2**31)
+        slots = np.where(known, blocks, 0) * self.block_size + offset
+        return np.where(known & (slots < 2**31), slots, -1)
+
+    def blocks_of(self, lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Blocks that this shard needs for sequences of so many tokens."""
+        turns, rest = np.divmod(np.asarray(lengths, np.int64), self.cp_interleave * self.dcp_world_size)
+        held = turns * self.cp_interleave + np.clip(rest - self.dcp_rank * self.cp_interleave, 0, self.cp_interleave)
+        return -(-held // self.block_size)
 
 
 def slot_mapping(part: Partition, block_tables: npt.NDArray[Any], cache: PagedCache) -> npt.NDArray[np.int64]:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
+
 import torch
 
 from .step_buffer import StepLayout
+
+# Pinned buffers whose planner is gone, with the event of their last copy. Torch's allocator does not know of copies that it has not
+# issued, and would give a block away that is still read. To wait, or even to look, where a planner ends could break a graph that is
+# being captured just then.
+_on_their_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+
+
+def _drop_sent() -> None:
+    for _ in range(len(_on_their_way)):
+        host, sent = _on_their_way.popleft()
+        if not sent.query():
+            _on_their_way.append((host, sent))
 
 
 class Staging:
@@ -12,12 +27,14 @@ class Staging:
     that."""
 
     def __init__(self, step: torch.Tensor, usual: int, pin_memory: bool | None) -> None:
+        _drop_sent()
         pinned = step.is_cuda if pin_memory is None else pin_memory
         self.host = torch.zeros(step.shape, dtype=step.dtype, pin_memory=pinned)
         self._step, self._device = step, step.device
         self.array = self.host.numpy()
         self.sent = torch.cuda.Event()
         self.sent.record(torch.cuda.current_stream(self._device))  # from here on it has an address
+        weakref.finalize(self, _on_their_way.append, (self.host, self.sent)).atexit = False
         # Views cost as much as the copy's launch: those of a plan with one key chunk are made once.
         self._usual = (step[:usual], self.host[:usual])
 

@@ -14,14 +14,14 @@ def _slots(
     dcp_rank: int,
     cp_interleave: int,
 ) -> torch.Tensor:
-    """int64 slots of tokens in this shard of the paged cache, -1 where another shard holds the token."""
+    """int64 slots of tokens in this shard of the paged cache, -1 where another shard holds the token or its block has none."""
     group = positions // cp_interleave
     local = group // dcp_world_size * cp_interleave + positions % cp_interleave
-    mine = (group % dcp_world_size == dcp_rank) & (local // block_size < block_tables.shape[1])
-    slots = torch.full_like(positions, -1)
-    blocks = block_tables[requests[mine], local[mine] // block_size].long()
-    slots[mine] = blocks * block_size + local[mine] % block_size
-    return slots
+    mine = (group % dcp_world_size == dcp_rank) & (local // block_size < block_tables.shape[1]) & (requests < block_tables.shape[0])
+    blocks = torch.full_like(positions, -1)
+    blocks[mine] = block_tables[requests[mine], local[mine] // block_size].long()
+    slots = blocks * block_size + local % block_size
+    return torch.where((blocks < 0) | (slots >= 2**31), -1, slots)
 
 
 def plan_expand(
@@ -48,7 +48,8 @@ def plan_expand(
 
     ``local_token_indices`` and ``positions`` [Np], ``allgather_restore_idx`` and ``hidden_restore_idx`` [P * Np] and, if there are
     block tables, ``slot_mapping`` [P * Np] are written up to these counts, pads as -1 (positions as 0); ``kv_rows`` up to
-    ``num_kv_rows``, in key order or, if ``split``, all context before all new tokens. Both parts may have no rows.
+    ``num_kv_rows``, in key order or, if ``split``, all context before all new tokens. Both parts may have no rows. A token whose
+    block number is negative, or whose slot would be 2**31 or more, has slot -1.
     """
     table = request_table[: (5 + world_size) * (num_requests + 1)].view(5 + world_size, -1).long()
     natural, context, keys, chunk, owner = table[:5]

@@ -25,20 +25,21 @@ def _find(starts, less, requests, steps, n, LESS: tl.constexpr):
 
 
 @triton.jit
-def _slot(blocks, block_stride, columns, block_size, shards, shard, interleave, request, position, mask):
+def _slot(blocks, block_stride, block_rows, columns, block_size, shards, shard, interleave, request, position, mask):
     group = position // interleave
     local = group // shards * interleave + position % interleave
     block = local // block_size
-    held = mask & (group % shards == shard) & (block < columns)
-    number = tl.load(blocks + request.to(tl.int64) * block_stride + block, mask=held, other=0).to(tl.int64)
-    return tl.where(held, number * block_size + local % block_size, -1)
+    held = mask & (group % shards == shard) & (block < columns) & (request < block_rows)
+    number = tl.load(blocks + request.to(tl.int64) * block_stride + block, mask=held, other=-1).to(tl.int64)
+    slot = number * block_size + local % block_size
+    return tl.where((number < 0) | (slot > 2147483647), -1, slot)
 
 
 @triton.jit(do_not_specialize=["requests", "steps", "rank", "rows", "kv_count", "gathered_programs"])
 def plan_expand_kernel(
     table, blocks, local_out, positions_out, restore_out, hidden_out, slots_out, kv_out,
     requests, steps, world, rank, rows, kv_count, gathered_programs,
-    block_stride, columns, block_size, shards, shard, interleave,
+    block_stride, block_rows, columns, block_size, shards, shard, interleave,
     HAS_BLOCKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     width = requests + 1
@@ -78,7 +79,7 @@ def plan_expand_kernel(
         tl.store(local_out + t, tl.where(real, index, -1), mask=mine)
         tl.store(positions_out + t, tl.where(held, position, 0), mask=mine)
         if HAS_BLOCKS:
-            slot = _slot(blocks, block_stride, columns, block_size, shards, shard, interleave, low, position, first)
+            slot = _slot(blocks, block_stride, block_rows, columns, block_size, shards, shard, interleave, low, position, first)
             tl.store(slots_out + g, slot, mask=inside)
     else:
         n = (tl.program_id(0) - gathered_programs) * BLOCK + tl.arange(0, BLOCK)
@@ -97,7 +98,7 @@ def plan_expand_kernel(
             position = n - tl.load(keys + low)
         length = tl.load(context + low + 1) - tl.load(context + low) + tl.load(natural + low + 1) - tl.load(natural + low)
         real = (n < kv_count) & (n < tl.load(keys + requests)) & (position < length)
-        slot = _slot(blocks, block_stride, columns, block_size, shards, shard, interleave, low, position, real)
+        slot = _slot(blocks, block_stride, block_rows, columns, block_size, shards, shard, interleave, low, position, real)
         tl.store(kv_out + n, slot.to(tl.int32), mask=n < kv_count)
 
 
@@ -150,7 +151,7 @@ def plan_expand(
         num_kv_rows,
         gathered_programs,
         0 if block_tables is None else block_tables.stride(0),
-        0 if block_tables is None else block_tables.shape[1],
+        *((0, 0) if block_tables is None else block_tables.shape),
         block_size,
         dcp_world_size,
         dcp_rank,
