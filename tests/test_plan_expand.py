@@ -86,6 +86,39 @@ def test_more_than_one_block_of_rows(device, backend):
             assert_equal(a, b, "row")
 
 
+@pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+@pytest.mark.parametrize("workspace", [None, 60])
+def test_blocks_without_slots_and_rows_that_are_not_there(device, backend, workspace):
+    """A number that is negative or whose slots pass 31 bits, in a table that no host has seen, gives -1: no other block's slot."""
+    part = partition([9, 8, 40, 5], [3, 40, 0, 2], world_size=2, rank=1)
+    for block_size in (16, 24):
+        cache = PagedCache(block_size)
+        last = 2**31 // block_size
+        tables = np.array([[-1, 3], [last, 2], [2**31 - 1, -(2**31)], [last - 1, 7]], np.int32)
+        tables = np.append(tables, [[4], [5], [6], [8]], axis=1).astype(np.int32)
+        got = run(device, backend, part, tables, cache, workspace=workspace)
+        for a, b in zip(got, expected(part, tables, cache, workspace=workspace), strict=True):
+            assert_equal(a, b, "row")
+    short = run(device, backend, part, tables[:3], cache, workspace=workspace)
+    tables[3] = -1  # a request that the table has no row for
+    for a, b in zip(short, expected(part, tables, cache, workspace=workspace), strict=True):
+        assert_equal(a, b, "row")
+
+
+@pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+@pytest.mark.parametrize("tables", [np.empty((0, 5), np.int32), np.empty((3, 0), np.int32)], ids=["no rows", "no columns"])
+def test_tables_without_entries(device, backend, tables):
+    """Strides of such a table mean nothing, and it has no address: pads are written all the same."""
+    tensors, counts = arguments(partition([], world_size=2, rank=1), None, PagedCache(), device)
+    call = torch.ops.pcp_mla.plan_expand if backend == "auto" else select("plan_expand", backend, device)
+    for table in (torch.from_numpy(tables), torch.from_numpy(tables.T.copy()).T):
+        tensors[6].fill_(GUARD)
+        requests, world, rank, rows, _, *rest = counts
+        call(tensors[0], table.to(device), *tensors[2:], requests, world, rank, rows, 3, *rest)
+        assert tensors[6].tolist() == [-1] * world * rows + [GUARD] * 5
+        assert tensors[7].tolist()[:4] == [-1] * 3 + [GUARD]
+
+
 @pytest.mark.parametrize(("device", "backend"), IMPLEMENTATIONS)
 def test_only_key_rows_or_only_tokens(device, backend):
 
@@ -136,6 +169,8 @@ def test_the_native_op_refuses_what_does_not_fit():
         op(tensors[0], tensors[1].long(), *tensors[2:], *counts)
     with pytest.raises(RuntimeError, match="kv_rows need block_tables"):
         op(tensors[0], None, *tensors[2:], *counts)
-    for position, value in ((1, 0), (2, 2), (6, 0), (7, 0), (8, 1), (9, 0)):
+    cut = 2**32 + 1  # of which 32 bits are a number that would do
+    wrong = ((1, 0), (2, 2), (6, 0), (7, 0), (8, 1), (9, 0), (0, cut), (1, cut), (3, cut), (4, cut), (6, cut), (7, cut), (9, cut))
+    for position, value in wrong:
         with pytest.raises(RuntimeError, match="plan_expand: "):
             op(*tensors, *counts[:position], value, *counts[position + 1 :])

@@ -1,5 +1,7 @@
 """A plan is bit-equal to the NumPy specification, and the specification to a loop over tokens."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -38,13 +40,13 @@ def test_native_planner_is_built():
 
 
 @given(cases())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_plan_is_the_specification(case):
     check(case)
 
 
 @given(cases())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_numpy_host_plan_is_the_specification(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(native.status, "_planner", "not built")
@@ -52,6 +54,7 @@ def test_numpy_host_plan_is_the_specification(case):
 
 
 @given(cases())
+@settings(deadline=None)
 def test_step_buffer_is_the_specification(case):
     """Also what no tensor of the metadata shows: the request table that the expansion reads."""
     part = partition(**batch_of(case))
@@ -65,6 +68,7 @@ def test_step_buffer_is_the_specification(case):
 
 
 @given(cases())
+@settings(deadline=None)
 def test_slots_one_token_at_a_time(case):
     part = partition(**batch_of(case))
     tables, cache = block_tables_of(case), case["cache"]
@@ -83,6 +87,7 @@ def test_slots_one_token_at_a_time(case):
 
 
 @given(cases())
+@settings(deadline=None)
 def test_key_chunks_cover_every_key_once(case):
     """What all chunks give a row, put together, is what the row attends to: its context, then its new tokens."""
     part = partition(**batch_of(case))
@@ -136,6 +141,24 @@ def test_one_token_prefill_chunks_speculative_decodes_and_idle_requests():
         assert meta.logits_indices.tolist() == [0, 4, -1, -1, 7]
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_padded_layout_needs_one_more_token_a_request(world):
+    """The capacity fits every batch of a small planner, and some batch fills it, or all but one token of it."""
+    for requests in range(1, 4):
+        for tokens in range(7):
+            planner = PCPPlanner(requests, tokens, world, 0, layout="padded")
+            largest = 0
+            for lengths in itertools.product(range(tokens + 1), repeat=requests):
+                if sum(lengths) > tokens:
+                    continue
+                for prefill in itertools.product([False, True], repeat=requests):
+                    meta = planner.plan(np.array(lengths, np.int32), None, np.array(prefill, bool))
+                    assert meta.num_tokens_padded <= planner.max_local_tokens
+                    largest = max(largest, meta.num_tokens_padded)
+            unused = planner.max_local_tokens - largest
+            assert unused == 0 if tokens <= requests else unused <= 1
+
+
 def test_round_robin_can_leave_a_rank_without_tokens():
     part = partition([1], [9], [False], world_size=3, rank=2, decode_policy="round_robin")
     meta = PCPPlanner(8, 100, 3, 2, decode_policy="round_robin").plan([1], [9], [False])
@@ -144,6 +167,7 @@ def test_round_robin_can_leave_a_rank_without_tokens():
 
 
 @given(cases(), st.integers(0, 3), st.integers(0, 9), st.integers(0, 9))
+@settings(deadline=None)
 def test_padded_sizes(case, more_requests, more_tokens, more_keys):
     """Padded to more requests, the batch is one with as many empty requests; per-token arrays are the plain ones, then pads."""
     longer = batch_of(case)

@@ -1,10 +1,16 @@
 """Ranks that plan different steps find out on every rank, before a collective hangs."""
 
+import threading
+
+import numpy as np
 import pytest
-import torch
 
 from pcp_mla import PCPPlanner
+from pcp_mla import planner as module
+from pcp_mla.consistency import FIELDS
+from pcp_mla.exchange import group_rank, group_world_size
 from pcp_mla.launch import run_distributed
+from pcp_mla.played import play
 
 GOOD = {"query_lens": [9, 1, 4], "context_lens": [3, 8, 0], "is_prefill": [True, False, True]}
 OPTIONS = {"max_requests": 8, "max_tokens": 100}
@@ -13,14 +19,13 @@ OPTIONS = {"max_requests": 8, "max_tokens": 100}
 def outcomes_of_plans(group, steps, switch):
     """For each step plan, with what it says for this rank, and keep the error's message, the empty string if there is none. With
     the switch on, plan() alone compares."""
-    rank = torch.distributed.get_rank(group)
+    rank, world = group_rank(group), group_world_size(group)
     outcomes = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PCP_MLA_CHECK", str(int(switch)))
         for changes in steps:
             options, arguments = changes.get(rank, ({}, {}))
-            world = torch.distributed.get_world_size(group)
-            planner = PCPPlanner(**OPTIONS, world_size=world, rank=rank, group=group, **options)
+            planner = PCPPlanner(**{**OPTIONS, "world_size": world, "rank": rank, "group": group, **options})
             try:
                 planner.plan(**{**GOOD, **arguments})
                 if not switch:
@@ -29,6 +34,63 @@ def outcomes_of_plans(group, steps, switch):
             except (RuntimeError, ValueError, TypeError) as error:
                 outcomes.append(f"{type(error).__name__}: {error}")
     return outcomes
+
+
+class _Stop(BaseException):
+    """None of the exceptions that anybody expects."""
+
+
+ERRORS = {error.__name__: error for error in (MemoryError, RuntimeError, KeyboardInterrupt, OSError, SystemExit, _Stop)}
+# Where in plan() a rank fails: before, in and after the host's part.
+PLACES = {
+    "block tables": (module, "check_tables"),
+    "host plan": (module.PCPPlanner, "_plan"),
+    "metadata": (module, "PlannedMetadata"),
+    "buffers": (module.PlanBuffers, "hold"),
+    "digests": (module, "digests"),
+}
+
+
+def failing_here(usual, error):
+    """Ranks that are played are threads that share the module: only this one fails."""
+    here = threading.get_ident()
+
+    def call(*args):
+        if threading.get_ident() == here:
+            raise error("injected")
+        return usual(*args)
+
+    return call
+
+
+def outcomes_of_failures(group, place, names):
+    """For each error its name and text on a rank that meets it in plan(), on the others what they are told; then a good plan."""
+    rank, world = group_rank(group), group_world_size(group)
+    outcomes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PCP_MLA_CHECK", "1")
+        made = PCPPlanner(**OPTIONS, world_size=world, rank=rank, group=group)
+    for name in names:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == world - 1:
+                patch.setattr(*PLACES[place], failing_here(getattr(*PLACES[place]), ERRORS[name]))
+            try:
+                made.plan(**GOOD, block_tables=np.zeros((3, 20), np.int32))
+                outcomes.append("")
+            except BaseException as error:
+                if type(error).__name__ not in ERRORS:
+                    raise
+                outcomes.append(f"{type(error).__name__}: {error}")
+    outcomes.append(made.plan(**GOOD).num_tokens)
+    return outcomes
+
+
+def assert_all_learn_of_it(results):
+    *others, failed = results
+    assert failed[:-1] == [f"{name}: injected" for name in ERRORS]
+    told = f"RuntimeError: PCPPlanner.check_consistency: plan() failed on rank {len(others)}"
+    assert all(result[:-1] == [told] * len(ERRORS) for result in others)
+    assert all(result[-1] > 0 for result in results)
 
 
 def test_every_rank_names_the_field_and_the_ranks():
@@ -76,3 +138,78 @@ def test_wrong_group():
         planner.check_consistency()
     with pytest.raises(ValueError, match="there must be a plan to compare, got none"):
         PCPPlanner(**OPTIONS, world_size=1, rank=0).check_consistency()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("place", ["host plan", "metadata"])
+def test_every_exception_reaches_the_others(world, place):
+    assert_all_learn_of_it(run_distributed(world, outcomes_of_failures, place, list(ERRORS)))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("place", PLACES)
+def test_every_exception_reaches_ranks_that_are_played(world, place):
+    assert_all_learn_of_it(play(world, lambda group: outcomes_of_failures(group, place, list(ERRORS))))
+
+
+def test_a_rank_whose_comparison_fails_raises_its_own_error(monkeypatch):
+    """The others cannot be told then; what went wrong first is still what this rank says."""
+    monkeypatch.setenv("PCP_MLA_CHECK", "1")
+    made = PCPPlanner(**OPTIONS, world_size=1, rank=0, group=play(1, lambda group: group)[0])
+    with pytest.raises(ValueError, match="query_lens must not be negative"):
+        made.plan([-1])  # its group is over
+
+
+# For each field what one rank has otherwise: options of its planner, arguments of its plan.
+DIFFERENCES = {
+    "query_lens": ({}, {"query_lens": [9, 1, 3]}),
+    "context_lens": ({}, {"context_lens": [3, 7, 0]}),
+    "is_prefill": ({}, {"is_prefill": [True, False, False]}),
+    "prompt_lens": ({}, {"prompt_lens": [0, 0, 0]}),
+    "world_size": ({"world_size": 5}, {}),
+    "layout": ({"layout": "padded"}, {}),
+    "decode_policy": ({"decode_policy": "round_robin"}, {}),
+    "block_size": ({"block_size": 2}, {}),
+    "dcp_world_size": ({"dcp_world_size": 2}, {}),
+    "cp_interleave": ({"cp_interleave": 2}, {}),
+    "num_tokens_padded": ({}, {"num_tokens_padded": 30}),
+    "workspace_tokens": ({}, {"workspace_tokens": 20}),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("switch", [False, True])
+def test_each_field_is_named(name, switch):
+    first, second, third = play(3, lambda group: outcomes_of_plans(group, [{1: DIFFERENCES[name]}], switch))
+    words = f"these differ: {name} of ranks 0, 2 and of rank 1"
+    if name == "world_size" and not switch:
+        assert second[0].startswith("ValueError: PCPPlanner.check_consistency: group must have this process as rank 1 of 5")
+    else:
+        assert second[0].endswith(words)
+    assert first[0].endswith(words)
+    assert third[0].endswith(words)
+
+
+def test_equal_numbers_of_other_types_do_not_differ():
+    sizes = [
+        {"num_tokens_padded": 30, "workspace_tokens": 50},
+        {"num_tokens_padded": np.int64(30), "workspace_tokens": np.int32(50), "query_lens": np.array([9, 1, 4], np.int64)},
+    ]
+    assert play(2, lambda group: outcomes_of_plans(group, [{group.rank: ({}, sizes[group.rank])}], True)) == [[""], [""]]
+
+
+def test_a_rank_in_the_wrong_place_or_without_a_plan_does_not_leave_the_others_waiting():
+    told = "RuntimeError: PCPPlanner.check_consistency: plan() failed on rank 1"
+    first, second = play(2, lambda group: outcomes_of_plans(group, [{1: ({"rank": 0}, {})}], False))
+    assert first == [told]
+    assert second[0].startswith("ValueError: PCPPlanner.check_consistency: group must have this process as rank 0 of 2")
+
+    def one_has_no_plan(group):
+        made = PCPPlanner(**OPTIONS, world_size=2, rank=group.rank)
+        if group.rank == 0:
+            made.plan(**GOOD)
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            made.check_consistency(group)
+        return f"{raised.type.__name__}: {raised.value}"
+
+    assert play(2, one_has_no_plan) == [told, "ValueError: PCPPlanner.check_consistency: there must be a plan to compare, got none"]

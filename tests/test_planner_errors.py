@@ -54,6 +54,13 @@ CASES = [
     ),
     ({"block_tables": TABLES[0]}, ValueError, r"block_tables must have 2 dimensions \[requests, blocks\], got 1"),
     ({"block_tables": TABLES.astype(float)}, TypeError, "block_tables must be integers, got float64"),
+    ({"block_tables": torch.zeros(2, 8, dtype=torch.bool)}, TypeError, "block_tables must be integers, got bool"),
+    ({"block_tables": [[2**64] * 8] * 2}, TypeError, "block_tables must be integers, got object"),
+    (
+        {"block_tables": TABLES - 1},
+        ValueError,
+        "block_tables must have numbers of 0 to 536870911, .*, got -1 for block 0 of request 0",
+    ),
     ({"block_tables": torch.zeros(2, 8)}, TypeError, "block_tables must be integers, got float32"),
     ({"block_tables": torch.zeros(2, 8, dtype=torch.int32, device="meta")}, ValueError, "block_tables must be on cpu .*, got meta"),
 ]
@@ -80,8 +87,11 @@ def test_bad_plan_leaves_the_last_one(planner, change, error, words):
         assert torch.equal(getattr(meta, name), getattr(other, name)), name
 
 
-def test_shards_need_fewer_blocks():
+@pytest.mark.parametrize("host", ["native", "numpy"])
+def test_shards_need_fewer_blocks(host, monkeypatch):
     """Of 13 tokens in runs of 2, shard 0 of 2 has 7 and shard 1 has 6: two blocks and one block of 6."""
+    if host == "numpy":
+        monkeypatch.setitem(native.status, "_planner", NUMPY_ONLY)
     for shard, blocks in ((0, 2), (1, 1)):
         planner = PCPPlanner(4, 100, 2, 0, block_size=6, dcp_world_size=2, dcp_rank=shard, cp_interleave=2)
         planner.plan([13], block_tables=TABLES[:, :blocks])

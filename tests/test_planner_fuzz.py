@@ -48,7 +48,9 @@ def test_random_batches_agree_with_the_specification(seed):
         tables = rng.integers(0, 2**20, (len(lengths), columns), dtype=np.int32)
         restored = int(part.padded_lens.sum())
         workspace = None if rng.random() < 0.5 else max(1, restored, part.num_kv_tokens // int(rng.integers(1, 9)))
-        meta = planner.plan(lengths, contexts, prefill, tables, workspace_tokens=workspace, prompt_lens=prompts)
+        given = tables.copy()
+        meta = planner.plan(lengths, contexts, prefill, given, workspace_tokens=workspace, prompt_lens=prompts)
+        given[:] = -1
         fill(planner.step_layout, wanted, part, key_chunks(part, workspace))
         assert_equal(planner.step, wanted, "step")
         for name in TOKEN_ARRAYS:
