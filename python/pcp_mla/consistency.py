@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .exchange import Group, all_gather_into, group_world_size
+from .exchange import Group, all_gather_into, group_rank, group_world_size
 
 # What the ranks' collectives depend on. Block tables are not among it: a rank's cache is its own.
 FIELDS = (
@@ -43,14 +44,18 @@ def digests(values: dict[str, Any]) -> list[int]:
 
 class Comparison:
     """One rank's side of comparing plans over a group. All that a comparison needs on a GPU is made here, so that a rank that is
-    out of memory can still tell the others."""
+    out of memory can still tell the others.
+
+    Attributes:
+        size, rank: of the group.
+    """
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self._group = group
         on_device = isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == "nccl"
-        size = group_world_size(group, "PCPPlanner.check_consistency")
+        self.size, self.rank = group_world_size(group, "PCPPlanner.check_consistency"), group_rank(group)
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
-            self._rows = torch.zeros(size + 1, 1 + len(FIELDS), dtype=torch.int64, device=device if on_device else "cpu")
+            self._rows = torch.zeros(self.size + 1, 1 + len(FIELDS), dtype=torch.int64, device=device if on_device else "cpu")
 
     def compare(self, numbers: list[int] | None) -> None:
         """Compare the digests of all ranks' fields; None from a rank whose plan() failed. One collective.
@@ -80,7 +85,7 @@ class Comparison:
                 f"PCPPlanner.check_consistency: plans must be equal on all ranks, but these differ: {'; '.join(differences)}"
             )
 
-
-def check_same(group: Group, device: torch.device, values: dict[str, Any] | None) -> None:
-    """Compare ``values`` of all ranks, one entry for each of FIELDS; None if it failed. As :meth:`Comparison.compare`."""
-    Comparison(group, device).compare(None if values is None else digests(values))
+    def tell_failure(self) -> None:
+        """Take part in the others' comparison as the rank that failed. It raises nothing itself: what failed first is the error."""
+        with contextlib.suppress(Exception):
+            self.compare(None)

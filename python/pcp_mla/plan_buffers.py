@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from .backends import register
 from .slots import PagedCache
 from .step_buffer import StepLayout
-
-if TYPE_CHECKING:
-    from .planned import PlannedMetadata
 
 _plan_expand = register("plan_expand", lambda *args: None)
 
@@ -58,12 +55,13 @@ class PlanBuffers:
         self.tokens_expanded = self.keys_expanded = False
         self._counts = (0, 0, 0, False)
 
-    def hold(self, meta: PlannedMetadata, tables: torch.Tensor | None) -> None:
-        """From now on they hold this plan: nothing is expanded yet."""
+    def hold(self, counts: dict[str, Any], tables: torch.Tensor | None) -> None:
+        """From now on they hold the plan of these counts (:data:`pcp_mla.host_plan.COUNTS`): nothing is expanded yet."""
         self.plan += 1
         self.tables = tables
         self.tokens_expanded = self.keys_expanded = False
-        self._counts = (meta.num_requests, meta.num_tokens_padded, meta.num_kv_tokens, len(meta.chunk_max_seqlens) > 1)
+        split = len(counts["chunk_max_seqlens"]) > 1
+        self._counts = (counts["num_requests"], counts["num_tokens_padded"], counts["num_kv_tokens"], split)
 
     def make_room(self, keys: int) -> None:
         """Let ``kv_rows`` be at least so long, at another address if it was not."""

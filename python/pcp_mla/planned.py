@@ -56,7 +56,7 @@ class PlannedMetadata(PCPMetadata):
     ) -> None:
         counts["device"] = buffers.device
         counts["_buffers"] = buffers
-        counts["_plan"] = buffers.plan + 1
+        counts["_plan"] = buffers.plan
         counts["_has_slots"] = has_slots
         counts["_asked"] = asked  # num_tokens_padded, workspace_tokens, whether there were prompt_lens
         if asked[0] is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 
 from . import native
 from .block_tables import KeptTables, check_tables
-from .consistency import Comparison, check_same, digests
-from .exchange import Group, group_rank, group_world_size
+from .consistency import Comparison, digests
+from .exchange import Group
 from .host_plan import make_host_plan
 from .partition import check_layout
 from .plan_buffers import PlanBuffers
@@ -158,7 +157,7 @@ class PCPPlanner:
             RuntimeError: with ``PCP_MLA_CHECK=1``, if ranks differ, or plan() failed on another one, with whatever it was; see
                 :meth:`check_consistency`.
         """
-        row = None
+        row, comparison = None, self._comparison
         try:
             meta = self._plan(
                 query_lens,
@@ -168,15 +167,14 @@ class PCPPlanner:
                 block_tables,
                 (num_requests_padded, num_tokens_padded, num_kv_tokens_padded, workspace_tokens),
             )
-            if self._comparison is not None:
-                row = digests(meta.shared_fields())
+            if comparison is not None:
+                row = self._digests(comparison)
         except BaseException:  # out of memory, an interrupt: the others must not go on without this rank
-            if self._comparison is not None:
-                with contextlib.suppress(Exception):  # what failed first is the error
-                    self._comparison.compare(None)
+            if comparison is not None:
+                comparison.tell_failure()
             raise
-        if self._comparison is not None:
-            self._comparison.compare(row)
+        if comparison is not None:
+            self._compare(comparison, row)
         return meta
 
     def _plan(
@@ -208,20 +206,19 @@ class PCPPlanner:
             on_host,
             None if kept is None else kept.array,
         )
-        meta = PlannedMetadata(buffers, counts, tables is not None, (sizes[1], sizes[3], prompt_lens is not None))
+        asked = (sizes[1], sizes[3], prompt_lens is not None)
         if self._host_step is not None:  # expanded when somebody looks at it
-            if kept is not None:
-                self._kept = kept
-            buffers.hold(meta, None if kept is None else kept.tensor)
-            self._last = meta
+            buffers.hold(counts, None if kept is None else kept.tensor)
+            self._kept = kept or self._kept
+            self._last = meta = PlannedMetadata(buffers, counts, tables is not None, asked)
             return meta
         if on_host is not None:
-            tables = torch.from_numpy(np.array(on_host[: meta.num_requests], np.int32, order="C")).to(self.device)
+            tables = torch.from_numpy(np.array(on_host[: counts["num_requests"]], np.int32, order="C")).to(self.device)
             rows = tables.shape[0]
         if tables is not None:
-            buffers.make_room(meta.num_kv_tokens)
-        buffers.hold(meta, None)
-        self._last = meta
+            buffers.make_room(counts["num_kv_tokens"])
+        buffers.hold(counts, None)
+        self._last = meta = PlannedMetadata(buffers, counts, tables is not None, asked)
         if staging is None:
             address, stride = (0, 0) if tables is None else (tables.data_ptr(), tables.stride(0))
             self._host.send(address, stride, rows, columns, buffers.kv_address)
@@ -243,20 +240,30 @@ class PCPPlanner:
 
         Raises:
             RuntimeError: on every rank, if the ranks differ in what they must share; the message has the fields and the ranks.
-            ValueError: the group is not the planner's world, or nothing was planned yet. The others learn of it.
+            ValueError: the group is not the planner's world, or nothing was planned yet; the others learn of it.
         """
-        group = self.group if group is None else group
-        size, rank = group_world_size(group, "PCPPlanner.check_consistency"), group_rank(group)
-        error = None
-        if (rank, size) != (self.rank, self.world_size):
-            wanted = f"rank {self.rank} of {self.world_size}, as the planner"
-            error = f"group must have this process as {wanted}, got rank {rank} of {size}"
-        elif self._last is None:
-            error = "there must be a plan to compare, got none"
-        # This rank raises its own error only after the others have learnt of it: of another world by the field, else as a failure.
-        last = self._last if error is None or size != self.world_size else None
+        comparison = Comparison(self.group if group is None else group, self.device)
         try:
-            check_same(group, self.device, None if last is None else last.shared_fields())
-        finally:
-            if error is not None:
-                raise ValueError(f"PCPPlanner.check_consistency: {error}")
+            row = self._digests(comparison)
+        except BaseException:
+            comparison.tell_failure()
+            raise
+        self._compare(comparison, row)
+
+    def _wrong_place(self, comparison: Comparison) -> ValueError:
+        wanted = f"rank {self.rank} of {self.world_size}, as the planner"
+        got = f"rank {comparison.rank} of {comparison.size}"
+        return ValueError(f"PCPPlanner.check_consistency: group must have this process as {wanted}, got {got}")
+
+    def _digests(self, comparison: Comparison) -> list[int]:
+        same_size = comparison.size == self.world_size
+        if (same_size and comparison.rank != self.rank) or (not same_size and self._last is None):
+            raise self._wrong_place(comparison)
+        if self._last is None:
+            raise ValueError("PCPPlanner.check_consistency: there must be a plan to compare, got none")
+        return digests(self._last.shared_fields())
+
+    def _compare(self, comparison: Comparison, row: list[int] | None) -> None:
+        comparison.compare(row)  # names the size where some ranks have another world
+        if comparison.size != self.world_size:
+            raise self._wrong_place(comparison)
