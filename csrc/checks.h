@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "overlap.h"
 #include "row_table.h"
 #include "view.h"
 
@@ -51,6 +52,11 @@ inline View view_of(const Tensor& t) {
   return v;
 }
 
+// What is written must have its memory to itself.
+inline void check_apart(const char* op, const char* name, const Span& written, const char* other_name, const Span& other) {
+  check(!share_memory(written, other), op, ": ", name, " must not share memory with ", other_name);
+}
+
 // A view of a tensor that may be missing: null then.
 struct OptionalView {
   std::optional<View> view;
@@ -66,6 +72,7 @@ struct Ragged {  // [tokens, heads, dim] with a contiguous last dimension
   int64_t width;                      // bytes of one head
   int64_t token_stride, head_stride;  // bytes
   Kind kind;
+  Span span() const { return Span(data, width).repeat(tokens, token_stride).repeat(heads, head_stride); }
 };
 
 inline Ragged ragged(const char* op, const char* name, const Tensor& t) {

@@ -20,6 +20,8 @@ struct ConcatK {
               out.dim == nope.dim + p.sizes[1],
           "concat_k: out must be [tokens, heads, nope + rope] of the inputs' dtype, on their device");
     pe = {p.data, p.sizes[0], 1, p.sizes[1], p.sizes[1] * p.item, p.strides[0] * p.item, 0, p.kind};
+    check_apart("concat_k", "out", out.span(), "k_nope", nope.span());
+    check_apart("concat_k", "out", out.span(), "k_pe", pe.span());
   }
 };
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include "checks.h"
 
@@ -34,8 +35,12 @@ struct FusedGather {
     check(a.same_device(b) && a.same_device(c), op, ": q, k and v must be on one device");
     check(a.dtype == b.dtype && a.dtype == c.dtype, op, ": q, k and v must have one dtype");
     check(k.in.tokens == v.in.tokens, op, ": v must have the ", k.in.tokens, " rows of k, got ", v.in.tokens);
-    check(k.in.tokens <= INT32_MAX && q.in.tokens <= INT32_MAX, op, ": row counts must be less than 2**31");
+    for (const GatherSide* side : {&q, &k, &v}) {
+      check(side->in.tokens <= INT32_MAX && side->head_rows <= INT32_MAX && side->tail_rows <= INT32_MAX, op,
+            ": row counts must be less than 2**31");
+    }
     rows = row_table_of(op, row_table, a);
+    check_outputs(span_of(view_of(row_table)));
   }
 
   static SixTensors allocate(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_head_tokens, int64_t num_tail_tokens,
@@ -48,6 +53,20 @@ struct FusedGather {
   }
 
  private:
+  void check_outputs(const Span& table) const {
+    Span outputs[6];
+    const GatherSide* sides[] = {&q, &k, &v};
+    int count = 0;
+    for (const GatherSide* side : sides) {
+      for (const auto& [to, to_rows] : {std::pair{side->head, side->head_rows}, std::pair{side->tail, side->tail_rows}}) {
+        outputs[count] = Span(to, side->in.heads * side->in.width).repeat(to_rows, side->in.heads * side->in.width);
+        for (const GatherSide* other : sides) check_apart(op, "an output", outputs[count], "the inputs", other->in.span());
+        for (int n = 0; n < count; ++n) check_apart(op, "an output", outputs[count], "another", outputs[n]);
+        check_apart(op, "an output", outputs[count++], "row_table", table);
+      }
+    }
+  }
+
   static Tensor rows_like(const Ragged& of, int64_t rows) { return empty<3>({rows, of.heads, of.dim}, of.kind); }
 
   static GatherSide side(const char* name, const Tensor& t, const Tensor& head, int64_t head_rows, const Tensor& tail,

@@ -11,7 +11,7 @@ namespace pcp_mla {
 
 using OptionalTensor = std::optional<Tensor>;
 
-struct Lse {  // [tokens, heads] float32, strides in elements; data is null where no LSE is wanted
+struct Lse {  // [tokens, heads] float32, strides in elements
   const float* data = nullptr;
   int64_t token_stride = 0, head_stride = 0;
 };
@@ -22,7 +22,8 @@ struct FusedRestore {
   Ragged head, tail;
   Lse lse_head, lse_tail;
   char* out;
-  float* lse = nullptr;  // null where no LSE is wanted
+  bool has_lse = false;  // LSEs of no tokens have no address
+  float* lse = nullptr;
 
   FusedRestore(const Tensor& out_head, const Tensor& out_tail, const OptionalTensor& lse_head_in, const OptionalTensor& lse_tail_in,
                const Tensor& row_table, const Tensor& out_to, const Tensor* lse_to)
@@ -35,11 +36,18 @@ struct FusedRestore {
     rows = row_table_of(op, row_table, head.kind);
     check_output(op, "out_head", out_to, num_tokens(), head);
     out = static_cast<char*>(out_to.data_ptr());
-    if (!lse_head_in) return;
+    check_written("out", out_to, head.span(), tail.span(), row_table);
+    has_lse = lse_head_in.has_value();
+    if (!has_lse) return;
     lse_head = lse_of("lse_head", *lse_head_in, head.tokens);
     lse_tail = lse_of("lse_tail", *lse_tail_in, tail.tokens);
     check(lse_to != nullptr && lse_to->is_contiguous(), op, ": the LSE output must be contiguous");
     lse = const_cast<float*>(lse_of("the LSE output", *lse_to, num_tokens()).data);
+    const Span in_head = span_of(view_of(*lse_head_in)), in_tail = span_of(view_of(*lse_tail_in));
+    check_written("the LSE output", *lse_to, in_head, in_tail, row_table);
+    check_written("the LSE output", *lse_to, head.span(), tail.span(), out_to);
+    check_apart(op, "out", span_of(view_of(out_to)), "lse_head", in_head);
+    check_apart(op, "out", span_of(view_of(out_to)), "lse_tail", in_tail);
   }
 
   // Outputs for the allocating form: out, and lse, which is empty where none is wanted.
@@ -54,6 +62,12 @@ struct FusedRestore {
   int64_t num_tokens() const { return head.tokens + tail.tokens; }
 
  private:
+  static void check_written(const char* name, const Tensor& t, const Span& of_heads, const Span& of_tails, const Tensor& beside) {
+    const Span written = span_of(view_of(t));
+    for (const Span& other : {of_heads, of_tails, span_of(view_of(beside))})
+      check_apart(op, name, written, "another tensor", other);
+  }
+
   Lse lse_of(const char* name, const Tensor& t, int64_t tokens) const {
     const Kind k = kind_of(t);
     check(k.same_device(head.kind) && k.dtype == aoti_torch_dtype_float32() && t.dim() == 2 && t.size(0) == tokens &&

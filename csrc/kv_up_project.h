@@ -15,7 +15,8 @@ struct UpProject {
   const char* latents;
   int64_t block_stride, row_stride;  // bytes
   uint32_t block_size, num_slots;
-  const int32_t* rows;  // [count] slots, null: every slot
+  bool listed;          // else every slot
+  const int32_t* rows;  // [count] slots
   const char* weight;   // [heads * (nope + v), rank]
   int64_t weight_stride;
   char *k, *v;
@@ -39,15 +40,18 @@ struct UpProject {
     const int64_t width = l.sizes[l.dims - 1], item = l.item;
     const int64_t slots = l.sizes[0] * (l.dims == 3 ? l.sizes[1] : 1);
     int64_t entries = slots;
-    if (rows_tensor) {
+    listed = rows_tensor.has_value();
+    rows = nullptr;
+    if (listed) {
       const View r = view_of(*rows_tensor);
       check(r.kind.same_device(kind) && r.kind.dtype == kInt32 && r.dims == 1 && r.is_contiguous(), op,
             ": rows must be a contiguous int32 list on the device of the latents");
       entries = r.sizes[0];
       rows = reinterpret_cast<const int32_t*>(r.data);
-    } else {
-      rows = nullptr;
+      check_outputs(op, ko, vo, span_of(r));
     }
+    for (const View* x : {&l, &w}) check_outputs(op, ko, vo, span_of(*x));
+    check_apart(op, "k_out", span_of(ko), "v_out", span_of(vo));
     check(slots <= INT32_MAX && entries <= INT32_MAX - kUpProjectTile && ko.sizes[0] >= entries && vo.sizes[0] >= entries, op,
           ": k_out and v_out must have at least as many rows as there are, fewer than 2**31");
     const int64_t most = (entries + kUpProjectTile - 1) / kUpProjectTile * kUpProjectTile;
@@ -59,7 +63,8 @@ struct UpProject {
     rope = static_cast<uint32_t>(width - rank);
     nope = static_cast<uint32_t>(ko.sizes[2] - rope);
     v_dim = static_cast<uint32_t>(vo.sizes[2]);
-    check(w.sizes[0] == int64_t{heads} * (nope + v_dim), op, ": weight must be [heads * (nope + v), kv_lora_rank]");
+    check(w.sizes[0] == int64_t{heads} * (nope + v_dim) && w.sizes[0] <= INT32_MAX, op,
+          ": weight must be [heads * (nope + v), kv_lora_rank], less than 2**31 rows");
     latents = l.data;
     block_size = static_cast<uint32_t>(l.dims == 3 ? l.sizes[1] : 1);
     num_slots = static_cast<uint32_t>(slots);
@@ -80,11 +85,17 @@ struct UpProject {
   // Where row n's latent lies, in bytes; -1 for a row of zeros.
   PCP_HOST_DEVICE int64_t offset(uint32_t n) const {
     if (n >= count) return -1;
-    const uint32_t slot = rows == nullptr ? n : static_cast<uint32_t>(rows[n]);  // -1 is a large number
+    const uint32_t slot = listed ? static_cast<uint32_t>(rows[n]) : n;  // -1 is a large number
     if (slot >= num_slots) return -1;
     if (block_size == 1) return slot * block_stride;
     const uint32_t block = slot / block_size;
     return block * block_stride + (slot - block * block_size) * row_stride;
+  }
+
+ private:
+  static void check_outputs(const char* op, const View& k_out, const View& v_out, const Span& input) {
+    check_apart(op, "k_out", span_of(k_out), "the inputs", input);
+    check_apart(op, "v_out", span_of(v_out), "the inputs", input);
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "checks.h"
 
@@ -12,16 +13,18 @@ namespace pcp_mla {
 
 // Where row n lies in the cache: by a list of slots, or by the tokens of sequences.
 struct CacheRows {
-  const int64_t* slots;                              // [n], null: as the next two say
-  const int32_t* rows;                               // [n], the same in 32 bits
-  const int32_t *block_table, *cu_seqlens, *starts;  // starts null: every sequence from its first token
+  enum class By { kSlots, kRows, kSequences } by;
+  const int64_t* slots;  // [n]
+  const int32_t* rows;   // [n], the same in 32 bits
+  const int32_t *block_table, *cu_seqlens, *starts;
+  bool has_starts;  // else every sequence from its first token
   int64_t table_stride;
   int32_t sequences, columns;
   int64_t num_slots, block_size;
 
   // -1 for none.
   PCP_HOST_DEVICE int64_t slot(int64_t n) const {
-    const int64_t slot = slots != nullptr ? slots[n] : rows != nullptr ? rows[n] : token_slot(n);
+    const int64_t slot = by == By::kSlots ? slots[n] : by == By::kRows ? rows[n] : token_slot(n);
     return slot < num_slots && slot >= 0 ? slot : -1;
   }
 
@@ -33,7 +36,7 @@ struct CacheRows {
       const int32_t middle = low + (high - low) / 2;
       (cu_seqlens[middle] <= n ? low : high) = middle;
     }
-    const int64_t position = n - cu_seqlens[low] + (starts == nullptr ? 0 : starts[low]);
+    const int64_t position = n - cu_seqlens[low] + (has_starts ? starts[low] : 0);
     if (position < 0 || position / block_size >= columns) return -1;
     const int64_t block = block_table[low * table_stride + position / block_size];
     return block < 0 ? -1 : block * block_size + position % block_size;
@@ -47,7 +50,7 @@ struct LatentCache {
   int64_t block_stride, row_stride, outside_stride;  // bytes
   int64_t count, width;                              // rows, elements of a row
   int32_t cache_item, outside_item;                  // bytes of an element
-  const float* scale = nullptr;                      // null: rows are copied as they are
+  const float* scale = nullptr;                      // null: rows are copied as they are; it is never empty
   Kind kind;                                         // of the outside tensor
 
   LatentCache(const char* name, const View& cache_view, const View& outside_view, const View* scale_view) : op(name) {
@@ -85,17 +88,26 @@ struct LatentCache {
   }
 
   // Exactly one of these says where rows lie.
-  void set_slots(const View& v) { rows.slots = reinterpret_cast<const int64_t*>(list("slot_mapping", v, kInt64, count)); }
-  void set_rows(const View& v) { rows.rows = reinterpret_cast<const int32_t*>(list("rows", v, kInt32, count)); }
+  void set_slots(const View& v) {
+    rows.by = CacheRows::By::kSlots;
+    rows.slots = reinterpret_cast<const int64_t*>(list("slot_mapping", v, kInt64, count));
+  }
+  void set_rows(const View& v) {
+    rows.by = CacheRows::By::kRows;
+    rows.rows = reinterpret_cast<const int32_t*>(list("rows", v, kInt32, count));
+  }
   void set_sequences(const View& table, const View& cu_seqlens, const View* starts) {
     check(table.kind.same_device(kind) && table.kind.dtype == kInt32 && table.dims == 2 &&
               (table.strides[1] == 1 || table.sizes[1] <= 1),
           op, ": block_table must be int32 [sequences, blocks] with a contiguous last dimension on the device of the cache");
+    check(table.sizes[0] < INT32_MAX && table.sizes[1] <= INT32_MAX, op, ": block_table must be smaller than 2**31 each way");
+    rows.by = CacheRows::By::kSequences;
     rows.block_table = reinterpret_cast<const int32_t*>(table.data);
     rows.table_stride = table.strides[0];
     rows.sequences = static_cast<int32_t>(table.sizes[0]);
     rows.columns = static_cast<int32_t>(table.sizes[1]);
     rows.cu_seqlens = reinterpret_cast<const int32_t*>(list("cu_seqlens", cu_seqlens, kInt32, table.sizes[0] + 1));
+    rows.has_starts = starts != nullptr;
     if (starts) rows.starts = reinterpret_cast<const int32_t*>(list("starts", *starts, kInt32, table.sizes[0]));
   }
 
@@ -114,26 +126,40 @@ struct LatentCache {
 // The ops around a device's kernel: rows into the cache, rows out of it.
 template <void (*write)(const LatentCache&), void (*gather)(const LatentCache&)>
 struct LatentCacheOps {
+  static void check_alone(const char* op, const char* name, const View& written,
+                          std::initializer_list<std::pair<const char*, const View*>> others) {
+    const Span span = span_of(written);
+    for (const auto& [other_name, other] : others) {
+      if (other) check_apart(op, name, span, other_name, span_of(*other));
+    }
+  }
+
   static void write_latent_cache(const Tensor& latents, const Tensor& cache, const Tensor& slot_mapping,
                                  const std::optional<Tensor>& scale) {
     const OptionalView s(scale);
-    LatentCache c("write_latent_cache", view_of(cache), view_of(latents), s);
-    c.set_slots(view_of(slot_mapping));
+    const View to = view_of(cache), from = view_of(latents), slots = view_of(slot_mapping);
+    LatentCache c("write_latent_cache", to, from, s);
+    c.set_slots(slots);
+    check_alone(c.op, "cache", to, {{"latents", &from}, {"slot_mapping", &slots}, {"scale", s}});
     if (c.count > 0) write(c);
   }
 
   static void gather_latents(const Tensor& cache, const std::optional<Tensor>& rows, const std::optional<Tensor>& block_table,
                              const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& starts,
                              const std::optional<Tensor>& scale, const Tensor& out) {
-    const OptionalView s(scale), first(starts);
-    LatentCache c("gather_latents", view_of(cache), view_of(out), s);
+    const OptionalView s(scale), first(starts), listed(rows), table(block_table), sequences(cu_seqlens);
+    const View from = view_of(cache), to = view_of(out);
+    LatentCache c("gather_latents", from, to, s);
     check(rows.has_value() != (block_table.has_value() && cu_seqlens.has_value()), c.op,
           ": there must be either rows or block_table and cu_seqlens");
     if (rows) {
-      c.set_rows(view_of(*rows));
+      c.set_rows(*listed.view);
     } else {
-      c.set_sequences(view_of(*block_table), view_of(*cu_seqlens), first);
+      c.set_sequences(*table.view, *sequences.view, first);
     }
+    check_alone(
+        c.op, "out", to,
+        {{"cache", &from}, {"rows", listed}, {"block_table", table}, {"cu_seqlens", sequences}, {"starts", first}, {"scale", s}});
     if (c.count > 0) gather(c);
   }
 };

@@ -38,16 +38,21 @@ struct MergeJob {
   int32_t count;  // of LSEs
   int32_t only;   // the one partial whose output is read and scaled, -1 for the sum of all
   bool base2;
-  bool has_ops;               // row_op of no requests has no address
-  int32_t requests;           // entries of row_op if there are cu_seqlens
-  const int32_t* row_op;      // null: all partials of all rows
-  const int32_t* cu_seqlens;  // null: row_op has an entry a row
-  const int32_t* out_rows;    // null: in order
-  const int32_t* seqused_k;   // [count, tokens], null: as the LSEs say
-  const float* scale;         // null for all outputs but fp8
+  // What is there: a tensor without elements has no address.
+  bool has_ops;     // else all partials of all rows
+  bool by_request;  // row_op has an entry a request, not a row
+  bool has_rows;    // else in order
+  bool has_used;    // else as the LSEs say
+  bool has_lse;
+  int32_t requests;
+  const int32_t* row_op;
+  const int32_t* cu_seqlens;
+  const int32_t* out_rows;
+  const int32_t* seqused_k;  // [count, tokens]
+  const float* scale;        // one number, null for all outputs but fp8
   char* out;
-  ShareStrides out_strides;      // bytes
-  float* lse;                    // null where no LSE is wanted
+  ShareStrides out_strides;  // bytes
+  float* lse;
   ShareStrides lse_strides;      // elements
   int32_t out_heads, lse_heads;  // heads of a share
   int64_t out_limit;             // rows of out
@@ -55,7 +60,7 @@ struct MergeJob {
   // Which partials count in a row: bit n for partial n, if there are two.
   PCP_HOST_DEVICE int32_t row_bits(int64_t row) const {
     if (!has_ops) return -1;
-    if (cu_seqlens == nullptr) return row_op[row] & 3;
+    if (!by_request) return row_op[row] & 3;
     if (row < cu_seqlens[0] || row >= cu_seqlens[requests]) return 0;
     int32_t low = 0, high = requests;
     while (high - low > 1) {
@@ -65,11 +70,11 @@ struct MergeJob {
     return row_op[low] & 3;
   }
   PCP_HOST_DEVICE int64_t target_row(int64_t row) const {
-    const int64_t to = out_rows == nullptr ? row : out_rows[row];
+    const int64_t to = has_rows ? out_rows[row] : row;
     return to < out_limit ? to : -1;
   }
   PCP_HOST_DEVICE bool is_empty(int32_t n, int64_t row, float lse_of_n) const {
-    return lse_of_n == INFINITY || lse_of_n == -INFINITY || (seqused_k != nullptr && seqused_k[n * tokens + row] == 0);
+    return lse_of_n == INFINITY || lse_of_n == -INFINITY || (has_used && seqused_k[n * tokens + row] == 0);
   }
 };
 
@@ -95,12 +100,8 @@ struct MergeStates {
     check(lse.kind.same_device(kind) && lse.kind.dtype == kFloat32 && lse.dims == 2 && lse.sizes[0] == job.tokens &&
               lse.sizes[1] == job.heads,
           op, ": an LSE must be float32 [", job.tokens, ", ", job.heads, "] on the device of the partials");
-    partials[job.count++] = {out.data,
-                             reinterpret_cast<const float*>(lse.data),
-                             out.strides[0] * out.item,
-                             out.strides[1] * out.item,
-                             lse.strides[0],
-                             lse.strides[1]};
+    partials[job.count] = {nullptr, reinterpret_cast<const float*>(lse.data), 0, 0, lse.strides[0], lse.strides[1]};
+    set_output(job.count++, out.data, out.strides, out.item);
   }
 
   // [N, T, H, D] and [N, T, H].
@@ -121,17 +122,21 @@ struct MergeStates {
     check(rank >= 0 && rank < job.count, op, ": rank must be in 0..", job.count - 1);
     job.only = static_cast<int32_t>(rank);
     set_output(job.only, out.data, out.strides, out.item);
+    job.has_used = seqused_k != nullptr;
     if (seqused_k) job.seqused_k = integers("seqused_k", *seqused_k, 2, job.count * job.tokens);
   }
 
   void set_rows(const View* row_op, const View* cu_seqlens, const View* out_rows) {
     if (cu_seqlens) {
       check(row_op != nullptr, op, ": cu_seqlens must come with row_op");
+      check(row_op->numel() < INT32_MAX, op, ": there must be less than 2**31 requests");
       job.requests = static_cast<int32_t>(row_op->numel());
       job.cu_seqlens = integers("cu_seqlens", *cu_seqlens, 1, row_op->numel() + 1);
     }
     if (row_op) job.row_op = integers("row_op", *row_op, 1, cu_seqlens ? row_op->numel() : job.tokens);
     job.has_ops = row_op != nullptr;
+    job.by_request = cu_seqlens != nullptr;
+    job.has_rows = out_rows != nullptr;
     if (out_rows) job.out_rows = integers("out_rows", *out_rows, 1, job.tokens);
   }
 
@@ -145,20 +150,36 @@ struct MergeStates {
     check(out.sizes[last] == job.dim && (job.dim == 1 || out.strides[last] == 1), op,
           ": the output must have the inputs' width, contiguous");
     job.out_limit = out.sizes[last - 2];
-    check(job.out_rows != nullptr || job.out_limit == job.tokens, op, ": the output must have ", job.tokens, " rows");
+    check(job.has_rows || job.out_limit == job.tokens, op, ": the output must have ", job.tokens, " rows");
     if (scale) {
       check(scale->kind.same_device(kind) && scale->kind.dtype == kFloat32 && scale->numel() == 1, op,
             ": scale must be one float32");
       job.scale = reinterpret_cast<const float*>(scale->data);
     }
-    if (lse == nullptr) return;
+    const Span to = span_of(out);
+    check_others("out", to);
+    for (int32_t n = 0; n < job.count; ++n) {
+      if (!is_output(n, out)) check_apart(op, "out", to, "a partial", span_of_output(n));
+      check_apart(op, "out", to, "an LSE", span_of_lse(n));
+    }
+    job.has_lse = lse != nullptr;
+    if (!job.has_lse) return;
     check(lse->kind.same_device(kind) && lse->kind.dtype == kFloat32, op, ": the LSE output must be float32");
     job.lse = reinterpret_cast<float*>(lse->data);
     job.lse_heads = result(*lse, 2, job.lse_strides, 1);
     check(lse->sizes[lse->dims - 2] == job.out_limit, op, ": the LSE output must have ", job.out_limit, " rows");
+    const Span lse_to = span_of(*lse);
+    check_others("the LSE output", lse_to);
+    check_apart(op, "the LSE output", lse_to, "out", to);
+    for (int32_t n = 0; n < job.count; ++n) {
+      if (!is_lse(n, *lse)) check_apart(op, "the LSE output", lse_to, "an LSE", span_of_lse(n));
+      check_apart(op, "the LSE output", lse_to, "a partial", span_of_output(n));
+    }
   }
 
  private:
+  int64_t item_ = 0;  // bytes of an element of the partials
+
   // Of the partials: [tokens, heads, dim] from dimension `at` on.
   void set_shape(const View& v, int at) {
     if (job.heads > 0) return;
@@ -175,8 +196,44 @@ struct MergeStates {
 
   void set_output(int32_t n, char* data, const int64_t* strides, int64_t item) {
     partials[n].out = data;
-    partials[n].token_stride = strides[0] * item;
-    partials[n].head_stride = strides[1] * item;
+    partials[n].token_stride = job.tokens > 1 ? strides[0] * item : 0;  // those of a single row or head may be anything
+    partials[n].head_stride = job.heads > 1 ? strides[1] * item : 0;
+    item_ = item;
+  }
+
+  // A result may be an input itself: an element is written where it, or the LSE that weighs it, was read. Where rows go elsewhere
+  // others may still read what is overwritten.
+  bool is_output(int32_t n, const View& out) const {
+    const Partial& p = partials[n];
+    return out.data == p.out && out.kind.dtype == kind.dtype && out.dims == 3 && !job.has_rows &&
+           (job.tokens <= 1 || out.strides[0] * out.item == p.token_stride) &&
+           (job.heads <= 1 || out.strides[1] * out.item == p.head_stride);
+  }
+  bool is_lse(int32_t n, const View& lse) const {
+    const Partial& p = partials[n];
+    return lse.data == reinterpret_cast<const char*>(p.lse) && lse.dims == 2 && !job.has_rows &&
+           (job.tokens <= 1 || lse.strides[0] == p.lse_token_stride) && (job.heads <= 1 || lse.strides[1] == p.lse_head_stride);
+  }
+
+  Span span_of_output(int32_t n) const {
+    const Partial& p = partials[n];
+    if (p.out == nullptr) return {};
+    return Span(p.out, job.dim * item_).repeat(job.tokens, p.token_stride).repeat(job.heads, p.head_stride);
+  }
+  Span span_of_lse(int32_t n) const {
+    const Partial& p = partials[n];
+    return Span(p.lse, sizeof(float))
+        .repeat(job.tokens, p.lse_token_stride * int64_t{sizeof(float)})
+        .repeat(job.heads, p.lse_head_stride * int64_t{sizeof(float)});
+  }
+  // What says where and how: contiguous integers and the scale.
+  void check_others(const char* name, const Span& written) const {
+    constexpr int64_t item = sizeof(int32_t);
+    if (job.has_ops) check_apart(op, name, written, "row_op", {job.row_op, (job.by_request ? job.requests : job.tokens) * item});
+    if (job.by_request) check_apart(op, name, written, "cu_seqlens", {job.cu_seqlens, (int64_t{job.requests} + 1) * item});
+    if (job.has_rows) check_apart(op, name, written, "out_rows", {job.out_rows, job.tokens * item});
+    if (job.has_used) check_apart(op, name, written, "seqused_k", {job.seqused_k, job.count * job.tokens * item});
+    if (job.scale) check_apart(op, name, written, "scale", {job.scale, item});
   }
 
   void add_lses(const View& lses, int64_t count) {

@@ -18,7 +18,7 @@ void run(const FusedRestore& r) {
       const bool from_head = place.head >= 0;
       const int64_t index = from_head ? place.head : place.tail;
       copy_token(r.out + t * row, from_head ? r.head : r.tail, index);
-      if (r.lse == nullptr) continue;
+      if (!r.has_lse) continue;
       const Lse& source = from_head ? r.lse_head : r.lse_tail;
       for (int64_t h = 0; h < heads; ++h) {
         r.lse[t * heads + h] = source.data[index * source.token_stride + h * source.head_stride];

@@ -45,7 +45,7 @@ template <typename T, typename Out>
 void merge(const MergeStates& m) {
   const MergeJob& job = m.job;
   const int64_t pairs = job.tokens * job.heads;
-  torch::stable::parallel_for(0, pairs, 1 + 16384 / (job.dim * job.count), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, pairs, 1 + 16384 / (int64_t{job.dim} * job.count), [&](int64_t begin, int64_t end) {
     std::vector<float> sum(job.dim);
     std::array<float, kMaxPartials> weights;
     for (int64_t pair = begin; pair < end; ++pair) {
@@ -54,15 +54,21 @@ void merge(const MergeStates& m) {
       if (to < 0 || job.row_bits(row) == 0) continue;
       const float lse = weigh(m, row, head, weights);
       std::fill(sum.begin(), sum.end(), 0.0f);
+      bool started = false;
       for (int32_t n = job.only < 0 ? 0 : job.only; n < (job.only < 0 ? job.count : job.only + 1); ++n) {
         if (weights[n] == 0) continue;
         const Partial& p = m.partials[n];
         const T* from = reinterpret_cast<const T*>(p.out + row * p.token_stride + head * p.head_stride);
-        for (int32_t d = 0; d < job.dim; ++d) sum[d] += weights[n] * static_cast<float>(from[d]);
+        // Not added to zeros: that would make the -0 of a copied row 0.
+        for (int32_t d = 0; d < job.dim; ++d) {
+          const float term = weights[n] * static_cast<float>(from[d]);
+          sum[d] = started ? sum[d] + term : term;
+        }
+        started = true;
       }
       Out* out = reinterpret_cast<Out*>(job.out + job.out_strides.offset(to, head, job.out_heads));
       for (int32_t d = 0; d < job.dim; ++d) out[d] = rounded<Out>(sum[d], job.scale);
-      if (job.lse != nullptr) job.lse[job.lse_strides.offset(to, head, job.lse_heads)] = lse;
+      if (job.has_lse) job.lse[job.lse_strides.offset(to, head, job.lse_heads)] = lse;
     }
   });
 }

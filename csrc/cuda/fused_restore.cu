@@ -91,7 +91,7 @@ void run(const FusedRestore& r) {
   p.heads = static_cast<int32_t>(r.head.heads);
   p.head_rows = static_cast<int32_t>(r.head.tokens);
   p.tail_rows = static_cast<int32_t>(r.tail.tokens);
-  p.lse_blocks = r.lse != nullptr ? blocks(p.rows, kMaxTileRows) : 0;
+  p.lse_blocks = r.has_lse ? blocks(p.rows, kMaxTileRows) : 0;
   const unsigned grid = p.lse_blocks + blocks(p.rows, p.tile);
   const DeviceGuard guard(r.head.kind);
   const cudaStream_t stream = current_stream(r.head.kind);

@@ -1,8 +1,13 @@
 // kv_up_project on sm_90: schedule and launch of the kernel.
+#include <array>
+#include <mutex>
+
 #include "kv_up_project.cuh"
 
 namespace pcp_mla::cuda {
 namespace {
+
+constexpr int kMaxDevices = 64;
 
 int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
@@ -45,6 +50,17 @@ uint32_t heads_an_item(uint32_t row_tiles, uint32_t heads, uint32_t blocks) {
   return best;
 }
 
+// Lets the kernel have as much dynamic shared memory as there is: once for each device, as threads that set it to what their own
+// launches want would take it from one another.
+template <typename T, int kN>
+void allow_shared_memory(int device, int bytes) {
+  static std::array<std::once_flag, kMaxDevices> done;
+  check(device < kMaxDevices, "kv_up_project: there must be at most ", kMaxDevices, " GPUs, got number ", device);
+  std::call_once(done[device], [bytes] {
+    check_cuda(cudaFuncSetAttribute(kv_up_project_kernel<T, kN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  });
+}
+
 template <typename T, int kN>
 void launch(const UpProject& u) {
   const DeviceGuard guard(u.kind);
@@ -58,10 +74,12 @@ void launch(const UpProject& u) {
   check(s.slabs < kMaxSlabs && s.stages >= 3, "kv_up_project: kv_lora_rank ", u.rank, " needs more shared memory than there is");
   s.row_tiles = (u.written + kRows - 1) / kRows;
   s.heads_an_item = heads_an_item(s.row_tiles, u.heads, processors);
-  s.items = s.row_tiles * ((u.heads + s.heads_an_item - 1) / s.heads_an_item);
+  const uint64_t items = uint64_t{s.row_tiles} * ((u.heads + s.heads_an_item - 1) / s.heads_an_item);
+  check(items <= INT32_MAX, "kv_up_project: rows * heads must make less than 2**31 tiles, got ", items);
+  s.items = static_cast<uint32_t>(items);
   const auto kernel = kv_up_project_kernel<T, kN>;
   const int bytes = fixed + static_cast<int>(s.stages) * stage;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  allow_shared_memory<T, kN>(device, limit);
   const CUtensorMap map = weight_map(u, kN);
   kernel<<<std::min(s.items, processors), kBlockThreads, bytes, current_stream(u.kind)>>>(u, s, map);
   check_cuda(cudaGetLastError());

@@ -39,10 +39,11 @@ struct MergeParams {
   Strides outs[kMax];  // of those that are read
 };
 
+// What is not read: -0 changes no sum, not even one that is -0 itself.
 template <typename In>
-__device__ In zero() {
+__device__ In nothing() {
   In in;
-  for (auto& value : in.values) value = 0.0f;
+  for (auto& value : in.values) value = -0.0f;
   return in;
 }
 
@@ -62,7 +63,8 @@ __device__ float log2f_fast(float x) {
 __device__ float power(float x, bool base2) { return exp2f_fast(base2 ? x : x * 1.44269504f); }
 __device__ float logarithm(float x, bool base2) { return log2f_fast(x) * (base2 ? 1.0f : 0.693147181f); }
 
-// Weights of one pair's partials, only that of job.only if there is one; returns the merged LSE. `weights` has room for all.
+// Weights of one pair's partials, only that of job.only if there is one; returns the merged LSE. `weights` has room for all. Of
+// partials that are all empty they are -0, so that the sum of nothing is +0.
 template <int kMax>
 __device__ float weigh(const MergeParams<kMax>& p, int64_t row, int64_t head, int32_t bits, float* weights) {
   const MergeJob& job = p.job;
@@ -84,7 +86,7 @@ __device__ float weigh(const MergeParams<kMax>& p, int64_t row, int64_t head, in
     a = power(a - highest, job.base2);
     b = power(b - highest, job.base2);
     total = a + b;
-    const float factor = total == 0 ? 1.0f : __frcp_rn(total);
+    const float factor = total == 0 ? -1.0f : __frcp_rn(total);
     weights[0] = a * factor;
     weights[1] = b * factor;
   } else {
@@ -96,9 +98,10 @@ __device__ float weigh(const MergeParams<kMax>& p, int64_t row, int64_t head, in
     }
     if (highest == -INFINITY) highest = 0;
     for (int n = 0; n < job.count; ++n) total += weights[n] = power(weights[n] - highest, job.base2);
-    const float factor = total == 0 ? 1.0f : __frcp_rn(total);
+    const float factor = total == 0 ? -1.0f : __frcp_rn(total);
     if (job.only >= 0) {
-      weights[0] = weights[job.only] * factor;
+      const float weight = weights[job.only] * factor;
+      weights[0] = weight == 0 ? -0.0f : weight;
     } else {
       for (int n = 0; n < job.count; ++n) weights[n] *= factor;
     }
@@ -143,11 +146,11 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
       const Strides& from = p.outs[n];
       const bool wanted = weighed ? weights[next_pair * room + n] != 0 : n < read;
       const auto* at = reinterpret_cast<const In*>(from.out + uint64_t{row} * from.token + uint64_t{head} * from.head) + next_c;
-      next[g] = wanted ? *at : zero<In>();
+      next[g] = wanted ? *at : nothing<In>();
     }
   };
 
-  const bool early = kPlain || (!job.has_ops && job.out_rows == nullptr);  // else some rows may not be wanted
+  const bool early = kPlain || (!job.has_ops && !job.has_rows);  // else some rows may not be wanted
   if (early && next_e < total) load(false);
   if (lane < pairs) {
     const uint32_t row = p.per_row.divide(first + lane), head = first + lane - row * job.heads;
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     out_at[lane] = to < 0 ? -1 : offset<kMax>(job.out_strides, to, head, job.out_heads);
     if (to >= 0) {
       const float lse = weigh(p, row, head, bits, weight);
-      if (job.lse != nullptr) job.lse[offset<kMax>(job.lse_strides, to, head, job.lse_heads)] = lse;
+      if (job.has_lse) job.lse[offset<kMax>(job.lse_strides, to, head, job.lse_heads)] = lse;
     } else {
       for (int n = 0; n < room; ++n) weight[n] = 0;
     }
@@ -167,13 +170,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   if (early) {
     // Whatever the output of an empty partial holds, NaN included, does not count.
 #pragma unroll
-    for (int g = 0; g < group; ++g) next[g] = weights[next_pair * room + g] == 0 ? zero<In>() : next[g];
+    for (int g = 0; g < group; ++g) next[g] = weights[next_pair * room + g] == 0 ? nothing<In>() : next[g];
   } else {
     load(true);
   }
 
   const float scale = sizeof(Out) == 1 ? *job.scale : 1.0f;
-  float sum[kVec] = {};
+  float sum[kVec];  // from -0 on: a copied row's -0 stays
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) sum[i] = -0.0f;
   for (bool more = true; more;) {
     In values[group];
 #pragma unroll
@@ -199,7 +204,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       result.values[i] = from_float<Out>(sizeof(Out) == 1 ? sum[i] / scale : sum[i]);
-      sum[i] = 0;
+      sum[i] = -0.0f;
     }
     const int64_t to = out_at[pair];
     if (to >= 0) reinterpret_cast<Pack<Out, kVec>*>(job.out + to)[c] = result;
@@ -256,7 +261,7 @@ void merge(const MergeStates& m) {
   if (!is_aligned<T, Out>(m)) return two ? launch<T, Out, 1, 2, false>(m) : launch<T, Out, 1, kMaxPartials, false>(m);
   if (!two) return launch<T, Out, vec, kMaxPartials, false>(m);
   if constexpr (std::is_same_v<T, Out>) {
-    if (!m.job.has_ops && m.job.out_rows == nullptr) return launch<T, Out, vec, 2, true>(m);
+    if (!m.job.has_ops && !m.job.has_rows) return launch<T, Out, vec, 2, true>(m);
   }
   launch<T, Out, vec, 2, false>(m);
 }

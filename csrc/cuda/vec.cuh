@@ -23,25 +23,24 @@ inline cudaStream_t current_stream(const Kind& kind) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Restores the caller's device; costs nothing where it is current already.
+// Restores the caller's device; costs nothing where it is current already. torch's guard does it: going back to a GPU that was
+// never used would make a context there, some hundreds of MB, and torch only notes that it is the current one.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(const Kind& kind) {
-    check_cuda(cudaGetDevice(&before_));
-    if (before_ != kind.device_index) {
-      check_cuda(cudaSetDevice(kind.device_index));
-    } else {
-      before_ = -1;
-    }
+  explicit DeviceGuard(int32_t device) {
+    int before = -1;
+    check_cuda(cudaGetDevice(&before));
+    if (before != device) check(aoti_torch_create_cuda_guard(device, &guard_) == 0, "pcp_mla: no CUDA device ", device);
   }
+  explicit DeviceGuard(const Kind& kind) : DeviceGuard(kind.device_index) {}
   ~DeviceGuard() {
-    if (before_ >= 0) cudaSetDevice(before_);
+    if (guard_ != nullptr) aoti_torch_delete_cuda_guard(guard_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = -1;
+  CUDAGuardHandle guard_ = nullptr;
 };
 
 // Division by a number known at launch: one multiplication instead of some twenty instructions. Exact for 0 <= n < 2^31

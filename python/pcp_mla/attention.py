@@ -9,7 +9,7 @@ import torch
 
 from . import attention_backends, reference
 from .attention_checks import check_attention
-from .attention_libraries import LIBRARIES, Library, Rows, call, find
+from .attention_libraries import LIBRARIES, Library, Rows, call, check_placement, find
 from .backends import HAS_TRITON, fake_in_place, register_composed, triton_form
 from .merge import merge_attn_states
 from .metadata import PCPMetadata
@@ -120,7 +120,11 @@ def _by_two_calls(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> Result:
-    """q, K and V of the heads and of the tails gathered, a call for each, and the outputs restored to local order."""
+    """q, K and V of the heads and of the tails gathered, a call for each, and the outputs restored to local order.
+
+    The restore writes contiguous rows of heads and tails, in a padded plan more than there are of q, pads included: into ``out``
+    where that is what it has, else to be copied, but for what lies behind the last row.
+    """
     rows = pcp_fused_gather(q, k, v, meta)
     halves = (
         (rows.q_head, rows.k_head, rows.v_head, meta.cu_seqlens_q_head, meta.cu_seqlens_k_head),
@@ -131,14 +135,29 @@ def _by_two_calls(
         lengths = Rows(cu_seqlens_q, cu_seqlens_k, cu_seqlens_k.diff(), meta.max_seqlen_q, meta.max_seqlen_k, True)
         states.append(run_rows(name, q_part, k_part, v_part, lengths, scale, return_lse))
     (head, head_lse), (tail, tail_lse) = states
-    given = None if out is None else (out, lse)
-    return pcp_fused_restore(head, tail, head_lse if return_lse else None, tail_lse if return_lse else None, meta, out=given)
+    lses = (head_lse, tail_lse) if return_lse else (None, None)
+    fits = out is not None and len(out) == len(head) + len(tail) and out.is_contiguous() and (lse is None or lse.is_contiguous())
+    if out is not None and fits:
+        return pcp_fused_restore(head, tail, *lses, meta, out=(out, lse))
+    state = pcp_fused_restore(head, tail, *lses, meta)
+    results = [None if x is None else x[: len(q)] for x in state]
+    if out is None:
+        return results[0], results[1]
+    real = torch.arange(len(q), device=q.device) < meta.cu_seqlens_q[-1]
+    for to, result in ((out, results[0]), (lse, results[1])):
+        if to is not None and result is not None:
+            to.copy_(torch.where(real.view(-1, *[1] * (to.dim() - 1)), result, to))
+    return out, lse
 
 
-def check_chunks(name: str, chunked: bool) -> None:
-    """Raise NotImplementedError if keys in chunks, or an earlier result, are beyond the chosen backend's library."""
+def check_library(name: str, chunked: bool) -> None:
+    """Raise NotImplementedError if the chosen backend's library cannot be called, or keys in chunks, or an earlier result, are
+    beyond it: before anything is gathered, exchanged or launched for it."""
     library = _library(name)
-    if chunked and library is not None and not library.shares_starts:
+    if library is None:
+        return
+    check_placement(library)
+    if chunked and not library.shares_starts:
         raise NotImplementedError(f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does")
 
 
@@ -213,8 +232,9 @@ def pcp_attention(
             Pads, which only pads among the queries see, may be -1. Rows are not checked.
         prev: an earlier result (out, lse) over other keys, [T, H, Dv] and float32 [T, H], merged in.
         chunk: of ``meta.key_chunks``, to attend to some of the keys: k, v and ``kv_rows`` begin with its first. None: all keys.
-        out: what to write and return, a tensor or with ``return_lse`` a tuple. May be ``prev``: then a row that has no key in the
-            chunk costs nothing.
+        out: what to write and return, a tensor or with ``return_lse`` a tuple, any row and head strides. It may be ``prev``, both
+            very tensors: then a row that has no key in the chunk costs nothing. Otherwise they must share no memory with each other
+            or an input.
         backend: ``fa3``, ``fa4``, ``fa2``, ``triton``, ``torch`` (the definition; any device), or ``auto``: fa3 on Hopper for
             widths 192 and 128, else triton, on the CPU torch. Under ``torch.compile`` ``auto`` is triton on a GPU.
 
@@ -227,10 +247,10 @@ def pcp_attention(
 
     Raises:
         ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
-        NotImplementedError: an input requires gradients, or the backend does not support this; the message names those that do.
+        NotImplementedError: a tensor requires gradients, or the backend does not support this; the message names those that do.
         RuntimeError: the named backend is not available.
     """
     check_attention(q, k, v, meta, softmax_scale, k_pe, kv_rows, prev, chunk, out, return_lse)
     name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
-    check_chunks(name, chunk is not None or prev is not None)
+    check_library(name, chunk is not None or prev is not None)
     return attend(name, q, k, v, meta, softmax_scale, return_lse, k_pe, kv_rows, prev, chunk, out)

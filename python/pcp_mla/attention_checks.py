@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from .checks import check_meta, check_ragged
 from .merge_checks import check_lse
 from .metadata import PCPMetadata
 from .slots import KeyChunk
-from .tensor_checks import check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
+from .tensor_checks import (
+    check_apart,
+    check_last_dim,
+    check_list,
+    check_no_gradients,
+    check_not_expanded,
+    check_tensor,
+    dtype_name,
+)
 
 OP = "pcp_attention"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -48,6 +57,13 @@ def _check_keys(k: Any, v: Any, k_pe: Any, kv_rows: Any, q: torch.Tensor, meta: 
         raise ValueError(f"{OP}: kv_rows must list at least the {rows} keys of the call, got {len(kv_rows)}")
 
 
+def _check_memory(given: Any, lse: Any, prev: Any, inputs: Mapping[str, Any]) -> None:
+    """Raise unless results have their memory to themselves, or are ``prev``'s."""
+    prev_out, prev_lse = prev if prev is not None else (None, None)
+    check_apart(OP, "out", given, {**inputs, "prev's LSE": prev_lse}, {"prev": prev_out})
+    check_apart(OP, "out's LSE", lse, {**inputs, "out": given, "prev": prev_out}, {"prev's LSE": prev_lse})
+
+
 def _check_result(name: str, out: Any, lse: Any, q: torch.Tensor, v: torch.Tensor, written: bool) -> None:
     check_tensor(OP, name, out, (*q.shape[:2], v.shape[2]), "[tokens, heads, v]", q.device)
     if out.dtype != q.dtype:
@@ -55,9 +71,10 @@ def _check_result(name: str, out: Any, lse: Any, q: torch.Tensor, v: torch.Tenso
     check_last_dim(OP, name, out)
     if lse is not None:
         check_lse(OP, f"{name}'s LSE", lse, tuple(q.shape[:2]), "[tokens, heads]", q)
-    for x in (out, lse) if written else ():
+    for label, x in ((name, out), (f"{name}'s LSE", lse)) if written else ():
         if x is not None:
-            check_not_expanded(OP, name, x)
+            check_not_expanded(OP, label, x)
+            check_no_gradients(OP, label, x)
 
 
 def _check_chunk(chunk: Any, meta: PCPMetadata) -> None:
@@ -110,5 +127,6 @@ def check_attention(
     if return_lse and lse is None:
         raise TypeError(f"{OP}: out's LSE must be a torch.Tensor, got NoneType")
     _check_result("out", given, lse, q, v, written=True)
+    _check_memory(given, lse, prev, {"q": q, "k": k, "v": v, "k_pe": k_pe, "kv_rows": kv_rows})
     if prev is not None and lse is not None and (given.data_ptr() == prev[0].data_ptr()) != (lse.data_ptr() == prev[1].data_ptr()):
         raise ValueError(f"{OP}: out must be both of prev's tensors or neither: rows without keys are left as they are in both")

@@ -117,6 +117,12 @@ def _placement(library: Library, names: tuple[str, ...]) -> tuple[tuple[tuple[st
     return tuple(places), constants
 
 
+@functools.cache
+def check_placement(library: Library) -> None:
+    """Raise NotImplementedError if :func:`call` could not call it."""
+    _placement(library, tuple(name for name in _NAMES if name != "seqused_k" or library.shares_starts))
+
+
 def arguments(library: Library, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` under the names that the library has for them, beside what it insists on.
 

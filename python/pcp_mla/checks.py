@@ -6,13 +6,13 @@ native op runs these checks only when it was refused, to say why with the docume
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .metadata import PCPMetadata
-from .tensor_checks import check_last_dim, check_no_gradients, dtype_name
+from .tensor_checks import check_apart, check_last_dim, check_no_gradients, dtype_name
 
 
 def check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dtype | None) -> None:
@@ -50,6 +50,7 @@ def check_output(op: str, name: str, x: Any, shape: Sequence[int], dtype: torch.
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
     if not x.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
+    check_no_gradients(op, name, x)
 
 
 def gathered_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: tuple[int, int, int, int]) -> list[tuple[int, ...]]:
@@ -66,6 +67,16 @@ def check_gathered(
     names = ("q_head", "k_head", "v_head", "q_tail", "k_tail", "v_tail")
     for name, x, shape in zip(names, out, gathered_shapes(q, k, v, counts), strict=True):
         check_output("pcp_fused_gather", f"out.{name}", x, shape, q.dtype, q.device)
+
+
+def check_gathered_apart(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_table: torch.Tensor, out: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise unless each output of ``fused_gather`` has its memory to itself."""
+    others = {"q": q, "k": k, "v": v, "meta.row_table": row_table}
+    for name, x in out.items():
+        check_apart("pcp_fused_gather", f"out.{name}", x, others)
+        others[f"out.{name}"] = x
 
 
 def check_gather(q: Any, k: Any, v: Any, meta: Any) -> None:
@@ -93,6 +104,15 @@ def check_restored(
         check_output(op, "out[1]", lse, (rows, out_head.shape[1]), torch.float32, out_head.device)
 
 
+def check_restored_apart(
+    inputs: Mapping[str, torch.Tensor | None], row_table: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """Raise unless each output of ``fused_restore`` has its memory to itself."""
+    others = {**inputs, "meta.row_table": row_table}
+    check_apart("pcp_fused_restore", "out[0]", out, others)
+    check_apart("pcp_fused_restore", "out[1]", lse, {**others, "out[0]": out})
+
+
 def check_restore(out_head: Any, out_tail: Any, lse_head: Any, lse_tail: Any, meta: Any) -> None:
     """Raise unless the inputs of ``pcp_fused_restore`` fit each other and ``meta``."""
     op = "pcp_fused_restore"
@@ -118,3 +138,4 @@ def check_restore(out_head: Any, out_tail: Any, lse_head: Any, lse_tail: Any, me
             raise ValueError(f"{op}: {name} must have shape [tokens, heads] = {shape}, got {tuple(lse.shape)}")
         if lse.device != meta.device:
             raise ValueError(f"{op}: {name} must be on {meta.device}, got {lse.device}")
+        check_no_gradients(op, name, lse)

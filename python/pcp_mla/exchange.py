@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from .metadata import PCPMetadata
 from .played import RankHandle
+from .tensor_checks import check_no_gradients
 
 # torch 2.13 renamed these and warns of the old names; 2.10 has the old ones only.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -108,5 +109,6 @@ def check_latents(op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMeta
             raise ValueError(f"{op}: {name} must have {wanted}, got {tensor.shape[0]}")
         if tensor.device != meta.device:
             raise ValueError(f"{op}: {name} must be on {meta.device}, as meta, got {tensor.device}")
+        check_no_gradients(op, name, tensor)
     if kv_c.dtype != k_pe.dtype:
         raise TypeError(f"{op}: k_pe must be {kv_c.dtype}, as kv_c, got {k_pe.dtype}")

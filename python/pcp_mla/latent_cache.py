@@ -6,8 +6,17 @@ from typing import Any
 
 import torch
 
-from .backends import fake_in_place, register, select
-from .tensor_checks import check_last_dim, check_list, check_no_gradients, check_tensor, dtype_name
+from .backends import ALL_NATIVE, fake_in_place, register, select
+from .tensor_checks import (
+    check_apart,
+    check_count,
+    check_last_dim,
+    check_list,
+    check_no_gradients,
+    check_not_expanded,
+    check_tensor,
+    dtype_name,
+)
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -22,6 +31,8 @@ def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
         raise TypeError(f"{op}: cache must be a torch.Tensor, got {type(cache).__name__}")
     if cache.dim() not in (2, 3) or 0 in cache.shape[1:]:
         raise ValueError(f"{op}: cache must be [num_blocks, block_size, width] or [num_slots, width], got {tuple(cache.shape)}")
+    if cache.element_size() > 8:
+        raise TypeError(f"{op}: cache must have a dtype of at most 8 bytes, got {dtype_name(cache.dtype)}")
     check_tensor(op, name, rows, (None, cache.shape[-1]), "[rows, width]", cache.device)
     for label, x in (("cache", cache), (name, rows)):
         check_last_dim(op, label, x)
@@ -35,6 +46,7 @@ def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
     check_tensor(op, "scale", scale.reshape(-1) if isinstance(scale, torch.Tensor) else scale, (1,), "[1]", cache.device)
     if scale.dtype != torch.float32:
         raise TypeError(f"{op}: scale must be float32, got {dtype_name(scale.dtype)}")
+    check_no_gradients(op, "scale", scale)
     if cache.dtype != torch.float8_e4m3fn:
         raise TypeError(f"{op}: cache must be float8_e4m3fn with a scale, got {dtype_name(cache.dtype)}")
     if rows.dtype not in _FLOATS:
@@ -55,7 +67,7 @@ def write_latent_cache(
     Args:
         latents: [n, W], any row stride with a contiguous last dimension.
         cache: [num_blocks, block_size, W] or [num_slots, W], any strides with a contiguous last dimension (a layer of a larger
-            cache, say), of the latents' dtype or, with ``scale``, float8_e4m3fn.
+            cache, say), of the latents' dtype or, with ``scale``, float8_e4m3fn. It must share no memory with the others.
         slot_mapping: int64 [n] slot of each row: ``block * block_size + offset``. A row with a slot outside of the cache (-1) is
             not written. Two rows must not have one slot.
         scale: float32 of one element, on the device: the cache holds ``latents / scale``, at most 448 in size.
@@ -63,14 +75,22 @@ def write_latent_cache(
 
     Raises:
         ValueError, TypeError: an argument does not fit the others; before anything is written.
-        NotImplementedError: an input requires gradients.
+        NotImplementedError: a tensor requires gradients.
         RuntimeError: the named backend is not available.
     """
     op = "write_latent_cache"
     _check_pair(op, cache, "latents", latents, scale)
+    check_not_expanded(op, "cache", cache)
     check_list(op, "slot_mapping", slot_mapping, (latents.shape[0],), "[rows]", torch.int64, cache.device)
+    others = {"latents": latents, "slot_mapping": slot_mapping, "scale": scale}
+    if backend != "auto" or not ALL_NATIVE:
+        check_apart(op, "cache", cache, others)
     call = _write if backend == "auto" else select(op, backend, cache.device.type)
-    call(latents, cache, slot_mapping, scale)
+    try:
+        call(latents, cache, slot_mapping, scale)
+    except RuntimeError:
+        check_apart(op, "cache", cache, others)
+        raise
 
 
 def gather_latents(
@@ -94,17 +114,17 @@ def gather_latents(
         block_table, cu_seqlens, starts: in place of ``rows``, tokens of R sequences as engines describe them: row n of those from
             ``cu_seqlens[r]`` to ``cu_seqlens[r + 1] - 1`` is token ``starts[r] + n - cu_seqlens[r]`` of sequence r (without
             ``starts``: from its first), in block ``block_table[r, token // block_size]``. All int32: [R, blocks], [R + 1], [R].
-            Rows outside of all sequences become zeros.
+            Rows outside of all sequences, and tokens behind the last column of ``block_table``, become zeros.
         num_rows: n, with ``block_table`` and without ``out``.
         dtype: of the result, with ``scale`` and without ``out``: bf16 (by default), fp16 or fp32.
-        out: [n, W] to write and return, any row stride.
+        out: [n, W] to write and return, any row stride. It must share no memory with the others.
 
     Returns:
         [n, W] of the cache's dtype, or of ``dtype`` with ``scale``.
 
     Raises:
         ValueError, TypeError: an argument does not fit the others; before anything is written.
-        NotImplementedError: an input requires gradients.
+        NotImplementedError: a tensor requires gradients.
         RuntimeError: the named backend is not available.
     """
     op = "gather_latents"
@@ -115,12 +135,19 @@ def gather_latents(
     if out is None:
         if not isinstance(cache, torch.Tensor):
             raise TypeError(f"{op}: cache must be a torch.Tensor, got {type(cache).__name__}")
-        count = num_rows if rows is None else len(rows)
-        if count is None:
+        if rows is not None:
+            check_tensor(op, "rows", rows, (None,), "[rows]", None)
+            num_rows = len(rows)
+        if num_rows is None:
             raise ValueError(f"{op}: num_rows or out must be given with block_table")
+        if not torch.compiler.is_compiling():
+            check_count(op, "num_rows", num_rows)
+        if cache.dim() < 1:
+            raise ValueError(f"{op}: cache must be [num_blocks, block_size, width] or [num_slots, width], got {tuple(cache.shape)}")
         of = cache.dtype if scale is None else dtype or torch.bfloat16
-        out = torch.empty(count, cache.shape[-1], dtype=of, device=cache.device)
+        out = torch.empty(num_rows, cache.shape[-1], dtype=of, device=cache.device)
     _check_pair(op, cache, "out", out, scale)
+    check_not_expanded(op, "out", out)
     if rows is not None:
         check_list(op, "rows", rows, (out.shape[0],), "[rows]", torch.int32, cache.device)
     else:
@@ -133,6 +160,13 @@ def gather_latents(
         check_list(op, "cu_seqlens", cu_seqlens, (sequences + 1,), "[sequences + 1]", torch.int32, cache.device)
         if starts is not None:
             check_list(op, "starts", starts, (sequences,), "[sequences]", torch.int32, cache.device)
+    others = {"cache": cache, "rows": rows, "block_table": block_table, "cu_seqlens": cu_seqlens, "starts": starts, "scale": scale}
+    if backend != "auto" or not ALL_NATIVE:
+        check_apart(op, "out", out, others)
     call = _gather if backend == "auto" else select(op, backend, cache.device.type)
-    call(cache, rows, block_table, cu_seqlens, starts, scale, out)
+    try:
+        call(cache, rows, block_table, cu_seqlens, starts, scale, out)
+    except RuntimeError:
+        check_apart(op, "out", out, others)
+        raise
     return out

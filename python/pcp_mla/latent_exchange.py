@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from .exchange import Group, all_gather_into, check_group, check_latents, group_rank, group_world_size
 from .metadata import PCPMetadata
-from .tensor_checks import check_last_dim
+from .tensor_checks import check_count, check_last_dim
 
 if TYPE_CHECKING:
     from .pipeline import MLADims
@@ -43,7 +43,7 @@ class LatentExchange:
             captures.
 
     Raises:
-        ValueError, TypeError: ``max_tokens`` is negative, ``group`` is none of the kinds.
+        ValueError, TypeError: ``max_tokens`` is negative, or an argument is of the wrong kind.
     """
 
     around: Callable[[Callable[[], None]], None] | None = None
@@ -53,8 +53,11 @@ class LatentExchange:
     ) -> None:
         self.world_size = group_world_size(group, "LatentExchange")
         self.rank = group_rank(group)
-        if max_tokens < 0:
-            raise ValueError(f"LatentExchange: max_tokens must not be negative, got {max_tokens}")
+        check_count("LatentExchange", "max_tokens", max_tokens)
+        if not hasattr(dims, "latent_dim"):
+            raise TypeError(f"LatentExchange: dims must be MLADims, got {type(dims).__name__}")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"LatentExchange: dtype must be a torch.dtype, got {type(dtype).__name__}")
         self.group, self.max_tokens, self.kv_lora_rank = group, max_tokens, dims.kv_lora_rank
         self.width = dims.kv_lora_rank + dims.qk_rope_head_dim
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
@@ -83,7 +86,8 @@ class LatentExchange:
             the next call (in a world of one it may be the input).
 
         Raises:
-            ValueError, TypeError: a tensor does not fit ``meta`` or the exchange; before the collective.
+            ValueError, TypeError, NotImplementedError: a tensor does not fit ``meta`` or the exchange, or requires gradients; before
+                the collective.
         """
         op = "LatentExchange.all_gather"
         check_group(op, self.group, meta)

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from .tensor_checks import check_count
+
 
 class RankError(RuntimeError):
     """A rank's process failed; the message has its rank and its traceback."""
@@ -83,8 +85,7 @@ def run_distributed(
         RankError: a rank failed; all are ended.
         TimeoutError: not done in time; all are ended.
     """
-    if world_size < 1:
-        raise ValueError(f"run_distributed: world_size must be at least 1, got {world_size}")
+    check_count("run_distributed", "world_size", world_size, 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="pcp-mla-") as name:

@@ -66,8 +66,8 @@ _merge_n_out = register("merge_n_attn_states_out", _merge_n_out_fake)
 _correct_out = register("cp_correct_out", _merge_out_fake)
 
 
-def _requires_grad(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def merge_attn_states(
@@ -96,13 +96,15 @@ def merge_attn_states(
             padded to another width is passed as a slice).
         lse_a, lse_b: float32 [T, H], any strides (FlashAttention's [H, T] is passed as ``lse.T``).
         out, lse_out: tensors to write and return. ``out`` [rows, H, D] with a contiguous last dimension, of the inputs' dtype,
-            float32 or, with ``scale``, float8_e4m3fn; ``lse_out`` float32 [rows, H]. They may be the inputs themselves, but must
-            not overlap them otherwise. Where ``out`` is given and ``lse_out`` is not, no LSE is written.
+            float32 or, with ``scale``, float8_e4m3fn; ``lse_out`` float32 [rows, H]. Without ``out_rows`` ``out`` may be one of
+            ``out_a`` and ``out_b``, and ``lse_out`` one of the LSEs: the very tensor, with its strides and dtype. Otherwise they
+            must share no memory with each other or any input. Where ``out`` is given and ``lse_out`` is not, no LSE is written.
         lse_base: ``"e"`` (FlashAttention) or ``"2"`` (FlashInfer, TensorRT-LLM), of all LSEs, that of the result included.
         row_op: int32 :class:`RowOp` of each row [T], or with ``cu_seqlens`` of each request [R], read on the device. A copy gives
             the numbers that it takes. Rows that are skipped stay as they are, so ``out`` must be given.
         cu_seqlens: int32 [R + 1] first row of each request. Rows behind the last request are skipped.
-        out_rows: int32 [T] row of ``out``, which must be given, for each row; one outside of it (-1) is not written.
+        out_rows: int32 [T] row of ``out``, which must be given, for each row; one outside of it (-1) is not written. Two rows must
+            not have one row of ``out``.
         scale: float32 tensor of one element, on the device: ``out`` is float8_e4m3fn, the result divided by ``scale``, at most 448.
         backend: as :func:`pcp_fused_gather`.
 
@@ -111,7 +113,7 @@ def merge_attn_states(
 
     Raises:
         ValueError, TypeError: an argument does not fit the others; before any launch.
-        NotImplementedError: an input requires gradients, or has a dtype that is not supported.
+        NotImplementedError: a tensor requires gradients, or has a dtype that is not supported.
         RuntimeError: the named backend is not available.
     """
     base2 = _base2("merge_attn_states", lse_base)
@@ -122,7 +124,7 @@ def merge_attn_states(
             return out, lse_out
     allocates = out is None and lse_out is None and row_op is None and cu_seqlens is None and out_rows is None
     try:
-        if backend != "auto" or not ALL_NATIVE or _requires_grad(out_a, out_b):
+        if backend != "auto" or not ALL_NATIVE or _requires_grad(out_a, lse_a, out_b, lse_b, scale, out, lse_out):
             check_merge(out_a, lse_a, out_b, lse_b, out, lse_out, row_op, cu_seqlens, out_rows, scale)
         if allocates:
             call = _merge if backend == "auto" else select("merge_attn_states", backend, out_a.device.type)
@@ -158,7 +160,8 @@ def merge_n_attn_states(
     Args:
         outs: [N, T, H, D], or N tensors [T, H, D] of one dtype, each with strides of its own.
         lses: float32 [N, T, H] or N tensors [T, H], likewise; stacked if ``outs`` are.
-        out, lse_out, lse_base, scale, backend: as :func:`merge_attn_states`. ``out`` may be one of the partials.
+        out, lse_out, lse_base, scale, backend: as :func:`merge_attn_states`. ``out`` may be one of the partials, ``lse_out`` one of
+            the LSEs.
 
     Returns:
         As :func:`merge_attn_states`.
@@ -171,13 +174,13 @@ def merge_n_attn_states(
         check_merge_n(outs, lses, out, lse_out, scale)
     out_list = [outs] if isinstance(outs, torch.Tensor) else list(outs)
     lse_list = [lses] if isinstance(lses, torch.Tensor) else list(lses)
+    if not _is_stacked(outs, lses) and not _is_listed(out_list, outs, lses):  # a list of one is a stack to the op
+        check_merge_n(outs, lses, out, lse_out, scale)
     calls = direct() if backend == "auto" else None
     if out is not None and calls is not None and calls.merge_n_attn_states(out_list, lse_list, scale, base2, out, lse_out):
         return out, lse_out
     try:
-        stacked = isinstance(outs, torch.Tensor) and isinstance(lses, torch.Tensor) and outs.dim() == 4 and lses.dim() == 3
-        listed = not isinstance(outs, torch.Tensor) and not isinstance(lses, torch.Tensor)
-        if backend != "auto" or not ALL_NATIVE or not (stacked or listed) or _requires_grad(*out_list):
+        if backend != "auto" or not ALL_NATIVE or _requires_grad(*out_list, *lse_list, scale, out, lse_out):
             check_merge_n(outs, lses, out, lse_out, scale)
         if out is None and lse_out is None:
             call = _merge_n if backend == "auto" else select("merge_n_attn_states", backend, out_list[0].device.type)
@@ -191,6 +194,18 @@ def merge_n_attn_states(
     except (RuntimeError, AttributeError, IndexError):
         check_merge_n(outs, lses, out, lse_out, scale)
         raise
+
+
+def _is_stacked(outs: torch.Tensor | Sequence[torch.Tensor], lses: torch.Tensor | Sequence[torch.Tensor]) -> bool:
+    return isinstance(outs, torch.Tensor) and isinstance(lses, torch.Tensor) and outs.dim() == 4 and lses.dim() == 3
+
+
+def _is_listed(
+    out_list: list[torch.Tensor], outs: torch.Tensor | Sequence[torch.Tensor], lses: torch.Tensor | Sequence[torch.Tensor]
+) -> bool:
+    if isinstance(outs, torch.Tensor) or isinstance(lses, torch.Tensor):
+        return False
+    return len(out_list) != 1 or (isinstance(out_list[0], torch.Tensor) and out_list[0].dim() == 3)
 
 
 def cp_correct_out(
@@ -216,7 +231,8 @@ def cp_correct_out(
         corrected: tensor to write and return, of the dtype of ``out`` or float32, the last dimension contiguous: [T, H, D], which
             may be ``out`` itself, or [S, T, H / S, D], the heads in S shares as a reduce-scatter wants them. By default float32
             [T, H, D]: what is summed should not be rounded before.
-        lse_out: float32 [T, H] or [S, T, H / S], written and returned.
+        lse_out: float32 [T, H], which may be one of ``lses``, or [S, T, H / S]; written and returned. But for these two, results
+            must share no memory with each other or any input.
         lse_base, backend: as :func:`merge_attn_states`.
         seqused_k: int32 [W, T] keys that each rank's shard has for each row: where 0 the rank counts as empty, whatever it left in
             its output and LSE.
@@ -229,7 +245,8 @@ def cp_correct_out(
     """
     base2 = _base2("cp_correct_out", lse_base)
     try:
-        if backend != "auto" or not ALL_NATIVE or _requires_grad(out):
+        is_number = isinstance(rank, int) and not isinstance(rank, bool)
+        if backend != "auto" or not ALL_NATIVE or not is_number or _requires_grad(out, lses, corrected, lse_out):
             check_correct(out, lses, rank, corrected, lse_out, seqused_k)
         if corrected is None:
             corrected = torch.empty(out.shape, dtype=torch.float32, device=out.device)

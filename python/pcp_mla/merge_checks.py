@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .tensor_checks import check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
+from .tensor_checks import (
+    check_apart,
+    check_last_dim,
+    check_list,
+    check_no_gradients,
+    check_not_expanded,
+    check_tensor,
+    dtype_name,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_PARTIALS = 64
@@ -26,12 +34,16 @@ def check_partial(op: str, name: str, x: Any, first: torch.Tensor | None) -> Non
         raise ValueError(f"{op}: {name} must have at least one head and a width of at least 1, got {tuple(x.shape)}")
     check_last_dim(op, name, x)
     check_no_gradients(op, name, x)
+    for size, stride in zip(x.shape[:2], x.stride(), strict=False):
+        if size > 1 and x.is_cuda and stride * x.element_size() >= 2**32:  # the kernel's multiplication of a row's number
+            raise ValueError(f"{op}: {name} must have rows and heads less than 2**32 bytes apart, got strides {x.stride()}")
 
 
 def check_lse(op: str, name: str, x: Any, shape: Sequence[int], words: str, first: torch.Tensor) -> None:
     check_tensor(op, name, x, shape, words, first.device)
     if x.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be float32, got {dtype_name(x.dtype)}")
+    check_no_gradients(op, name, x)
 
 
 def _check_results(
@@ -44,6 +56,7 @@ def _check_results(
         if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != first.device:
             got = f"{dtype_name(scale.dtype)} {tuple(scale.shape)} on {scale.device}"
             raise ValueError(f"{op}: scale must be one float32 on {first.device}, got {got}")
+        check_no_gradients(op, "scale", scale)
     if out is not None:
         check_tensor(op, names[0], out, (rows, heads, dim), "[rows, heads, dim]", first.device)
         allowed = [torch.float8_e4m3fn] if scale is not None else [first.dtype, torch.float32]
@@ -54,10 +67,28 @@ def _check_results(
             )
         check_last_dim(op, names[0], out)
         check_not_expanded(op, names[0], out)
+        check_no_gradients(op, names[0], out)
         rows = out.shape[0]
     if lse_out is not None:
         check_lse(op, names[1], lse_out, (first.shape[0] if rows is None else rows, heads), "[rows, heads]", first)
         check_not_expanded(op, names[1], lse_out)
+
+
+def _check_memory(
+    op: str,
+    names: tuple[str, str],
+    out: Any,
+    lse_out: Any,
+    partials: Mapping[str, Any],
+    lses: Mapping[str, Any],
+    others: Mapping[str, Any],
+    in_place: bool,
+) -> None:
+    """Raise unless results have their memory to themselves, or, ``in_place``, are inputs of their own kind."""
+    apart = dict(others) if in_place else {**others, **partials, **lses}
+    check_apart(op, names[0], out, {**apart, **(lses if in_place else {})}, partials if in_place else None)
+    apart[names[0]] = out
+    check_apart(op, names[1], lse_out, {**apart, **(partials if in_place else {})}, lses if in_place else None)
 
 
 def check_merge(
@@ -83,6 +114,9 @@ def check_merge(
     if out_rows is not None:
         check_list(op, "out_rows", out_rows, (tokens,), "[tokens]", torch.int32, out_a.device)
     _check_results(op, ("out", "lse_out"), out, lse_out, None if out_rows is not None else tokens, out_a, scale)
+    others = {"row_op": row_op, "cu_seqlens": cu_seqlens, "out_rows": out_rows, "scale": scale}
+    partials, lses = {"out_a": out_a, "out_b": out_b}, {"lse_a": lse_a, "lse_b": lse_b}
+    _check_memory(op, ("out", "lse_out"), out, lse_out, partials, lses, others, in_place=out_rows is None)
 
 
 def check_merge_n(outs: Any, lses: Any, out: Any, lse_out: Any, scale: Any) -> None:
@@ -108,6 +142,9 @@ def check_merge_n(outs: Any, lses: Any, out: Any, lse_out: Any, scale: Any) -> N
         check_partial(op, f"outs[{n}]", x, outs[0] if n else None)
         check_lse(op, f"lses[{n}]", lse, tuple(outs[0].shape[:2]), "[tokens, heads]", outs[0])
     _check_results(op, ("out", "lse_out"), out, lse_out, outs[0].shape[0], outs[0], scale)
+    if out is not None or lse_out is not None:
+        partials, scores = ({f"{name}[{n}]": x for n, x in enumerate(xs)} for name, xs in (("outs", outs), ("lses", lses)))
+        _check_memory(op, ("out", "lse_out"), out, lse_out, partials, scores, {"scale": scale}, in_place=True)
 
 
 def check_correct(out: Any, lses: Any, rank: Any, corrected: Any, lse_out: Any, seqused_k: Any) -> None:
@@ -154,3 +191,6 @@ def check_correct(out: Any, lses: Any, rank: Any, corrected: Any, lse_out: Any, 
             raise TypeError(f"{op}: {name} must be {dtype_name(out.dtype)} or float32, got {dtype_name(given.dtype)}")
         check_last_dim(op, name, given)
         check_not_expanded(op, name, given)
+        check_no_gradients(op, name, given)
+    scores = {f"lses[{n}]": x for n, x in enumerate(lses)}
+    _check_memory(op, ("corrected", "lse_out"), corrected, lse_out, {"out": out}, scores, {"seqused_k": seqused_k}, in_place=True)

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .backends import ALL_NATIVE, register, select
-from .checks import check_gather, check_gathered, check_restore, check_restored, gathered_shapes
+from .checks import (
+    check_gather,
+    check_gathered,
+    check_gathered_apart,
+    check_restore,
+    check_restored,
+    check_restored_apart,
+    gathered_shapes,
+)
 from .metadata import PCPMetadata
 
 
@@ -66,7 +74,8 @@ def pcp_fused_gather(
         v: [N, H, Dv].
         meta: of this rank and step, on the same device.
         out: tensors to write and return, contiguous, such as an earlier call of the same step returned: the layers of a model can
-            share them, and six allocations are most of what the call costs on the host. Must not overlap the inputs.
+            share them, and six allocations are most of what the call costs on the host. They must share no memory with the
+            inputs, the metadata or one another: which rows are read last is not said.
         backend: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
 
     Tensors are of any dtype up to 8 bytes (bf16, fp16, fp32, fp8, ...), one for all three, with any row and head strides and a
@@ -77,14 +86,14 @@ def pcp_fused_gather(
 
     Raises:
         ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
-        NotImplementedError: an input requires gradients.
+        NotImplementedError: an input or an output requires gradients.
         RuntimeError: the named backend is not available.
     """
     if out is not None and not isinstance(out, GatheredRows):
         raise TypeError(f"pcp_fused_gather: out must be GatheredRows, got {type(out).__name__}")
     native = backend == "auto" and ALL_NATIVE
-    if not (native and _gather_rows_fit(q, k, v, meta)):
-        check_gather(q, k, v, meta)
+    if not (native and _gather_rows_fit(q, k, v, meta, out)):
+        _check_gather(q, k, v, meta, out)
     counts = (meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv)
     try:
         if out is None:
@@ -94,17 +103,22 @@ def pcp_fused_gather(
         call(q, k, v, meta.row_table, *counts, *out)
         return out
     except RuntimeError:
-        check_gather(q, k, v, meta)
-        if out is not None:
-            check_gathered(q, k, v, counts, out)
+        _check_gather(q, k, v, meta, out)
         raise
 
 
-def _gather_rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata) -> bool:
+def _check_gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata, out: GatheredRows | None) -> None:
+    check_gather(q, k, v, meta)
+    if out is not None:
+        check_gathered(q, k, v, (meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv), out)
+        check_gathered_apart(q, k, v, meta.row_table, out._asdict())
+
+
+def _gather_rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata, out: GatheredRows | None) -> bool:
     """What the native op cannot check: it does not see the metadata, and a tensor elsewhere may lead to another kernel."""
     try:
         kv_rows, rows = meta.num_kv_tokens, q.shape[0]
-        if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(out or ()))):
             return False
         same_device = q.device == k.device == v.device == meta.device
         return same_device and k.shape[0] == kv_rows == v.shape[0] and (rows == meta.num_tokens or rows == meta.num_tokens_padded)
@@ -146,7 +160,8 @@ def pcp_fused_restore(
         out_tail: [num_tail_tokens, H, Dv], the same dtype.
         lse_head, lse_tail: float32 [num_head_tokens, H] and [num_tail_tokens, H], any strides (FlashAttention's [H, tokens] is
             passed as ``lse.T``), or both None.
-        out: tensors to write and return, out and lse (None without LSEs), contiguous; must not overlap the inputs.
+        out: tensors to write and return, out and lse (None without LSEs), contiguous; they must share no memory with the inputs,
+            the metadata or each other.
         meta, backend: as for :func:`pcp_fused_gather`. Dtypes of the outputs likewise.
 
     Returns:
@@ -155,14 +170,14 @@ def pcp_fused_restore(
 
     Raises:
         ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
-        NotImplementedError: an input requires gradients.
+        NotImplementedError: an input or an output requires gradients.
         RuntimeError: the named backend is not available.
     """
     if out is not None and (not isinstance(out, tuple) or len(out) != 2 or (lse_head is None) != (out[1] is None)):
         raise TypeError("pcp_fused_restore: out must be a pair of a tensor and an LSE, the latter None where no LSE is given")
     native = backend == "auto" and ALL_NATIVE
-    if not (native and _restore_rows_fit(out_head, out_tail, lse_head, lse_tail, meta)):
-        check_restore(out_head, out_tail, lse_head, lse_tail, meta)
+    if not (native and _restore_rows_fit(out_head, out_tail, lse_head, lse_tail, meta, out)):
+        _check_restore(out_head, out_tail, lse_head, lse_tail, meta, out)
     try:
         if out is None:
             call = _fused_restore if backend == "auto" else select("fused_restore", backend, out_head.device.type)
@@ -174,10 +189,23 @@ def pcp_fused_restore(
         call(out_head, out_tail, lse_head, lse_tail, meta.row_table, *out)
         return out
     except RuntimeError:
-        check_restore(out_head, out_tail, lse_head, lse_tail, meta)
-        if out is not None:
-            check_restored(out_head, out_tail, lse_head, *out)
+        _check_restore(out_head, out_tail, lse_head, lse_tail, meta, out)
         raise
+
+
+def _check_restore(
+    out_head: torch.Tensor,
+    out_tail: torch.Tensor,
+    lse_head: torch.Tensor | None,
+    lse_tail: torch.Tensor | None,
+    meta: PCPMetadata,
+    out: tuple[torch.Tensor, torch.Tensor | None] | None,
+) -> None:
+    check_restore(out_head, out_tail, lse_head, lse_tail, meta)
+    if out is not None:
+        check_restored(out_head, out_tail, lse_head, *out)
+        inputs = {"out_head": out_head, "out_tail": out_tail, "lse_head": lse_head, "lse_tail": lse_tail}
+        check_restored_apart(inputs, meta.row_table, *out)
 
 
 def _restore_rows_fit(
@@ -186,9 +214,11 @@ def _restore_rows_fit(
     lse_head: torch.Tensor | None,
     lse_tail: torch.Tensor | None,
     meta: PCPMetadata,
+    out: tuple[torch.Tensor, torch.Tensor | None] | None,
 ) -> bool:
     try:
-        if (out_head.requires_grad or out_tail.requires_grad) and torch.is_grad_enabled():
+        tensors = (out_head, out_tail, lse_head, lse_tail, *(out or ()))
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             return False
         same_device = out_head.device == out_tail.device == meta.device
         if lse_head is not None and lse_tail is not None:

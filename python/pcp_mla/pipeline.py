@@ -11,24 +11,33 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import attend, check_chunks, choose
+from .attention import attend, check_library, choose
 from .attention_checks import check_scale
 from .latent_exchange import LatentExchange
 from .metadata import PCPMetadata
+from .projection_checks import check_projection
 from .slots import KeyChunk
-from .tensor_checks import check_last_dim
+from .tensor_checks import check_apart, check_count, check_last_dim, check_no_gradients, check_not_expanded
 from .up_project import expand, kv_up_project
 
 
 @dataclass(frozen=True)
 class MLADims:
-    """Widths of an MLA layer: q and k are ``qk_head_dim`` wide, v ``v_head_dim``, a latent ``kv_lora_rank + qk_rope_head_dim``."""
+    """Widths of an MLA layer: q and k are ``qk_head_dim`` wide, v ``v_head_dim``, a latent ``kv_lora_rank + qk_rope_head_dim``.
+
+    Raises:
+        ValueError, TypeError: one of them is not an int of at least 1.
+    """
 
     num_heads: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
     kv_lora_rank: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"):
+            check_count("MLADims", name, getattr(self, name), 1)
 
     @property
     def qk_head_dim(self) -> int:
@@ -102,9 +111,14 @@ def check_layer_inputs(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, kv_c, k_pe, *parameters)):
         raise NotImplementedError(f"{op}: inputs must not require gradients, there is no backward: call under torch.no_grad()")
     _check_cache(op, kv_c, meta, dims, cache)
+    if weight is None:
+        assert isinstance(kv_b_proj, torch.nn.Module)
+        check_projection(op, kv_b_proj, dims, kv_c)
 
 
 def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, cache: torch.Tensor | None) -> None:
+    if cache is not None and not isinstance(cache, torch.Tensor):
+        raise TypeError(f"{op}: cache must be a torch.Tensor or None, got {type(cache).__name__}")
     if cache is None:
         if meta.num_context_tokens:
             raise ValueError(f"{op}: cache must be given, as meta has {meta.num_context_tokens} tokens of context, got None")
@@ -124,6 +138,8 @@ def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, 
         raise TypeError(f"{op}: cache must be {kv_c.dtype}, as kv_c, got {cache.dtype}")
     if cache.device != kv_c.device:
         raise ValueError(f"{op}: cache must be on {kv_c.device}, as kv_c, got {cache.device}")
+    check_no_gradients(op, "cache", cache)
+    check_not_expanded(op, "cache", cache)
 
 
 def expand_rows(
@@ -219,7 +235,7 @@ class MLAPrefill:
         """
         check_layer_inputs("MLAPrefill", q, kv_c, k_pe, kv_b_proj, meta, self.dims, cache)
         backend = choose(self.backend, q.device, q.dtype, q.shape[2], self.dims.v_head_dim, False)
-        check_chunks(backend, len(meta.key_chunks) > 1)
+        check_library(backend, len(meta.key_chunks) > 1)
         with _stage("exchange", q):
             latents = self.exchange.all_gather(kv_c, k_pe, meta)
         rows = meta.allgather_restore_idx
@@ -227,7 +243,11 @@ class MLAPrefill:
             assert meta.slot_mapping is not None
             assert meta.kv_rows is not None
             with _stage("cache_write", q):
-                torch.ops.pcp_mla.write_latent_cache.default(latents, cache, meta.slot_mapping, None)
+                try:
+                    torch.ops.pcp_mla.write_latent_cache.default(latents, cache, meta.slot_mapping, None)
+                except RuntimeError:  # in a world of one the latents may be the caller's, and no collective was made
+                    check_apart("MLAPrefill", "cache", cache, {"kv_c and k_pe": latents})
+                    raise
             latents, rows = cache, meta.kv_rows
         *context, new = meta.key_chunks or (None,)
         if not context:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .partition import IntArray, Partition, _prefix_sum, _ranges
+from .tensor_checks import check_count
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class PagedCache:
     dcp_world_size: int = 1
     dcp_rank: int = 0
     cp_interleave: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "dcp_world_size", "cp_interleave"):
+            check_count("PagedCache", name, getattr(self, name), 1)
+        check_count("PagedCache", "dcp_rank", self.dcp_rank)
+        if self.dcp_rank >= self.dcp_world_size:
+            raise ValueError(f"PagedCache: dcp_rank must be in 0..{self.dcp_world_size - 1}, got {self.dcp_rank}")
 
     def slots(
         self, block_tables: npt.NDArray[Any], requests: npt.NDArray[Any], positions: npt.NDArray[Any]

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import native, reference
-from .backends import HAS_TRITON, fake_in_place, register, register_composed, select
+from .backends import ALL_NATIVE, HAS_TRITON, fake_in_place, register, register_composed, select
 from .latent_cache import gather_latents
+from .projection_checks import check_expanded
 from .reference.up_project import UP_PROJECT_TILE, zero_tail
-from .tensor_checks import check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
+from .tensor_checks import (
+    check_apart,
+    check_last_dim,
+    check_list,
+    check_no_gradients,
+    check_not_expanded,
+    check_tensor,
+    dtype_name,
+)
 
 if TYPE_CHECKING:
     from .pipeline import MLADims
@@ -80,7 +89,8 @@ def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | No
     Args:
         k_nope: [N, H, nope], any strides with a contiguous last dimension: a slice of the projection's output as it is.
         k_pe: [N, rope] or [N, 1, rope] rotated keys that all heads share.
-        out: [N, H, nope + rope] to write and return, any strides with a contiguous last dimension. Must not overlap the inputs.
+        out: [N, H, nope + rope] to write and return, any strides with a contiguous last dimension. It must share no
+            memory with the inputs.
         backend: as :func:`pcp_fused_gather`.
 
     One dtype for all, of at most 8 bytes: nothing is computed.
@@ -90,7 +100,7 @@ def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | No
 
     Raises:
         ValueError, TypeError: an argument does not fit the others; before anything is written.
-        NotImplementedError: an input requires gradients.
+        NotImplementedError: a tensor requires gradients.
         RuntimeError: the named backend is not available.
     """
     op = "concat_k"
@@ -113,13 +123,22 @@ def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | No
         _check_out(op, "out", out, len(k_nope), shape, k_nope)
         if len(out) != len(k_nope):
             raise ValueError(f"{op}: out must have {len(k_nope)} rows, got {len(out)}")
+    others = {"k_nope": k_nope, "k_pe": k_pe}
+    if backend != "auto" or not ALL_NATIVE:
+        check_apart(op, "out", out, others)
     call = _concat if backend == "auto" else select(op, backend, k_nope.device.type)
-    call(k_nope, k_pe, out)
+    try:
+        call(k_nope, k_pe, out)
+    except RuntimeError:
+        check_apart(op, "out", out, others)
+        raise
     return out
 
 
 def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
     """Raise unless these are latents of ``dims`` and rows of them; how many."""
+    if not hasattr(dims, "latent_dim"):
+        raise TypeError(f"{op}: dims must be MLADims, got {type(dims).__name__}")
     if not isinstance(latents, torch.Tensor):
         raise TypeError(f"{op}: latents must be a torch.Tensor, got {type(latents).__name__}")
     if latents.dim() not in (2, 3) or latents.shape[-1] != dims.latent_dim:
@@ -146,12 +165,17 @@ def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, sc
     _check_input(op, "weight", weight)
 
 
-def _check_outs(op: str, k_out: Any, v_out: Any, count: int, dims: MLADims, latents: torch.Tensor, dtype: torch.dtype) -> None:
+def _check_outs(
+    op: str, k_out: Any, v_out: Any, count: int, dims: MLADims, inputs: Mapping[str, Any], latents: torch.Tensor, dtype: torch.dtype
+) -> None:
     for name, out, width in (("k_out", k_out, dims.qk_head_dim), ("v_out", v_out, dims.v_head_dim)):
         if out is not None:
             _check_out(op, name, out, count, (dims.num_heads, width), latents, dtype)
     if k_out is not None and v_out is not None and len(k_out) != len(v_out):
         raise ValueError(f"{op}: v_out must have the {len(k_out)} rows of k_out, got {len(v_out)}")
+    if k_out is not None or v_out is not None:
+        check_apart(op, "k_out", k_out, inputs)
+        check_apart(op, "v_out", v_out, {**inputs, "k_out": k_out})
 
 
 def _through_module(
@@ -164,22 +188,18 @@ def _through_module(
     """Contiguous latents [N, W] through the engine's module; results as ``kv_up_project`` gives them."""
     count, op = len(latents), "kv_up_project"
     kv_c, k_pe = latents.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)
-    expanded = linear(kv_c)
-    expanded = expanded[0] if isinstance(expanded, tuple) else expanded  # engines return a bias beside it
-    shape = (count, dims.num_heads * dims.expanded_dim)
-    check_tensor(op, "linear's result", expanded, shape, "[rows, heads * (nope + v)]", latents.device)
-    if expanded.dtype != latents.dtype:
-        raise TypeError(
-            f"{op}: linear's result must be {dtype_name(latents.dtype)} as the latents, got {dtype_name(expanded.dtype)}"
-        )
+    expanded = check_expanded(op, "linear's result", linear(kv_c), count, dims, latents)
     k_nope, v = expanded.view(count, dims.num_heads, dims.expanded_dim).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=2)
-    if k_out is None:
+    room = next((len(out) for out in (k_out, v_out) if out is not None), count)
+    if k_out is None and room == count:
         k_out = concat_k(k_nope, k_pe)
     else:
+        k_out = k_nope.new_empty(room, dims.num_heads, dims.qk_head_dim) if k_out is None else k_out
         concat_k(k_nope, k_pe, out=k_out[:count])
-    if v_out is None:
+    if v_out is None and room == count:
         v_out = v
     else:
+        v_out = v.new_empty(room, dims.num_heads, dims.v_head_dim) if v_out is None else v_out
         v_out[:count] = v
     for out in (k_out, v_out):
         zero_tail(out, count)
@@ -227,7 +247,7 @@ def kv_up_project(
         scale: float32 of one element: ``latents`` are float8_e4m3fn, and are gathered with it in a launch of its own.
         k_out, v_out: [M, H, nope + rope] and [M, H, v] with M >= N, to write and return; any strides with a contiguous last
             dimension. Rows from N to the next multiple of :data:`UP_PROJECT_TILE` (128) are zeroed, further ones are not touched.
-            One that is not given has the rows of the other.
+            One that is not given has the rows of the other. They must share no memory with the inputs or each other.
         backend: ``auto`` (on Hopper the CUDA kernel if widths are multiples of 64, else Triton), ``cuda``, ``triton`` or
             ``reference``.
 
@@ -249,7 +269,8 @@ def kv_up_project(
         _check_weight(op, weight, latents, dims, scale)
     given = next((x.dtype for x in (weight, k_out, v_out) if isinstance(x, torch.Tensor)), torch.bfloat16)
     dtype = latents.dtype if scale is None else given
-    _check_outs(op, k_out, v_out, count, dims, latents, dtype)
+    inputs = {"latents": latents, "rows": rows, "weight": weight, "scale": scale}
+    _check_outs(op, k_out, v_out, count, dims, inputs, latents, dtype)
     if linear is not None or scale is not None:
         if rows is None:
             rows = torch.arange(count, dtype=torch.int32, device=latents.device)

@@ -32,10 +32,16 @@ def merge_weights(lses: torch.Tensor, base2: bool) -> tuple[torch.Tensor, torch.
 
 def _weighted(outs: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """[T, H, D] in float32, float64 for float64."""
-    terms = [
-        torch.where(w[..., None] == 0, 0, w[..., None] * x) for x, w in zip(outs, weights.to(_wide(outs[0].dtype)), strict=True)
-    ]
-    return torch.stack(terms).sum(0)
+    total, started = None, None
+    for x, w in zip(outs, weights.to(_wide(outs[0].dtype))[..., None], strict=True):
+        term, counts = w * x, w != 0
+        if total is None or started is None:
+            total, started = torch.where(counts, term, 0), counts
+        else:  # not added to zeros: that would make the -0 of a copied row 0
+            total = torch.where(counts, torch.where(started, total + term, term), total)
+            started = started | counts
+    assert total is not None
+    return total
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from .attention_kernel import attention_kernel
+from .rows import check_counts
 
 
 def split_width(width: int) -> tuple[int, int]:
@@ -80,6 +81,10 @@ def attention(
         config = configuration(major, q.dtype, width + v.shape[2])
     config = dict(config)
     items = triton.cdiv(tokens, config["QUERIES"]) + rows  # no row has more than one tile that is not full
+    keys = len(k) if kv_rows is None else len(kv_rows)
+    check_counts("pcp_attention", queries=tokens, keys=keys, programs=items * heads)
+    if kv_rows is None and keys > 1:  # a tile's rows are counted from its first in 32 bits
+        check_counts("pcp_attention", numbers_between_keys_of_a_tile=config["KEYS"] * max(x.stride(0) for x in (k_a, k_b, v)))
     in_place = prev_out is not None and prev_out.data_ptr() == out.data_ptr()
     # The interpreter truncates to bfloat16: there torch rounds.
     given = out.float() if interpreted and out.dtype == torch.bfloat16 else out

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import ROWS, copy_view
+from .rows import ROWS, check_counts, copy_view
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -29,7 +29,9 @@ def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor) -> Non
     tokens, heads, nope = k_nope.shape
     if tokens == 0:
         return
-    concat_k_kernel[(triton.cdiv(tokens, ROWS) * heads,)](
+    programs = triton.cdiv(tokens, ROWS) * heads
+    check_counts("concat_k", programs=programs)
+    concat_k_kernel[(programs,)](
         *(copy_view(x) for x in (k_nope, k_pe, out)),
         tokens,
         heads,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..checks import check_gathered, gathered_shapes
-from .rows import ROWS, copy_shape, copy_view, place_key, place_query
+from .rows import ROWS, check_counts, copy_shape, copy_view, place_key, place_query
 
 
 @triton.jit
@@ -20,8 +20,8 @@ def _copy(source, to_head, to_tail, row, head, tail, unit, stride_t, stride_h, h
     in_tail = (tail >= 0)[:, None] & inside
     # 64-bit: rows * heads * dim passes 2**31 at long contexts.
     value = tl.load(source + row.to(tl.int64)[:, None] * stride_t + h.to(tl.int64) * stride_h + d[None, :], mask=in_head | in_tail)
-    within = h * dim + d
-    width = (heads * dim).to(tl.int64)
+    within = h.to(tl.int64) * dim + d
+    width = tl.cast(heads, tl.int64) * dim  # a size of 1 is a constant, which has no methods
     tl.store(to_head + head.to(tl.int64)[:, None] * width + within[None, :], value, mask=in_head)
     tl.store(to_tail + tail.to(tl.int64)[:, None] * width + within[None, :], value, mask=in_tail)
 
@@ -98,6 +98,7 @@ def fused_gather_out(
     requests = row_table.shape[1] - 1
     if requests == 0 or sum(programs) == 0:
         return
+    check_counts("pcp_fused_gather", queries=rows[0], keys=rows[1], programs=sum(programs))
     sides = [(x.stride(0), x.stride(1), heads, dim) for x, (heads, dim, _) in zip(inputs, shapes, strict=True)]
     fused_gather_kernel[(sum(programs),)](
         *(copy_view(x) for x in (*inputs, *out)),

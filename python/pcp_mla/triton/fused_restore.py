@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..checks import check_restored
-from .rows import ROWS, copy_shape, copy_view, place_query
+from .rows import ROWS, check_counts, copy_shape, copy_view, place_query
 
 
 @triton.jit(do_not_specialize=["requests", "steps", "rows", "head_rows", "tail_rows"])
@@ -75,12 +75,14 @@ def fused_restore_out(
     requests = row_table.shape[1] - 1
     if requests == 0 or rows == 0:
         return
+    programs = triton.cdiv(rows, ROWS) * heads * triton.cdiv(dim, block)
+    check_counts("pcp_fused_restore", rows=rows, programs=programs)
     # Without LSEs the kernel still wants pointers to float32; it touches none of them.
     block_lse, lses, lse_strides = 0, [row_table.view(torch.float32)] * 3, [0, 0, 0, 0]
     if lse_head is not None and lse_tail is not None and lse is not None:
         block_lse, lses = triton.next_power_of_2(lse_heads), [lse_head, lse_tail, lse]
         lse_strides = [*lse_head.stride(), *lse_tail.stride()]
-    fused_restore_kernel[(triton.cdiv(rows, ROWS) * heads * triton.cdiv(dim, block),)](
+    fused_restore_kernel[(programs,)](
         copy_view(out_head),
         copy_view(out_tail),
         *lses[:2],

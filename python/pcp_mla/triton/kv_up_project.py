@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..reference.up_project import UP_PROJECT_TILE
+from .rows import check_counts
 
 DEFAULT = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 
@@ -126,7 +127,9 @@ def kv_up_project(
         config = configuration(gpu, shape_class(count, heads, latents.dtype))
     per_head = triton.cdiv(nope, config["COLUMNS"]) + triton.cdiv(v_dim, config["COLUMNS"])
     block_size = latents.shape[1] if latents.dim() == 3 else 1
-    kv_up_project_kernel[(triton.cdiv(written, config["ROWS"]) * heads * per_head,)](
+    programs = triton.cdiv(written, config["ROWS"]) * heads * per_head
+    check_counts("kv_up_project", rows=max(count, written), rows_of_weight=weight.shape[0], programs=programs)
+    kv_up_project_kernel[(programs,)](
         latents,
         rows,
         weight,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import ROWS, copy_view
+from .rows import ROWS, check_counts, copy_view
 
 _FP8_MAX = 448.0  # of float8_e4m3fn
 
@@ -67,7 +67,9 @@ def _launch(
     block_size = cache.shape[1] if cache.dim() == 3 else 1
     sequences, columns = (0, 0) if block_table is None else block_table.shape
     block = min(1024, triton.next_power_of_2(width))
-    latent_cache_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(width, block),)](
+    programs = triton.cdiv(count, ROWS) * triton.cdiv(width, block)
+    check_counts("write_latent_cache" if write else "gather_latents", programs=programs)
+    latent_cache_kernel[(programs,)](
         copy_view(cache),
         copy_view(outside),
         slots,

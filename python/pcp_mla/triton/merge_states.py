@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..backends import interpreted
+from .rows import check_counts
 
 TILE = 2048  # elements of a program: heads x width
 
@@ -156,7 +157,9 @@ def _launch(
     requests = 0 if row_op is None else len(row_op)
     block = triton.next_power_of_2(dim)
     head_block = min(triton.next_power_of_2(heads), max(1, TILE // block))
-    merge_states_kernel[(tokens * triton.cdiv(heads, head_block),)](
+    programs = tokens * triton.cdiv(heads, head_block)
+    check_counts("merge_states", programs=programs)
+    merge_states_kernel[(programs,)](
         a,
         b,
         lse_a,

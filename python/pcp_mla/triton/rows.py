@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 ROWS = 8  # rows of a program
-
+LIMIT = 2**31 - 2**16  # of what kernels count in 32 bits; a program's tile goes on behind the last row
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,6 +24,13 @@ def copy_shape(*tensors: torch.Tensor) -> tuple[int, int, int]:
     if all(x.stride(1) == dim for x in tensors):
         heads, dim = 1, heads * dim
     return heads, dim, min(1024, triton.next_power_of_2(dim))
+
+
+def check_counts(op: str, **counts: int) -> None:
+    """Raise ValueError unless these fit the kernel's 32-bit numbers; all offsets in memory have 64."""
+    for name, count in counts.items():
+        if count >= LIMIT:
+            raise ValueError(f"{op}: {name.replace('_', ' ')} of a Triton launch must be less than {LIMIT}, got {count}")
 
 
 @triton.jit
