@@ -57,6 +57,7 @@ struct LatentCache {
     const View &c = cache_view, &o = outside_view;
     check(c.dims == 2 || c.dims == 3, op, ": cache must be [num_blocks, block_size, width] or [num_slots, width]");
     check(o.dims == 2 && o.sizes[1] > 0, op, ": latents must be [rows, width]");
+    check(c.item <= 8, op, ": cache must have a dtype of at most 8 bytes, got ", c.item);
     const int last = c.dims - 1;
     check(c.kind.same_device(o.kind) && c.sizes[last] == o.sizes[1], op, ": cache and latents must have one device and width");
     check((o.strides[1] == 1 || o.sizes[1] == 1) && (c.strides[last] == 1 || c.sizes[last] == 1), op,

@@ -76,7 +76,7 @@ def as_bytes(x):
     """[rows, bytes of a row]"""
     if x.numel() == 0:
         return torch.empty(len(x), math.prod(x.shape[1:]) * x.element_size(), dtype=torch.uint8, device=x.device)
-    return x.contiguous().flatten(1).view(torch.uint8)
+    return x.contiguous().view(len(x), -1).view(torch.uint8)
 
 
 def poison(shapes, dtype, device):

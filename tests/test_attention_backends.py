@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcp_mla import PCPMetadata, PCPPlanner, attention, attention_backends, attention_libraries, pcp_attention, reference
+from pcp_mla import (
+    MLADims,
+    MLAPrefill,
+    PCPMetadata,
+    PCPPlanner,
+    attention,
+    attention_backends,
+    attention_libraries,
+    pcp_attention,
+    reference,
+)
 from pcp_mla.attention_backends import SUPPORT
 from pcp_mla.attention_libraries import arguments, of_function, of_op
 
@@ -169,6 +179,87 @@ def test_a_library_without_lengths_cannot_take_chunks(library):
     q, k, v = inputs(meta)
     with pytest.raises(NotImplementedError, match="chunk and prev need seqused_k, which this version of fa2 lacks; triton does"):
         attend(q, k, v, meta, chunk=meta.key_chunks[0], backend="fa2")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_without_keys_have_no_lse(library, in_place):
+    """FlashAttention 2 gives +inf there."""
+    library("fa2")
+    meta = batch(workspace=35)
+    q, k, v = inputs(meta)
+    for chunk in meta.key_chunks:
+        out = (torch.full((len(q), 3, 16), torch.nan).bfloat16(), torch.full((len(q), 3), torch.nan)) if in_place else None
+        got, wanted = (
+            attend(q, k, v, meta, chunk=chunk, out=out, backend="fa2"),
+            attend(q, k, v, meta, chunk=chunk, backend="torch"),
+        )
+        same(got, wanted)
+    assert any((chunk.seqused_k == 0).any() for chunk in meta.key_chunks)
+    assert any((attend(q, k, v, meta, chunk=chunk, backend="fa2")[1] == -torch.inf).any() for chunk in meta.key_chunks)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("extra", [0, 2])
+def test_given_results_of_any_layout(library, name, padded, extra):
+    """A plan's pads, q with them or without, and an ``out`` with gaps: each token's row is written, and nothing else."""
+    library(name)
+    planner = PCPPlanner(8, 400, 2, 1, device="cpu")
+    sizes = {"num_tokens_padded": 40, "num_kv_tokens_padded": 90} if padded else {}
+    meta = planner.plan([21, 1, 9, 2], [30, 5, 0, 12], [True, False, True, True], **sizes)
+    count = meta.num_tokens
+    rows = meta.num_tokens_padded if extra else count
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, 3, 24, generator=generator).bfloat16()
+    k, v = (torch.randn(meta.num_kv_tokens, 3, width, generator=generator).bfloat16() for width in (24, 16))
+    wanted = attend(q, k, v, meta, backend="torch")
+    fresh = attend(q, k, v, meta, backend="fa2")
+    assert (fresh[0].shape, fresh[1].shape) == ((rows, 3, 16), (rows, 3))
+    same([x[:count] for x in fresh], [x[:count] for x in wanted])
+    for gap in (0, 8):
+        whole, lses = torch.full((rows, 3, 16 + gap), 7.0).bfloat16(), torch.full((3, rows), 7.0)
+        lse = lses.T if gap else lses.view(rows, 3)
+        given = (whole[..., :16], lse)
+        got = attend(q, k, v, meta, out=given, backend="fa2")
+        assert got[0] is given[0]
+        assert got[1] is given[1]
+        same([x[:count] for x in got], [x[:count] for x in wanted])
+        assert whole[..., 16:].eq(7).all()
+        if name == "old" or not padded:  # the others' stand-ins write every row of a padded plan
+            assert all(x[count:].eq(7).all() for x in got)
+
+
+def test_a_library_that_cannot_be_called_is_refused_first(monkeypatch):
+    """Before the gather for two calls, and in a layer before the exchange."""
+    LIBRARY.define("demanding(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int magic) -> Tensor[]")
+    found = of_op(torch.ops.pcp_mla_test.demanding.default)
+    monkeypatch.setattr(attention, "find", lambda backend: found)
+    monkeypatch.setattr(attention_backends, "missing", lambda backend, device: "")
+    monkeypatch.setattr(attention, "pcp_fused_gather", lambda *args: pytest.fail("gathered"))
+    meta = batch()
+    with pytest.raises(NotImplementedError, match="this version of the library"):
+        attend(*inputs(meta), meta, backend="fa2")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_layer_asks_its_library_before_the_exchange(library, chunked):
+    """Key chunks need a library with lengths of its own; one without must not exchange, write or attend."""
+
+    class NoExchange:
+        def all_gather(self, *_):
+            raise InterruptedError
+
+    library("old")
+    dims = MLADims(num_heads=3, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, kv_lora_rank=32)
+    layer = MLAPrefill(dims, SCALE, NoExchange(), "fa2")
+    meta = PCPPlanner(1, 8, 1, 0, block_size=4).plan([6], [10], None, [[1, 0, 2, 3]], workspace_tokens=8 if chunked else None)
+    shapes = ((6, 3, 24), (6, 32), (6, 8), (96, 32), (4, 4, 40))
+    q, kv_c, k_pe, weight, cache = (torch.randn(shape).bfloat16() for shape in shapes)
+    before = cache.clone()
+    words = "chunk and prev need seqused_k, which this version of fa2 lacks"
+    with pytest.raises(NotImplementedError if chunked else InterruptedError, match=words if chunked else None):
+        layer(q, kv_c, k_pe, weight, meta, cache)
+    assert torch.equal(cache, before)
 
 
 def test_unknown_arguments_are_named():

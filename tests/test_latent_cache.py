@@ -103,6 +103,20 @@ def test_sequences_by_block_table(device, backend, seed):
 
 
 @everywhere
+@pytest.mark.parametrize("start", [5, 8, 9, 2**31 - 9])
+def test_tokens_behind_the_last_column(device, backend, start):
+    """They have no block, whatever the next sequence's row of the table holds."""
+    cache = torch.arange(1.0, 25.0, device=device).view(6, 4, 1)
+    table = torch.tensor([[1, 2], [4, 5]], dtype=torch.int32, device=device)
+    ends = torch.tensor([0, 7, 9], dtype=torch.int32, device=device)
+    starts = torch.tensor([start, 1], dtype=torch.int32, device=device)
+    got = gather_latents(cache, block_table=table, cu_seqlens=ends, starts=starts, num_rows=9, backend=backend)
+    tokens = [start + j for j in range(7)]
+    wanted = [[1, 2][t // 4] * 4 + t % 4 + 1 if t < 8 else 0 for t in tokens] + [18, 19]
+    assert got.flatten().tolist() == wanted
+
+
+@everywhere
 def test_no_sequences_and_no_rows(device, backend):
     cache = torch.ones(3, 4, 8, device=device)
     none = torch.zeros(0, 5, dtype=torch.int32, device=device)

@@ -35,6 +35,9 @@ def correct_arguments(device="cpu", tokens=4):
     return {"out": both["out_a"], "lses": torch.stack([both["lse_a"], both["lse_b"]]), "rank": 1, **results}
 
 
+ALLOCATED = {"out": None, "lse_out": None}
+
+
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -75,6 +78,16 @@ def check_error(function, good, change, error, words, backend):
         (lambda g: {"out_a": g["out_a"][:, :0], "out_b": g["out_b"][:, :0]}, ValueError, "out_a must have at least one head"),
         (lambda g: {"out_b": g["out_b"].mT.contiguous().mT}, ValueError, "out_b must have a contiguous last dimension"),
         (lambda g: {"out_a": g["out_a"].clone().requires_grad_()}, NotImplementedError, "out_a must not require gradients"),
+        (lambda g: {"out_b": g["out_b"].clone().requires_grad_()}, NotImplementedError, "out_b must not require gradients"),
+        (lambda g: {"lse_a": g["lse_a"].clone().requires_grad_()}, NotImplementedError, "lse_a must not require gradients"),
+        (lambda g: {"lse_b": g["lse_b"].clone().requires_grad_()}, NotImplementedError, "lse_b must not require gradients"),
+        (lambda g: {"out": g["out"].clone().requires_grad_()}, NotImplementedError, "out must not require gradients"),
+        (lambda g: {"lse_out": g["lse_out"].clone().requires_grad_()}, NotImplementedError, "lse_out must not require gradients"),
+        (lambda g: {"scale": torch.ones(1).requires_grad_(), "out": None}, NotImplementedError, "scale must not require gradients"),
+        (lambda g: ALLOCATED | {"lse_b": g["lse_b"].clone().requires_grad_()}, NotImplementedError, "lse_b must not require grad"),
+        (lambda g: ALLOCATED | {"out_b": g["out_b"].to("meta")}, ValueError, "out_b must be on cpu, .* got meta"),
+        (lambda g: ALLOCATED | {"lse_b": g["lse_b"].to("meta")}, ValueError, "lse_b must be on cpu, .* got meta"),
+        (lambda g: ALLOCATED | {"scale": torch.ones(1, device="meta")}, ValueError, "scale must be one float32 on cpu"),
         (lambda g: {"lse_a": None}, TypeError, "lse_a must be a torch.Tensor, got NoneType"),
         (lambda g: {"lse_a": g["lse_a"].T}, ValueError, r"lse_a must have shape \[tokens, heads\] = \(4, 3\), got \(3, 4\)"),
         (lambda g: {"lse_b": g["lse_b"].double()}, TypeError, "lse_b must be float32, got float64"),
@@ -127,6 +140,19 @@ def test_errors_of_a_merge(backend, change, error, words):
         (lambda g: {"outs": [g["outs"][0], g["outs"][1].half()]}, TypeError, r"outs\[1\] must have dtype bfloat16"),
         (lambda g: {"outs": [x.double() for x in g["outs"]]}, NotImplementedError, r"outs\[0\] must be bfloat16, float16 or"),
         (lambda g: {"outs": [x.clone().requires_grad_() for x in g["outs"]]}, NotImplementedError, "must not require gradients"),
+        (
+            lambda g: {"lses": [g["lses"][0], g["lses"][1].clone().requires_grad_()]},
+            NotImplementedError,
+            r"lses\[1\] must not require gradients",
+        ),
+        (lambda g: {"out": g["out"].clone().requires_grad_()}, NotImplementedError, "out must not require gradients"),
+        (lambda g: ALLOCATED | {"outs": [g["outs"][0], g["outs"][1].to("meta")]}, ValueError, r"outs\[1\] must be on cpu"),
+        (lambda g: ALLOCATED | {"lses": [g["lses"][0], g["lses"][1].to("meta")]}, ValueError, r"lses\[1\] must be on cpu"),
+        (
+            lambda g: {"outs": [torch.stack(g["outs"])], "lses": [torch.stack(g["lses"])]},
+            ValueError,
+            r"outs\[0\] must have 3 dimensions",
+        ),
         (lambda g: {"lses": [g["lses"][0], g["lses"][1].T]}, ValueError, r"lses\[1\] must have shape"),
         (lambda g: {"lses": [g["lses"][0], g["lses"][1].half()]}, TypeError, r"lses\[1\] must be float32, got float16"),
         (lambda g: {"out": g["out"][1:]}, ValueError, "out must have shape"),
@@ -156,6 +182,9 @@ def test_errors_of_a_merge_of_n(backend, change, error, words):
         (lambda g: {"rank": 2}, ValueError, r"rank must be in 0..1, got 2"),
         (lambda g: {"rank": -1}, ValueError, r"rank must be in 0..1, got -1"),
         (lambda g: {"rank": "0"}, TypeError, "rank must be an int, got '0'"),
+        (lambda g: {"rank": True}, TypeError, "rank must be an int, got True"),
+        (lambda g: {"lses": g["lses"].clone().requires_grad_()}, NotImplementedError, "lses must not require gradients"),
+        (lambda g: {"corrected": g["corrected"].clone().requires_grad_()}, NotImplementedError, "corrected must not require grad"),
         (lambda g: {"seqused_k": ints(1, 1)}, ValueError, r"seqused_k must have 2 dimensions \[ranks, tokens\]"),
         (lambda g: {"seqused_k": torch.ones(2, 4)}, TypeError, "seqused_k must be int32, got float32"),
         (lambda g: {"seqused_k": ints(*[1] * 8).view(4, 2).T}, ValueError, "seqused_k must be contiguous"),

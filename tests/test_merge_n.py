@@ -143,3 +143,57 @@ def test_heads_in_shares(device, backend, shares, lse_shares, dtype):
     correct(outs[1], torch.stack(lses), 1, corrected=results[0], lse_out=results[1], backend=backend)
     assert same_bits(results[0], cuts[0])
     assert same_bits(results[1], cuts[1])
+
+
+@everywhere
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float32_result(device, backend, stacked, dtype):
+    """Three partials in float32, which no rounding to their own dtype comes before."""
+    outs, lses = partials(3, 3 if is_interpreted(device, backend) else 40, 17, 40, dtype, device)
+    if stacked:
+        outs, lses = torch.stack(outs), torch.stack(lses)
+    out = torch.full(outs[0].shape, math.nan, device=device)
+    got, lse = merge_n(outs, lses, out=out, lse_out=torch.empty_like(lses[0]), backend=backend)
+    assert got is out
+    check(out, lse, outs, lses)
+
+
+@everywhere
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_result(device, backend, stacked, dtype):
+    """Three partials divided by the scale, saturated and rounded once."""
+    if (device, backend) == ("cuda", "triton") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    outs, lses = partials(3, 3 if is_interpreted(device, backend) else 40, 17, 40, dtype, device)
+    if stacked:
+        outs, lses = torch.stack(outs), torch.stack(lses)
+    whole, scale = torch.empty(outs[0].shape, device=device), torch.tensor([0.003], device=device)
+    merge_n(outs, lses, out=whole, backend=backend)
+    assert (whole / scale).abs().max() > 464
+    wanted = (whole / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    given_out = torch.full_like(whole, math.nan).to(torch.float8_e4m3fn)
+    merge_n(outs, lses, out=given_out, scale=scale, backend=backend)
+    for got in (merge_n(outs, lses, scale=scale, backend=backend)[0], given_out):
+        assert same_bits(got, wanted)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_alone_counts_keeps_its_bits(device, backend, dtype, count):
+    """-0 too; where nothing counts there is 0, not -0."""
+    outs, lses = (torch.stack(x) for x in partials(count, 3, 2, 16, dtype, device))
+    outs[:, :, :, ::2] = -0.0
+    outs[-1].nan_to_num_(1.0)
+    lses[:] = -math.inf
+    lses[count - 1, 1:] = 2.0
+    outs[:-1] = math.nan
+    for results in ({}, {"out": torch.ones_like(outs[0])}):
+        out, _ = merge_n(outs, lses, **results, backend=backend)
+        assert same_bits(out[1:], outs[-1][1:])
+        assert same_bits(out[:1], torch.zeros_like(out[:1]))
+    corrected, _ = correct(outs[-1], lses, count - 1, corrected=torch.ones_like(outs[-1]), backend=backend)
+    assert same_bits(corrected[1:], outs[-1][1:])
+    assert same_bits(corrected[:1], torch.zeros_like(corrected[:1]))

@@ -136,6 +136,25 @@ def test_an_empty_partial_full_of_nan_is_not_read(device, backend, empty, side):
 
 
 @everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copied_rows_keep_their_bits(device, backend, dtype):
+    """-0 too, whether the other partial is left out, empty or of no weight."""
+    out_a, lse_a, out_b, lse_b = pair(device, 4, dtype=dtype)
+    out_a[..., ::3] = -0.0
+    lse_a[:], lse_b[0], lse_b[1:3], lse_b[3] = 1.0, 1.0, -math.inf, -1e4
+    row_op = torch.tensor([1, 1, 3, 3], dtype=torch.int32, device=device)
+    got = torch.full_like(out_a, math.nan)
+    merge(out_a, lse_a, out_b, lse_b, out=got, row_op=row_op, backend=backend)
+    assert same_bits(got, out_a)
+    assert same_bits(merge(out_a, lse_a, out_b, lse_b, backend=backend)[0][1:], out_a[1:])
+    row_op = torch.tensor([2, 2, 3, 3], dtype=torch.int32, device=device)
+    merge(out_b, lse_b, out_a, lse_a, out=got, row_op=row_op, backend=backend)
+    assert same_bits(got, out_a)
+    nothing = merge(out_a, lse_b.fill_(-math.inf), out_b, lse_b, backend=backend)[0]
+    assert same_bits(nothing, torch.zeros_like(nothing))
+
+
+@everywhere
 def test_nan_lse_gives_nan_in_its_row_and_head_only(device, backend):
     out_a, lse_a, out_b, lse_b = pair(device)
     lse_b[2, 1] = math.nan
@@ -286,5 +305,12 @@ def test_no_rows(device, backend):
     row_op = torch.zeros(0, dtype=torch.int32, device=device)
     assert merge(*inputs, backend=backend)[0].shape == (0, 3, 16)
     assert merge(*inputs, out=inputs[0], row_op=row_op, backend=backend)[0] is inputs[0]
+    out, lse = given_results(5, 3, 16, torch.bfloat16, device)  # rows of which none is written
+    before = out.clone()
+    for options in ({}, {"row_op": row_op}, {"row_op": row_op, "cu_seqlens": torch.zeros(1, dtype=torch.int32, device=device)}):
+        assert merge(*inputs, out=out, lse_out=lse, out_rows=row_op, **options, backend=backend)[0] is out
+    assert same_bits(out, before)
+    none = torch.zeros(1, 0, dtype=torch.int32, device=device)
+    assert cp_correct_out(inputs[0], inputs[1][None], 0, seqused_k=none, backend=backend)[0].shape == (0, 3, 16)
     assert merge_n_attn_states(inputs[::2], inputs[1::2], backend=backend)[1].shape == (0, 3)
     assert cp_correct_out(inputs[0], inputs[1][None], 0, backend=backend)[0].shape == (0, 3, 16)

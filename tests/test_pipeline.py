@@ -389,6 +389,38 @@ def test_module_without_keys() -> None:
 # Bad input: before anything is exchanged or written.
 
 
+class Wrapped(torch.nn.Module):
+    """A module that is called, not unpacked."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.in_features, self.calls = inputs, 0
+        self.dtype, self.outputs = dtype, outputs
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.calls += 1
+        return x.sum(1, keepdim=True).repeat(1, self.outputs).to(self.dtype), None
+
+
+def test_a_module_is_tried_once() -> None:
+    meta, module = PCPMetadata.build([6], world_size=1, rank=0), Wrapped(7, 39)
+    layer = MLAPrefill(DIMS, SCALE, LatentExchange(None, 6, DIMS, torch.float32))
+    for calls in (2, 3, 4):
+        layer(torch.zeros(6, 3, 12), torch.zeros(6, 7), torch.zeros(6, 4), module, meta)
+        assert module.calls == calls
+
+
+def test_latents_in_the_cache_itself() -> None:
+    """Refused while they are where they were: a world of one sends nothing."""
+    cache = torch.randn(2, BLOCK, 11)
+    rows = cache.flatten(0, 1)[2:]
+    layer = MLAPrefill(DIMS, SCALE, LatentExchange(None, 6, DIMS, torch.float32))
+    before = cache.clone()
+    with pytest.raises(ValueError, match="MLAPrefill: cache must not share memory with kv_c and k_pe"):
+        layer(torch.zeros(6, 3, 12), rows[:, :7], rows[:, 7:], torch.zeros(39, 7), planned(), cache)
+    assert torch.equal(cache, before)
+
+
 def planned(**options: Any) -> Any:
     return PCPPlanner(1, 6, 1, 0, block_size=BLOCK, **options).plan([6], [2], None, [[1, 0]])
 
@@ -411,6 +443,14 @@ CACHE = torch.zeros(2, BLOCK, 11)
             "kv_b_proj must have a weight of torch.float32, as q, got torch.float16",
         ),
         ({"kv_b_proj": torch.nn.Linear(7, 39)}, NotImplementedError, "inputs must not require gradients, there is no backward"),
+        ({"kv_b_proj": Wrapped(7, 38)}, ValueError, r"kv_b_proj's result must have shape .* = \(1, 39\), got \(1, 38\)"),
+        ({"kv_b_proj": Wrapped(8, 39)}, ValueError, "kv_b_proj must take kv_lora_rank = 7 numbers, got in_features 8"),
+        ({"kv_b_proj": Wrapped(7, 39, torch.float16)}, TypeError, "kv_b_proj's result must be float32 as the latents, got float16"),
+        ({"kv_b_proj": torch.nn.Identity()}, ValueError, r"kv_b_proj's result must have shape .* = \(1, 39\), got \(1, 7\)"),
+        ({"meta": None}, TypeError, "meta must be a PCPMetadata, got NoneType"),
+        ({"cache": [0]}, TypeError, "cache must be a torch.Tensor or None, got list"),
+        ({"cache": CACHE[:1].expand(2, -1, -1)}, ValueError, r"cache must not be expanded, got strides \(0, 11, 1\)"),
+        ({"cache": CACHE.clone().requires_grad_()}, NotImplementedError, "cache must not require gradients"),
         ({"q": [0.0]}, TypeError, "q must be a torch.Tensor, got list"),
         ({"q": torch.zeros(6, 12, 3).mT}, ValueError, "q must have a contiguous last dimension, got strides"),
         ({"q": torch.zeros(6, 3, 12, device="meta")}, ValueError, "q must be on cpu, where the metadata is, got meta"),

@@ -174,6 +174,26 @@ def test_linear_module_in_place_of_a_weight(device, room):
             assert k[128:].isnan().all()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("given_out", ["k_out", "v_out"])
+@pytest.mark.parametrize("by_module", [False, True])
+def test_a_result_that_is_not_given_has_the_rows_of_the_other(device, given_out, by_module):
+    dims = ODD[0]
+    latents, weight = make(dims, 50, torch.float32, device)
+    linear = torch.nn.Linear(*weight.T.shape, bias=False, device=device).requires_grad_(False)
+    linear.weight.copy_(weight)
+    how = {"weight": None, "linear": linear} if by_module else {"weight": weight}
+    rows = random_rows(30, 50, device, 1)
+    wanted = kv_up_project(latents, rows, weight, dims)
+    out = dict(zip(("k_out", "v_out"), outputs(dims, 150, torch.float32, device), strict=True))[given_out]
+    k, v = kv_up_project(latents, rows, dims=dims, **how, **{given_out: out})
+    assert (k if given_out == "k_out" else v) is out
+    assert len(k) == len(v) == 150
+    torch.testing.assert_close((k[:30], v[:30]), wanted)
+    assert not k[30:128].any()
+    assert not v[30:128].any()
+
+
 @everywhere
 @given(
     st.sampled_from([torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float64]),

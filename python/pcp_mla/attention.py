@@ -11,9 +11,10 @@ from . import attention_backends, reference
 from .attention_checks import check_attention
 from .attention_libraries import LIBRARIES, Library, Rows, call, check_placement, find
 from .backends import HAS_TRITON, fake_in_place, register_composed, triton_form
+from .checks import gathered_shapes
 from .merge import merge_attn_states
 from .metadata import PCPMetadata
-from .ops import pcp_fused_gather, pcp_fused_restore
+from .ops import GatheredRows, pcp_fused_gather, pcp_fused_restore
 from .row_attention import attend_rows
 from .slots import KeyChunk
 from .up_project import concat_k
@@ -109,6 +110,15 @@ def run_rows(
     return out, lse
 
 
+def _gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata) -> GatheredRows:
+    counts = (meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv)
+    if counts[0] + counts[1] == meta.num_tokens:
+        return pcp_fused_gather(q, k, v, meta)
+    # In a padded plan these are limits. A library reads whole tiles, and 0 * NaN is NaN: zeros behind the last key.
+    room = GatheredRows(*(q.new_zeros(shape) for shape in gathered_shapes(q, k, v, counts)))
+    return pcp_fused_gather(q, k, v, meta, out=room)
+
+
 def _by_two_calls(
     name: str,
     q: torch.Tensor,
@@ -125,7 +135,7 @@ def _by_two_calls(
     The restore writes contiguous rows of heads and tails, in a padded plan more than there are of q, pads included: into ``out``
     where that is what it has, else to be copied, but for what lies behind the last row.
     """
-    rows = pcp_fused_gather(q, k, v, meta)
+    rows = _gather(q, k, v, meta)
     halves = (
         (rows.q_head, rows.k_head, rows.v_head, meta.cu_seqlens_q_head, meta.cu_seqlens_k_head),
         (rows.q_tail, rows.k_tail, rows.v_tail, meta.cu_seqlens_q_tail, meta.cu_seqlens_k_tail),
@@ -139,14 +149,14 @@ def _by_two_calls(
     fits = out is not None and len(out) == len(head) + len(tail) and out.is_contiguous() and (lse is None or lse.is_contiguous())
     if out is not None and fits:
         return pcp_fused_restore(head, tail, *lses, meta, out=(out, lse))
-    state = pcp_fused_restore(head, tail, *lses, meta)
-    results = [None if x is None else x[: len(q)] for x in state]
+    restored, restored_lse = pcp_fused_restore(head, tail, *lses, meta)
+    restored, restored_lse = restored[: len(q)], None if restored_lse is None else restored_lse[: len(q)]
     if out is None:
-        return results[0], results[1]
+        return restored, restored_lse
     real = torch.arange(len(q), device=q.device) < meta.cu_seqlens_q[-1]
-    for to, result in ((out, results[0]), (lse, results[1])):
-        if to is not None and result is not None:
-            to.copy_(torch.where(real.view(-1, *[1] * (to.dim() - 1)), result, to))
+    out.copy_(torch.where(real[:, None, None], restored, out))
+    if lse is not None and restored_lse is not None:
+        lse.copy_(torch.where(real[:, None], restored_lse, lse))
     return out, lse
 
 

@@ -183,7 +183,6 @@ def register_composed(
     return getattr(torch.ops.pcp_mla, op).default
 
 
-@functools.cache
 def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     """The implementation of ``op`` that ``backend`` names, for tensors on such a device.
 
@@ -191,11 +190,16 @@ def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
         ValueError: no such backend, or it does not run on this kind of device.
         RuntimeError: it is not available here; the message says why and what is.
     """
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"{public_name(op)}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    return _selected(op, backend, device_type)
+
+
+@functools.cache
+def _selected(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     if backend == "reference":
         return getattr(reference, op)
     name = public_name(op)
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reasons = availability(op)
     if reasons[backend]:
         usable = ", ".join(other for other, reason in reasons.items() if not reason)

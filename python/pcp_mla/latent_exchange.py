@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from .checks import check_meta
 from .exchange import Group, all_gather_into, check_group, check_latents, group_rank, group_world_size
 from .metadata import PCPMetadata
 from .tensor_checks import check_count, check_last_dim
@@ -86,10 +87,11 @@ class LatentExchange:
             the next call (in a world of one it may be the input).
 
         Raises:
-            ValueError, TypeError, NotImplementedError: a tensor does not fit ``meta`` or the exchange, or requires gradients; before
-                the collective.
+            ValueError, TypeError: a tensor does not fit ``meta`` or the exchange; before the collective.
+            NotImplementedError: a tensor requires gradients.
         """
         op = "LatentExchange.all_gather"
+        check_meta(op, meta)
         check_group(op, self.group, meta)
         check_latents(op, kv_c, k_pe, meta)
         tokens, padded = kv_c.shape[0], meta.num_tokens_padded

@@ -13,6 +13,7 @@ import torch
 
 from .attention import attend, check_library, choose
 from .attention_checks import check_scale
+from .checks import check_meta
 from .latent_exchange import LatentExchange
 from .metadata import PCPMetadata
 from .projection_checks import check_projection
@@ -26,7 +27,7 @@ class MLADims:
     """Widths of an MLA layer: q and k are ``qk_head_dim`` wide, v ``v_head_dim``, a latent ``kv_lora_rank + qk_rope_head_dim``.
 
     Raises:
-        ValueError, TypeError: one of them is not an int of at least 1.
+        ValueError, TypeError: one of them is not an int of at least 1, ``qk_rope_head_dim`` of at least 0.
     """
 
     num_heads: int
@@ -37,7 +38,7 @@ class MLADims:
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"):
-            check_count("MLADims", name, getattr(self, name), 1)
+            check_count("MLADims", name, getattr(self, name), 0 if name == "qk_rope_head_dim" else 1)
 
     @property
     def qk_head_dim(self) -> int:
@@ -77,6 +78,7 @@ def check_layer_inputs(
     cache: torch.Tensor | None,
 ) -> None:
     """Raise ValueError, TypeError or NotImplementedError unless shapes and dtypes are those of ``dims`` and ``meta``."""
+    check_meta(op, meta)
     rows = meta.num_tokens
     if isinstance(q, torch.Tensor) and q.shape[:1] == (meta.num_local_rows,):
         rows = meta.num_local_rows
@@ -200,6 +202,8 @@ class MLAPrefill:
 
     def __post_init__(self) -> None:
         check_scale("MLAPrefill", self.softmax_scale)
+        if not isinstance(self.dims, MLADims):
+            raise TypeError(f"MLAPrefill: dims must be MLADims, got {type(self.dims).__name__}")
 
     def __call__(
         self,

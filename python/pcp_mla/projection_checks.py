@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .tensor_checks import check_tensor, dtype_name
+from .tensor_checks import check_last_dim, check_tensor, dtype_name
 
 if TYPE_CHECKING:
     from .pipeline import MLADims
@@ -23,6 +23,7 @@ def check_expanded(op: str, name: str, expanded: object, rows: int, dims: MLADim
     assert isinstance(result, torch.Tensor)
     if result.dtype != latents.dtype:
         raise TypeError(f"{op}: {name} must be {dtype_name(latents.dtype)} as the latents, got {dtype_name(result.dtype)}")
+    check_last_dim(op, name, result)
     return result
 
 

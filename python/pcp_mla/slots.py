@@ -96,6 +96,8 @@ def key_chunks(part: Partition, workspace_tokens: int | None = None) -> list[Key
     ``workspace_tokens`` rows, each a call without a mask, and the new tokens are the last call. The outputs are merged by their
     LSEs.
     """
+    if workspace_tokens is not None:
+        check_count("key_chunks", "workspace_tokens", workspace_tokens, 1)
     if workspace_tokens is None or part.num_kv_tokens <= workspace_tokens:
         return [_chunk(0, True, np.zeros_like(part.context_lens), part.cu_seqlens_kv, part.seqused_k)]
     context, has_queries = _prefix_sum(part.context_lens), part.seqused_k > 0
@@ -117,6 +119,8 @@ def kv_rows(part: Partition, block_tables: npt.NDArray[Any], cache: PagedCache, 
     real = positions < (part.context_lens + part.query_lens)[requests]
     slots = np.full(len(positions), -1, np.int32)
     slots[real] = cache.slots(block_tables, requests[real], positions[real])
+    if workspace_tokens is not None:
+        check_count("key_chunks", "workspace_tokens", workspace_tokens, 1)
     if workspace_tokens is None or part.num_kv_tokens <= workspace_tokens:
         return slots
     cached = positions < part.context_lens[requests]

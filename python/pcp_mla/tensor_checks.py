@@ -63,7 +63,7 @@ def check_list(
 
 
 def _meet(x: list[tuple[int, int]], x_run: int, y: list[tuple[int, int]], y_run: int, apart: int) -> bool:
-    """Whether runs of bytes, repeated as (stride, size) say from the largest stride on, meet where y's begin ``apart`` behind x's."""
+    """Whether runs of bytes, repeated as (stride, size) say, largest stride first, meet where y's begin ``apart`` behind x's."""
 
     def extent(repeats: list[tuple[int, int]], run: int) -> int:
         return run + sum((size - 1) * stride for stride, size in repeats)
@@ -103,8 +103,9 @@ def _bytes(x: torch.Tensor) -> tuple[int, int]:
 
 
 def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether the two have bytes in common, by their addresses. Exact for slices of one buffer that lie at equal or nested distances
-    (K and V of one projection, kv_c and k_pe of one row); of others that reach into one another, yes. As csrc/overlap.h."""
+    """Whether the two have bytes in common, by their addresses. Exact for slices of one buffer that lie at equal or nested
+    distances (K and V of one projection, kv_c and k_pe of one row); of others that reach into one another, yes. As
+    csrc/overlap.h."""
     (x_begin, x_end), (y_begin, y_end) = _bytes(x), _bytes(y)
     if x_end <= y_begin or y_end <= x_begin or x_begin == x_end or y_begin == y_end:
         return False

@@ -264,6 +264,8 @@ def kv_up_project(
     op = "kv_up_project"
     if (weight is None) == (linear is None):
         raise ValueError(f"{op}: weight or linear must be given, and not both")
+    if linear is not None and not callable(linear):
+        raise TypeError(f"{op}: linear must be callable, got {type(linear).__name__}")
     count = _check_latents(op, latents, rows, dims)
     if weight is not None:
         _check_weight(op, weight, latents, dims, scale)
