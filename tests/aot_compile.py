@@ -57,16 +57,22 @@ DATA = {
 }
 
 
-def compile_for(capability, kernel, types):
-    """Size of the binary, of a kernel whose pointers have these types."""
-    constants = CONSTANTS[kernel]
+def numbers_of(kernel, pointers):
+    """Its sizes and strides, which are constants to Triton where they are 1."""
+    names = [p.name for p in kernel.params if not p.do_not_specialize and not p.is_constexpr]
+    return dict.fromkeys((name for name in names if name not in pointers), 1)
+
+
+def compile_for(capability, kernel, types, ones=False):
+    """Size of the binary, of a kernel whose pointers have these types; ``ones``: all sizes and strides are 1."""
     names = list(inspect.signature(kernel.fn).parameters)
+    constants = (numbers_of(kernel, types) if ones else {}) | CONSTANTS[kernel]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, constexprs={(names.index(n),): value for n, value in constants.items()})
     return len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
 
 
-def compile_attention(capability, data, listed):
+def compile_attention(capability, data, listed, ones=False):
     """Compiler output of attention of widths 128 + 64 and 128, K in two parts, as configured for the GPU."""
     config = configuration(capability // 10, torch.bfloat16, 320)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
@@ -77,6 +83,7 @@ def compile_attention(capability, data, listed):
         constants["kv_rows"] = None
     types = dict.fromkeys(["q", "k_a", "k_b", "v", "prev_out", "out"], data) | dict.fromkeys(("prev_lse", "lse"), "*fp32")
     types |= dict.fromkeys(["kv_rows", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"], "*i32") | {"scale": "fp32"}
+    constants |= numbers_of(attention_kernel, types) if ones else {}
     names = list(inspect.signature(attention_kernel.fn).parameters)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*") or "stride" in n}
@@ -108,6 +115,7 @@ def print_attention():
                 assert "serialized" not in report
                 assert " 0 bytes spill stores, 0 bytes spill loads" in report, report
                 print("attention_kernel", data, listed, f"sm_{capability}", len(output["cubin"]))
+    print("attention_kernel ones sm_90", len(compile_attention(90, "*bf16", True, ones=True)["cubin"]))
 
 
 def main():
@@ -117,6 +125,7 @@ def main():
             types = {name: data if kind == "data" else kind for kind, names in pointers.items() for name in names.split()}
             for capability in (80, 90):
                 print(kernel.__name__, data, f"sm_{capability}", compile_for(capability, kernel, types))
+            print(kernel.__name__, data, "ones sm_90", compile_for(90, kernel, types, ones=True))
             if kernel is merge_states_kernel:  # sm_80 has no float8
                 print(kernel.__name__, data, "float8 sm_90", compile_for(90, kernel, types | {"out": "*fp8e4nv"}))
 

@@ -10,5 +10,5 @@ def test_triton_kernels_compile_for_both_architectures(tmp_path):
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == (2 * 3 + 1 + 3 * 2) * 2 + 2 * 3 + 2 * 4
+    assert len(lines) == (2 * 3 + 1 + 4 * 2) * 3 + 2 + 2 * 4 + 1
     assert all(int(size) > 1000 for *_, size in lines)
