@@ -27,12 +27,12 @@ inline cudaStream_t current_stream(const Kind& kind) {
 // never used would make a context there, some hundreds of MB, and torch only notes that it is the current one.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int32_t device) {
+  explicit DeviceGuard(const Kind& kind) {
+    const int32_t device = kind.device_index;
     int before = -1;
     check_cuda(cudaGetDevice(&before));
     if (before != device) check(aoti_torch_create_cuda_guard(device, &guard_) == 0, "pcp_mla: no CUDA device ", device);
   }
-  explicit DeviceGuard(const Kind& kind) : DeviceGuard(kind.device_index) {}
   ~DeviceGuard() {
     if (guard_ != nullptr) aoti_torch_delete_cuda_guard(guard_);
   }
