@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..exchange import Group
 from ..pipeline import MLADims
 from .deepseek import check_model
@@ -29,6 +31,7 @@ class PCPContext:
         planner, decode_planner: for steps of the group, and for those that each rank makes on its own.
         captured, captured_decodes: steps in CUDA graphs, if any were captured.
         step: the running step, None between steps.
+        place: dtype and device of the model's weights when it was enabled, which its blocks are for.
     """
 
     group: Group
@@ -43,6 +46,7 @@ class PCPContext:
     captured: CapturedSteps | None = None
     captured_decodes: CapturedSteps | None = None
     step: PCPStep | None = None
+    place: tuple[torch.dtype, torch.device] | None = None
 
     @contextmanager
     def running(self, step: PCPStep) -> Iterator[None]:
@@ -68,3 +72,17 @@ def context_of(op: str, model: Any) -> PCPContext:
     if "_pcp" not in model.__dict__:
         raise ValueError(f"{op}: model must be under PCP, call enable_pcp first")
     return model.__dict__["_pcp"]
+
+
+def place_of(model: Any) -> tuple[torch.dtype, torch.device]:
+    weight = model.model.embed_tokens.weight
+    return weight.dtype, weight.device
+
+
+def context_at_place(op: str, model: Any) -> PCPContext:
+    """As :func:`context_of`, for what computes: also ValueError for a model that was converted or moved since."""
+    context, place = context_of(op, model), place_of(model)
+    if place != context.place:
+        was, now = ("{} on {}".format(*at) for at in (context.place or place, place))
+        raise ValueError(f"{op}: model must be {was}, as it was put under PCP, got {now}: convert or move it, then call enable_pcp")
+    return context

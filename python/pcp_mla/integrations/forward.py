@@ -2,112 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .context import PCPContext, context_of
+from .caches import CACHE_WORD, PCPCache, empty_cache
+from .context import context_at_place
 from .model_step import run_step
 from .paged_cache import CachedRequests
 from .requests import check_token_ids
 
-
-class PCPCache(Cache):
-    """``past_key_values`` of a model under PCP: requests in the latent cache, which go when this goes. A copy shares their blocks.
-
-    Attributes:
-        requests: real tokens only.
-        columns: of the ``input_ids`` so far, pads counted, which is what transformers takes for the length.
-    """
-
-    def __init__(self, context: PCPContext) -> None:
-        self.context, self.requests, self.columns = context, CachedRequests(), 0
-        super().__init__(layers=[])
-
-    def __del__(self) -> None:
-        self.context.blocks.release(self.requests)
-
-    def __copy__(self) -> PCPCache:
-        copy = PCPCache(self.context)
-        copy.take(self._chosen(range(len(self.requests.lengths))), self.columns)
-        return copy
-
-    def __deepcopy__(self, memo: Any) -> PCPCache:
-        return self.__copy__()
-
-    def _chosen(self, indices: Iterable[int]) -> CachedRequests:
-        lengths = self.requests.lengths
-        return self.context.blocks.fork_prefixes(self.requests, [(i, lengths[i]) for i in indices])
-
-    def take(self, requests: CachedRequests, columns: int) -> None:
-        """These take the place of the requests so far."""
-        self.context.blocks.release(self.requests)
-        self.requests, self.columns = requests, columns
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
-
-    def reset(self) -> None:
-        self.take(CachedRequests(), 0)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Request i becomes what request ``beam_idx[i]`` was."""
-        self.take(self._chosen(beam_idx.tolist()), self.columns)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(len(self.requests.lengths)).repeat_interleave(repeats))
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
-    def crop(self, *_: Any) -> None:
-        raise NotImplementedError("PCPCache.crop: not supported, nor is what needs it (assisted generation)")
+# What a config, too, can ask for. A model under PCP has its own tokens' states only, and no attention weights.
+_RECORDINGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
-def _cache_of(context: PCPContext, given: Any) -> PCPCache:
-    """The cache to go on with. An empty one of another kind stands for a new one from then on."""
-    cache = getattr(given, "pcp_cache", given)
-    if not isinstance(cache, PCPCache):
-        if given is not None and given.get_seq_length():
-            raise TypeError(f"forward: past_key_values must be of a model under PCP or empty, got a filled {type(given).__name__}")
-        cache = PCPCache(context)
-        if given is not None:
-            given.pcp_cache = cache
-    if cache.context is not context:
-        raise ValueError("forward: past_key_values must be of this model since it is under PCP, got another's")
-    return cache
+def _check_options(model: Any, options: dict[str, Any]) -> None:
+    recordings = {name: getattr(model.config, name, None) for name in _RECORDINGS}
+    unknown = [name for name, value in (recordings | options).items() if value is not None and value is not False]
+    if unknown:
+        raise NotImplementedError(f"forward: {', '.join(unknown)} not supported by a model under PCP")
 
 
-def _new_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, columns: int, lengths: list[int]) -> torch.Tensor:
-    """bool [B, S], on the CPU: which of the new columns are tokens. ``lengths`` of the requests so far."""
+def _new_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, before: torch.Tensor) -> torch.Tensor:
+    """bool [B, S], on the CPU: which of the new columns are tokens. ``before`` [B, columns] likewise for those so far."""
     batch, width = input_ids.shape
     if attention_mask is None:
+        if not before.all():
+            raise ValueError("forward: attention_mask must be given, as the cache has pads, got None")
         return torch.ones(batch, width, dtype=torch.bool)
+    columns = before.shape[1]
     if attention_mask.dim() != 2 or attention_mask.shape != (batch, columns + width):
         wanted = f"[batch, columns so far and new] = {(batch, columns + width)}"
         raise ValueError(f"forward: attention_mask must be {wanted}, got {tuple(attention_mask.shape)}")
     mask = attention_mask.bool().cpu()
-    if mask[:, :columns].sum(1).tolist() != lengths:
+    if not torch.equal(mask[:, :columns], before):
         raise ValueError("forward: attention_mask must have what it had before for the columns so far, got a change")
     return mask[:, columns:]
 
 
-def _check_positions(position_ids: torch.Tensor | None, real: torch.Tensor, lengths: list[int]) -> None:
-    """Positions count a request's real tokens: a call that wants others would get wrong results."""
+def _positions(position_ids: torch.Tensor | None, batch: int, width: int, columns: int) -> torch.Tensor:
+    """int64 [B, S], on the CPU: as given, or columns from the first on, as in the stock model. Only differences within a request
+    count, so pads before all of its tokens change nothing."""
     if position_ids is None:
-        return
-    expected = real.long().cumsum(1) - 1 + torch.tensor(lengths)[:, None]
-    if not torch.equal(position_ids.cpu().expand_as(real)[real], expected[real]):
-        raise ValueError("forward: position_ids must count the tokens of each request from 0, pads left out, got others")
+        return torch.arange(columns, columns + width).expand(batch, width)
+    if position_ids.shape not in ((batch, width), (1, width)):
+        raise ValueError(f"forward: position_ids must be {(batch, width)} or {(1, width)}, got {tuple(position_ids.shape)}")
+    return position_ids.cpu().long().expand(batch, width)
 
 
+def _kept(numbers: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Those of ``numbers`` [B, S] whose logits are wanted: [B, n], or [n] by a mask."""
+    if isinstance(logits_to_keep, int):
+        return numbers[:, slice(-logits_to_keep, None)]  # 0 keeps all
+    columns = logits_to_keep.cpu()
+    if columns.dim() < 2:
+        return numbers[:, columns]
+    return numbers[columns] if columns.dtype == torch.bool else numbers.take_along_dim(columns, 1)
+
+
+@torch.compiler.disable  # Lengths, blocks and plans change with every call. Modules that are compiled by themselves stay so.
 @torch.no_grad()
 def model_forward(
     model: Any,
@@ -117,6 +71,7 @@ def model_forward(
     past_key_values: Any = None,
     use_cache: bool | None = None,
     logits_to_keep: int | torch.Tensor = 0,
+    cache: Any = None,
     **options: Any,
 ) -> CausalLMOutputWithPast | tuple[Any, ...]:
     """Logits of a batch of prompts, or of what follows one, with the requests in ``past_key_values``.
@@ -125,47 +80,66 @@ def model_forward(
 
     Args:
         input_ids: int64 [B, S].
-        attention_mask: [B, S so far and new], 0 at pads, on either side; pads are not computed, their hidden states are 0.
-        position_ids: [B, S] or [1, S], if given those that follow from the mask.
-        past_key_values: None, the :class:`PCPCache` of an earlier call, which is updated, or an empty cache of any kind, which
-            stands for a new one in later calls.
-        logits_to_keep: how many of the last columns, or which columns; 0 for all.
+        attention_mask: [B, S so far and new], 0 at pads, wherever they are; pads are not computed, their hidden states are 0.
+        position_ids: [B, S] or [1, S]; without them positions count columns, pads too, as in the stock model.
+        past_key_values: None, the :class:`PCPCache` of an earlier call, which is updated, or an empty ``DynamicCache``, which
+            becomes one. Of two forwards' names for it, ``past_key_values`` and ``cache``, either can be used.
+        logits_to_keep: how many of the last columns, or which columns, [n], [B, n] or bool [B, S]; 0 for all. Other hidden states
+            are not exchanged.
 
     Raises:
-        ValueError, TypeError: an argument does not fit the others.
-        NotImplementedError: an option that a model under PCP has not (labels, embeddings, all hidden states, attention weights).
+        ValueError, TypeError: an argument does not fit the others, or the model is no longer in its dtype and on its device.
+        NotImplementedError: an option that a model under PCP has not (labels, embeddings, all hidden states, attention weights,
+            also if its configuration asks for them), a cache of another kind, or packed sequences.
     """
-    context = context_of("forward", model)
+    context = context_at_place("forward", model)
     return_dict = options.pop("return_dict", None)
     options.pop("cache_position", None)  # of transformers before 5.4: what follows from the cache
-    unknown = [name for name, value in options.items() if value is not None and value is not False]
-    if unknown:
-        raise NotImplementedError(f"forward: {', '.join(unknown)} not supported by a model under PCP")
+    _check_options(model, options)
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
         raise TypeError(f"forward: input_ids must be a tensor [batch, tokens], got {type(input_ids).__name__}")
-    cache = _cache_of(context, past_key_values)
+    if cache is not None and past_key_values is not None:
+        raise TypeError("forward: cache must be given once, got cache and past_key_values")
+    given = past_key_values if cache is None else cache
+    stored = PCPCache(context) if given is None or empty_cache(given) else given
+    if stored.context is not context:
+        raise ValueError(f"forward: {CACHE_WORD} must be of this model since it is under PCP, got another's")
     batch, width = input_ids.shape
-    if cache.columns and len(cache.requests.lengths) != batch:
-        raise ValueError(f"forward: input_ids must have the {len(cache.requests.lengths)} requests of the cache, got {batch}")
-    started = cache.requests if cache.columns else CachedRequests([0] * batch, [[] for _ in range(batch)])
-    real = _new_tokens(input_ids, attention_mask, cache.columns, started.lengths)
-    _check_positions(position_ids, real, started.lengths)
+    if stored.columns and stored.real.shape[0] != batch:
+        raise ValueError(f"forward: input_ids must have the {stored.real.shape[0]} requests of the cache, got {batch}")
+    before = stored.real if stored.columns else torch.ones(batch, 0, dtype=torch.bool)
+    started = stored.requests if stored.columns else CachedRequests([0] * batch, [[] for _ in range(batch)])
+    real = _new_tokens(input_ids, attention_mask, before)
+    positions = _positions(position_ids, batch, width, stored.columns)
+    keep = given is not None or (model.config.use_cache if use_cache is None else use_cache)
+    if attention_mask is None and not keep and bool((positions.diff(dim=1) != 1).any()):
+        raise NotImplementedError(
+            "forward: position_ids that jump, without mask and cache, are packed sequences: give each its row"
+        )
     tokens = [row[mask].tolist() for row, mask in zip(input_ids.cpu(), real, strict=True)]
     check_token_ids("forward", model, tokens)
+    total = sum(map(len, tokens))
+    numbers = torch.full((batch, width), -1)
+    numbers[real] = torch.arange(total)
+    kept = _kept(numbers, logits_to_keep)
+    wanted = kept >= 0
+    rows = None if torch.equal(kept, numbers) else kept[wanted]
     extended = context.blocks.fork(started)
-    is_decode = cache.columns > 0 and all(len(new) == 1 for new in tokens)
+    is_decode = stored.columns > 0 and all(len(new) == 1 for new in tokens)
     with context.blocks.released_on_failure(extended):
-        if any(tokens):
-            hidden = run_step(model, context, extended, tokens, is_decode)
+        if total:
+            hidden = run_step(model, context, extended, tokens, is_decode, positions=positions[real], rows=rows)
         else:  # nothing but pads
             hidden = model.lm_head.weight.new_zeros(0, model.config.hidden_size)
-    keep = model.config.use_cache if use_cache is None else use_cache
-    if keep:
-        cache.take(extended, cache.columns + width)
-    else:
+        placed = hidden.new_zeros(*kept.shape, hidden.shape[1])
+        placed[wanted.to(hidden.device)] = hidden
+        logits = model.lm_head(placed)
+    if not keep:
         context.blocks.release(extended)
-    columns = hidden.new_zeros(batch, width, hidden.shape[1])
-    columns[real.to(hidden.device)] = hidden
-    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
-    result = CausalLMOutputWithPast(logits=model.lm_head(columns[:, kept]), past_key_values=cache if keep else None)
-    return result.to_tuple() if return_dict is False else result
+    else:
+        if given is not None and given is not stored:
+            stored = PCPCache.adopt(given, context)
+        stored.take(extended, torch.cat([before, real], 1))
+    fields: dict[str, Any] = {"logits": logits, CACHE_WORD: stored if keep else None}
+    result = CausalLMOutputWithPast(**fields)
+    return result if (model.config.return_dict if return_dict is None else return_dict) else result.to_tuple()

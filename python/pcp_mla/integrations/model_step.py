@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..exchange import all_gather_rows
+from ..exchange import Group, all_gather_rows
 from ..metadata import PCPMetadata
 from ..pipeline import MLAPrefill, plain_weight
 from .context import PCPContext
@@ -28,8 +28,9 @@ def attention_forward(
     if step is None:
         raise ValueError("attention: the model is under PCP, call it as a whole, or prefill, extend, decode or generate")
     rows, tokens = step.meta.num_local_rows, hidden_states.shape[1]
-    q, kv_c, k_pe = (x[:rows] for x in project_inputs(attention, hidden_states, position_embeddings, dims))
     cache = context.blocks.cache[attention.layer_idx]
+    # Under autocast some of the three have another dtype than the weights.
+    q, kv_c, k_pe = (x[:rows].to(cache.dtype) for x in project_inputs(attention, hidden_states, position_embeddings, dims))
     weight = plain_weight(attention.kv_b_proj) if step.is_decode else None
     if weight is not None:
         latents = torch.cat([kv_c, k_pe], dim=1)
@@ -53,24 +54,56 @@ def run_modules(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch
         # request to request) are taken for packed sequences and a [T, T] mask is built.
         attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         use_cache=False,
+        return_dict=True,
     ).last_hidden_state[0]
 
 
 def local_tokens(meta: PCPMetadata, natural: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and positions in local order, of all new tokens in natural order and one more, which pads (index -1) take."""
-    return natural[meta.local_token_indices.long()], meta.positions.long()
+    """Token ids and positions in local order, of all new tokens in natural order and one more, which pads (index -1) take.
+
+    ``natural`` has a row of token ids and, where positions do not count a request's tokens, one of positions.
+    """
+    local = natural[:, meta.local_token_indices.long()]
+    return local[0], local[1] if len(local) > 1 else meta.positions.long()
+
+
+def _restore_rows(padded: torch.Tensor, group: Group, rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, hidden] of all ranks' local rows [Np, hidden], by their numbers in the gathered order. Few rows are exchanged alone:
+    each rank lays out what it has at each one's local row, and the owner's is taken. No rows are no collective."""
+    count = rows.shape[0]
+    if group is None or count == 0 or count >= padded.shape[0]:
+        return (all_gather_rows(padded, group) if count else padded).index_select(0, rows)
+    rows = rows.long()
+    offered = all_gather_rows(padded.index_select(0, rows % padded.shape[0]), group)
+    owners = rows.div(padded.shape[0], rounding_mode="floor")
+    return offered.index_select(0, owners * count + torch.arange(count, device=rows.device))
 
 
 def run_step(
-    model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], decode: bool = False
+    model: Any,
+    context: PCPContext,
+    requests: CachedRequests,
+    tokens: list[list[int]],
+    decode: bool = False,
+    *,
+    positions: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run new tokens of every request and add them to ``requests``: last hidden states [new tokens, hidden] in natural order."""
+    """Run new tokens of every request and add them to ``requests``: last hidden states [new tokens, hidden] in natural order.
+
+    Args:
+        positions: int64 [new tokens] on the CPU, in natural order, where they do not count each request's tokens.
+        rows: int64 [n] on the CPU, which of the new tokens' hidden states are wanted, by default all; no others are exchanged.
+    """
     device = model.model.embed_tokens.weight.device
     lengths = [len(new) for new in tokens]
     if not sum(lengths):
         raise ValueError("step: requests must hold at least one token, got none")
     context.blocks.reserve(requests, lengths)
-    natural = torch.tensor([*(token for new in tokens for token in new), 0], device=device)
+    natural = torch.tensor([[*(token for new in tokens for token in new), 0]])
+    if positions is not None:
+        natural = torch.cat([natural, torch.nn.functional.pad(positions, (0, 1))[None]])
+    natural = natural.to(device)
     batch = Batch.of(lengths, requests)
     captured = context.captured_decodes if decode else context.captured
     fitting = captured.run(batch, natural) if captured is not None else None
@@ -82,11 +115,14 @@ def run_step(
         ids, positions = local_tokens(meta, natural)
         if not meta.num_tokens:
             # Modules of the model fail on no tokens at all; the attention leaves this one out.
-            ids, positions = natural[-1:], natural.new_zeros(1)
+            ids, positions = natural[0, -1:], natural.new_zeros(1)
         with context.running(step):
             hidden = run_modules(model, ids, positions)[: meta.num_tokens]
         padded = hidden.new_zeros(meta.num_tokens_padded, hidden.shape[1])
         padded[: meta.num_tokens] = hidden
-    restored = all_gather_rows(padded, None if decode else context.group).index_select(0, meta.hidden_restore_idx[: sum(lengths)])
+    order = meta.hidden_restore_idx[: sum(lengths)]
+    if rows is not None:
+        order = order.index_select(0, rows.to(device))
+    restored = _restore_rows(padded, None if decode else context.group, order)
     requests.lengths = [old + new for old, new in zip(requests.lengths, lengths, strict=True)]
     return restored

@@ -109,6 +109,24 @@ class LatentBlocks:
             new.blocks.append(blocks)
         return new
 
+    def shorten(self, requests: CachedRequests, lengths: Sequence[int]) -> None:
+        """Keep the first tokens of each request only.
+
+        A block that they no longer fill may get other tokens now: if somebody else uses it, the request goes on in a copy.
+        """
+        ends = [divmod(length, BLOCK_SIZE) for length in lengths]
+        partial = [blocks[full] for blocks, (full, rest) in zip(requests.blocks, ends, strict=True) if rest]
+        self.grow(sum(self._users[block] > 1 for block in partial))  # all that can fail, before anything is changed
+        for row, (full, rest) in enumerate(ends):
+            blocks = requests.blocks[row]
+            kept, left = blocks[: full + (rest > 0)], blocks[full + (rest > 0) :]
+            if rest and self._users[kept[full]] > 1:
+                left.append(kept[full])
+                kept[full:] = self._take(1)
+                self.cache[:, kept[full]] = self.cache[:, left[-1]]
+            requests.blocks[row], requests.lengths[row] = kept, lengths[row]
+            self.release(CachedRequests(blocks=[left]))
+
     def reserve(self, requests: CachedRequests, new_tokens: Sequence[int]) -> None:
         """Give each request the blocks that it needs for so many more tokens."""
         totals = [old + new for old, new in zip(requests.lengths, new_tokens, strict=True)]

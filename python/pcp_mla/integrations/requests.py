@@ -6,28 +6,75 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from .context import PCPContext
 
 
 def token_lists(op: str, model: Any, requests: Any) -> list[list[int]]:
-    if (
-        not isinstance(requests, Sequence)
-        or isinstance(requests, str | bytes)
-        or not all(isinstance(r, Sequence) for r in requests)
-    ):
-        raise TypeError(f"{op}: requests must be a list with a list of token ids per request, got {type(requests).__name__}")
-    check_token_ids(op, model, requests)
-    return [list(request) for request in requests]
+    """Lists of what may be lists, tensors or arrays of token ids, all of the model's vocabulary."""
+    wanted = "a list with a list of token ids per request"
+    if isinstance(requests, torch.Tensor | np.ndarray) and requests.ndim != 2:
+        raise TypeError(f"{op}: requests must be {wanted}, got {type(requests).__name__} {tuple(requests.shape)}")
+    if isinstance(requests, str | bytes) or not isinstance(requests, Sequence | torch.Tensor | np.ndarray):
+        raise TypeError(f"{op}: requests must be {wanted}, got {type(requests).__name__}")
+    strange = next((r for r in requests if not isinstance(r, Sequence | torch.Tensor | np.ndarray)), None)
+    if strange is not None:
+        raise TypeError(f"{op}: requests must be {wanted}, got {type(strange).__name__} in it")
+    return [token_list(f"{op}: requests", model, request, f" in request {i}") for i, request in enumerate(requests)]
+
+
+def token_list(argument: str, model: Any, tokens: Any, where: str = "") -> list[int]:
+    """A list of what may be a list, a tensor or an array of token ids of the model's vocabulary."""
+    wanted = f"{argument} must hold integer token ids, got"
+    if isinstance(tokens, torch.Tensor | np.ndarray):
+        integer = tokens.dtype.kind in "iu" if isinstance(tokens, np.ndarray) else _is_integer(tokens.dtype)
+        if tokens.ndim != 1 or not integer:
+            raise TypeError(f"{wanted} {type(tokens).__name__} {tuple(tokens.shape)} of {tokens.dtype}{where}")
+        tokens = tokens.tolist()
+    elif not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
+        raise TypeError(f"{wanted} {type(tokens).__name__}{where}")
+    strange = next((token for token in tokens if type(token) is not int), None)
+    if strange is not None:
+        if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in tokens):
+            raise TypeError(f"{wanted} {type(strange).__name__}{where}")
+        tokens = list(map(int, tokens))
+    _check_vocabulary(argument, model, tokens, where)
+    return list(tokens)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _check_vocabulary(argument: str, model: Any, tokens: Sequence[int], where: str) -> None:
+    """An embedding that fails on one rank would leave others in a collective."""
+    vocabulary = model.config.vocab_size
+    wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise ValueError(f"{argument} must hold token ids in 0..{vocabulary - 1}, got {wrong}{where}")
 
 
 def check_token_ids(op: str, model: Any, requests: Sequence[Sequence[int]]) -> None:
-    """ValueError unless all are of the model's vocabulary: an embedding that fails on one rank leaves others in a collective."""
-    vocabulary = model.config.vocab_size
+    """ValueError unless all are of the model's vocabulary."""
     for i, request in enumerate(requests):
-        wrong = next((token for token in request if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise ValueError(f"{op}: requests must hold token ids in 0..{vocabulary - 1}, got {wrong} in request {i}")
+        _check_vocabulary(f"{op}: requests", model, request, f" in request {i}")
+
+
+def check_logits(op: str, logits: Any, requests: list[list[int]]) -> None:
+    if logits not in ("all", "last"):
+        raise ValueError(f"{op}: logits must be 'all' or 'last', got {logits!r}")
+    if logits == "last" and not all(requests):
+        raise ValueError(f"{op}: requests must have a token each for their last logits, got none for request {requests.index([])}")
+
+
+def checked_ends(eos_token_id: Any) -> set[int]:
+    """Tokens that end a text."""
+    ends = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+    strange = next((end for end in ends if type(end) is not int), None)
+    if strange is not None:
+        raise TypeError(f"generate: eos_token_id must be an int, a list of ints or None, got {type(strange).__name__}")
+    return set(ends)
 
 
 def in_chunks(tokens: list[list[int]], chunk_tokens: int) -> Iterator[list[list[int]]]:

@@ -20,13 +20,14 @@ import torch
 
 from ..exchange import Group, group_rank, group_world_size
 from ..partition import check_layout
+from .caches import PCPCache
 from .captured import CapturedSteps
-from .context import PCPContext, context_of
+from .context import PCPContext, context_at_place, context_of, place_of
 from .deepseek import check_model, copy_sharing_weights, model_dims
-from .forward import PCPCache, model_forward
+from .forward import model_forward
 from .model_step import attention_forward, run_step
 from .paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
-from .requests import check_count, checked_prefix, in_chunks, is_pair, token_lists
+from .requests import check_count, check_logits, checked_ends, checked_prefix, in_chunks, is_pair, token_list, token_lists
 from .steps import StepPlanner
 
 __all__ = [
@@ -64,11 +65,10 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCP
     if "_pcp" in model.__dict__:
         raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
     dims = model_dims(model)
-    world, rank, weight = group_world_size(group, "enable_pcp"), group_rank(group), model.model.embed_tokens.weight
-    place = weight.dtype, weight.device
+    world, rank, place = group_world_size(group, "enable_pcp"), group_rank(group), place_of(model)
     blocks = LatentBlocks(model.config.num_hidden_layers, dims.latent_dim, *place)
     planner, decode_planner = (StepPlanner(g, layout, dims, *place) for g in (group, None))
-    context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner)
+    context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner, place=place)
     model.__dict__["_pcp"] = context
     model.forward = partial(model_forward, model)
     for layer in model.model.layers:
@@ -109,7 +109,7 @@ def capture_graphs(
             ``max_requests`` requests; nothing is changed then.
         RuntimeError: a module of the model does what CUDA cannot capture (some implementations of experts wait for the GPU).
     """
-    context = context_of("capture_graphs", model)
+    context = context_at_place("capture_graphs", model)
     for name, sizes in (("prefill_sizes", prefill_sizes), ("decode_sizes", decode_sizes)):
         for size in sizes:
             if not is_pair(size):
@@ -131,14 +131,20 @@ def capture_graphs(
 
 
 def _prefill_hidden(
-    model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], chunk_tokens: int | None
+    model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], chunk_tokens: int | None, logits: str
 ) -> torch.Tensor:
-    """Last hidden states [sum of lengths, hidden] of a prefill in steps of ``chunk_tokens``."""
+    """Last hidden states of a prefill in steps of ``chunk_tokens``: [sum of lengths, hidden], or [R, hidden] of the last tokens."""
     if chunk_tokens is None:
         chunk_tokens = max(1, sum(map(len, tokens)))
     if chunk_tokens < 1:
         raise ValueError(f"prefill: chunk_tokens must be at least 1, got {chunk_tokens}")
-    return torch.cat([run_step(model, context, requests, new) for new in in_chunks(tokens, chunk_tokens)])
+    ends, hidden = np.cumsum([len(new) for new in tokens]) - 1, []
+    for step, new in enumerate(in_chunks(tokens, chunk_tokens)):
+        first, rows = step * chunk_tokens, None
+        if logits == "last":
+            rows = torch.from_numpy(ends[(ends >= first) & (ends < first + chunk_tokens)] - first)
+        hidden.append(run_step(model, context, requests, new, rows=rows))
+    return torch.cat(hidden)
 
 
 @torch.no_grad()
@@ -148,31 +154,36 @@ def prefill(
     *,
     chunk_tokens: int | None = None,
     prefix: Sequence[tuple[int, int] | None] | None = None,
+    logits: str = "all",
 ) -> torch.Tensor:
     """Start new requests; what the cache held is dropped, but for what the new ones share.
 
     Args:
-        requests: token ids of each request; lengths may differ and be 0, not all of them.
+        requests: token ids of each request, in a list or in a tensor or array of integers; lengths may differ and be 0, not all of
+            them.
         chunk_tokens: tokens of a step; a longer prefill takes several steps (chunked prefill). By default one step.
         prefix: for each new request None, or ``(request, tokens)``: it begins with that many tokens of a request that is in the
             cache, whose blocks it shares. They are not computed again, and ``requests`` has the tokens behind them.
+        logits: ``"all"``, or ``"last"`` for those of each request's last token alone: no other hidden states are exchanged and
+            projected. No request may be empty then.
 
     Returns:
-        Logits [sum of lengths, vocabulary] in natural order, on every rank.
+        Logits [sum of lengths, vocabulary] in natural order, or [R, vocabulary], on every rank.
 
     Raises:
-        TypeError, ValueError: wrong model, not under PCP, token ids or prefixes out of range, or no token at all.
+        TypeError, ValueError: wrong model, not under PCP or converted since, token ids or prefixes out of range, no token at all.
     """
-    context, lists = context_of("prefill", model), token_lists("prefill", model, requests)
+    context, lists = context_at_place("prefill", model), token_lists("prefill", model, requests)
+    check_logits("prefill", logits, lists)
     started = context.blocks.fork_prefixes(context.requests, checked_prefix(context, prefix, len(lists)))
     with context.update(started):
-        return model.lm_head(_prefill_hidden(model, context, started, lists, chunk_tokens))
+        return model.lm_head(_prefill_hidden(model, context, started, lists, chunk_tokens, logits))
 
 
 @torch.no_grad()
 def extend(model: Any, requests: Sequence[Sequence[int]]) -> torch.Tensor:
     """Add a further chunk of tokens to each request of the last :func:`prefill`; result and errors as there."""
-    context, lists = context_of("extend", model), token_lists("extend", model, requests)
+    context, lists = context_at_place("extend", model), token_lists("extend", model, requests)
     check_count("extend: requests", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
@@ -185,7 +196,7 @@ def decode(model: Any, tokens: Sequence[int]) -> torch.Tensor:
 
     Errors as :func:`prefill`.
     """
-    context, lists = context_of("decode", model), token_lists("decode", model, [[token] for token in tokens])
+    context, lists = context_at_place("decode", model), [[token] for token in token_list("decode: tokens", model, tokens)]
     check_count("decode: tokens", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
@@ -202,15 +213,13 @@ def greedy_steps(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The likeliest tokens [R] behind each prompt and the logits [R, vocabulary] they are chosen from, step after step, without an
     end: take as many as are wanted. Arguments and errors as :func:`prefill`; ValueError also for an empty prompt."""
-    context, lists = context_of("generate", model), token_lists("generate", model, prompts)
+    context, lists = context_at_place("generate", model), token_lists("generate", model, prompts)
     prefixes = checked_prefix(context, prefix, len(lists))
     if not all(lists):
         raise ValueError(f"generate: prompts must not be empty, got no tokens for prompt {lists.index([])}")
     started = context.blocks.fork_prefixes(context.requests, prefixes)
     with context.update(started):
-        hidden = _prefill_hidden(model, context, started, lists, chunk_tokens)
-    ends = torch.from_numpy(np.cumsum([len(prompt) for prompt in lists]) - 1).to(hidden.device)
-    logits = model.lm_head(hidden.index_select(0, ends))
+        logits = model.lm_head(_prefill_hidden(model, context, started, lists, chunk_tokens, "last"))
     while True:
         tokens = logits.argmax(-1)
         yield tokens, logits
@@ -222,18 +231,18 @@ def generate(
     prompts: Sequence[Sequence[int]],
     n: int,
     *,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     chunk_tokens: int | None = None,
     prefix: Sequence[tuple[int, int] | None] | None = None,
 ) -> list[list[int]]:
-    """The ``n`` tokens that follow each prompt, greedily chosen, on every rank; fewer behind ``eos_token_id``, which is kept.
+    """The ``n`` tokens that follow each prompt, greedily chosen, on every rank; fewer behind ``eos_token_id``, which is kept: a
+    token, or several any of which ends a text.
 
     ``chunk_tokens`` and ``prefix`` as :func:`prefill`. Errors as there; ValueError also for an empty prompt and for ``n`` below 1,
-    TypeError for an ``eos_token_id`` that is no number.
+    TypeError for an ``eos_token_id`` of another kind.
     """
-    context_of("generate", model)
-    if eos_token_id is not None and type(eos_token_id) is not int:
-        raise TypeError(f"generate: eos_token_id must be an int or None, got {type(eos_token_id).__name__}")
+    context_at_place("generate", model)
+    ends = checked_ends(eos_token_id)
     if n < 1:
         raise ValueError(f"generate: n must be at least 1, got {n}")
     chosen: list[list[int]] = []
@@ -241,7 +250,7 @@ def generate(
         chosen = chosen or [[] for _ in tokens]
         # Requests that have ended go on, for nobody, as rows of a batch whose size stays.
         for request, token in zip(chosen, tokens.tolist(), strict=True):
-            request += [token] * (eos_token_id not in request)
-        if all(eos_token_id in request for request in chosen):
+            request += [token] * ends.isdisjoint(request[-1:])
+        if all(not ends.isdisjoint(request[-1:]) for request in chosen):
             break
     return chosen
