@@ -1,5 +1,7 @@
 """The blocks that a model under PCP keeps latents in: what each request reads is what was written for it."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,11 @@ def test_random_steps(seed):
             after = model.blocks.fork_prefixes(model.requests, prefixes)
             texts = [model.texts[p[0]][: p[1]] if p else [] for p in prefixes]
         model.add(after, texts, random.integers(0, 40, len(texts)).tolist())
+        if random.random() < 0.4:  # while the old requests may use the same blocks
+            lengths = [int(random.integers(0, len(text) + 1)) for text in texts]
+            model.blocks.shorten(after, lengths)
+            texts = [text[:length] for text, length in zip(texts, lengths, strict=True)]
+            model.add(after, texts, random.integers(0, 10, len(texts)).tolist())
         if random.random() < 0.3:
             model.blocks.release(after)
         else:
@@ -79,3 +86,40 @@ def test_full_blocks_of_a_prefix_are_shared():
     blocks.release(old)
     assert blocks._free.count(old.blocks[0][2]) == 1
     assert set(blocks._free).isdisjoint(old.blocks[0][:2])
+
+
+def test_shortened_requests_free_their_blocks_and_copy_what_others_use():
+    blocks = LatentBlocks(1, 1, torch.int64, torch.device("cpu"))
+    old = CachedRequests([0], [[]])
+    blocks.reserve(old, [3 * BLOCK_SIZE])
+    old.lengths = [3 * BLOCK_SIZE]
+    blocks.cache.copy_(torch.arange(blocks.cache.numel()).view_as(blocks.cache))
+    new, own = blocks.fork(old), [list(row) for row in old.blocks]
+    blocks.shorten(new, [2 * BLOCK_SIZE])
+    assert new.blocks == [own[0][:2]]  # full: nobody writes there
+    blocks.shorten(new, [BLOCK_SIZE + 3])
+    assert new.lengths == [BLOCK_SIZE + 3]
+    assert new.blocks[0][0] == own[0][0]
+    assert new.blocks[0][1] not in own[0]
+    assert torch.equal(blocks.cache[0, new.blocks[0][1]], blocks.cache[0, own[0][1]])
+    copied = new.blocks[0][1]
+    blocks.shorten(new, [BLOCK_SIZE + 1])
+    assert new.blocks[0][1] == copied  # which nobody else uses
+    assert old.blocks == own
+    blocks.shorten(new, [0])
+    blocks.release(old)
+    assert set(blocks._users) == {0}
+    assert len(blocks._free) == len(set(blocks._free)) == blocks.cache.shape[1]
+
+
+def test_a_pool_that_cannot_grow_leaves_requests_as_they_are():
+    blocks = LatentBlocks(1, 1, torch.int64, torch.device("cpu"))
+    old = CachedRequests([0, 0], [[], []])
+    blocks.reserve(old, [2 * BLOCK_SIZE] * 2)
+    old.lengths = [2 * BLOCK_SIZE] * 2
+    new = blocks.fork(old)
+    assert not blocks._free
+    with mock.patch.object(blocks, "grow", side_effect=MemoryError), pytest.raises(MemoryError):
+        blocks.shorten(new, [3, BLOCK_SIZE + 1])
+    assert (new.lengths, new.blocks) == (old.lengths, old.blocks)
+    assert set(blocks._users) == {2}

@@ -18,9 +18,9 @@ def token_lists(op: str, model: Any, requests: Any) -> list[list[int]]:
         raise TypeError(f"{op}: requests must be {wanted}, got {type(requests).__name__} {tuple(requests.shape)}")
     if isinstance(requests, str | bytes) or not isinstance(requests, Sequence | torch.Tensor | np.ndarray):
         raise TypeError(f"{op}: requests must be {wanted}, got {type(requests).__name__}")
-    strange = next((r for r in requests if not isinstance(r, Sequence | torch.Tensor | np.ndarray)), None)
-    if strange is not None:
-        raise TypeError(f"{op}: requests must be {wanted}, got {type(strange).__name__} in it")
+    strange = [type(r).__name__ for r in requests if not isinstance(r, Sequence | torch.Tensor | np.ndarray)]
+    if strange:
+        raise TypeError(f"{op}: requests must be {wanted}, got {strange[0]} in it")
     return [token_list(f"{op}: requests", model, request, f" in request {i}") for i, request in enumerate(requests)]
 
 
@@ -34,10 +34,10 @@ def token_list(argument: str, model: Any, tokens: Any, where: str = "") -> list[
         tokens = tokens.tolist()
     elif not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
         raise TypeError(f"{wanted} {type(tokens).__name__}{where}")
-    strange = next((token for token in tokens if type(token) is not int), None)
-    if strange is not None:
-        if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in tokens):
-            raise TypeError(f"{wanted} {type(strange).__name__}{where}")
+    if not all(type(token) is int for token in tokens):
+        strange = [type(token).__name__ for token in tokens if isinstance(token, bool) or not isinstance(token, int | np.integer)]
+        if strange:
+            raise TypeError(f"{wanted} {strange[0]}{where}")
         tokens = list(map(int, tokens))
     _check_vocabulary(argument, model, tokens, where)
     return list(tokens)
@@ -71,9 +71,9 @@ def check_logits(op: str, logits: Any, requests: list[list[int]]) -> None:
 def checked_ends(eos_token_id: Any) -> set[int]:
     """Tokens that end a text."""
     ends = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
-    strange = next((end for end in ends if type(end) is not int), None)
-    if strange is not None:
-        raise TypeError(f"generate: eos_token_id must be an int, a list of ints or None, got {type(strange).__name__}")
+    strange = [type(end).__name__ for end in ends if type(end) is not int]
+    if strange:
+        raise TypeError(f"generate: eos_token_id must be an int, a list of ints or None, got {strange[0]}")
     return set(ends)
 
 
