@@ -168,10 +168,15 @@ def test_recordings_are_refused(model: Any, name: str) -> None:
     assert mine(ids, **{name: False}).logits.shape == (1, 3, 50)
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_autocast(model: Any, world_size: int) -> None:
+def test_autocast(model: Any, world_size: int, plain: bool) -> None:
     """Prefill and decode: rounded as the stock model's, which itself differs from float32 by as much."""
     ids = torch.tensor([prompts([30])[0]])
+    if not plain:  # then kv_b_proj is called
+        model = copy.deepcopy(model)
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj.register_forward_hook(lambda module, inputs, out: out * 1)
 
     def call(model: Any) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):

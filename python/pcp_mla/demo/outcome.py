@@ -95,14 +95,16 @@ def _sorted_experts(routing: Routing, tokens: int, device: torch.device) -> torc
 @torch.no_grad()
 def run_stock(model: Any, work: Work) -> tuple[Outcome, StockRouting]:
     """The model as it is, in one process, each prompt in one pass, with transformers' own cache for the continuation."""
+    from ..integrations.caches import CACHE_WORD
+
     device = model.lm_head.weight.device
     bound_memory(model, len(work.prompt))
     with RecordRouting(model) as record:
         first = model(torch.tensor([work.prompt], device=device), use_cache=True)
-    cache = first.past_key_values
+    cache = {CACHE_WORD: first[CACHE_WORD]}
 
     def step(token: int) -> torch.Tensor:
-        return model(torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True).logits[0, -1]
+        return model(torch.tensor([[token]], device=device), **cache, use_cache=True).logits[0, -1]
 
     tokens, rows = _continue(first.logits[0], work.count, step)
     experts = _sorted_experts(record.routing, len(work.prompt), device)

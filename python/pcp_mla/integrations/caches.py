@@ -95,8 +95,8 @@ class PCPCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take columns off the end: so many if the number is negative, all behind so many if it is positive; 0 changes nothing."""
-        columns = self.columns
-        left = max(0, columns + tokens_to_remove) if tokens_to_remove <= 0 else min(columns, tokens_to_remove)
+        columns, count = self.columns, int(tokens_to_remove)
+        left = max(0, columns + count) if count <= 0 else min(columns, count)
         if left == 0 and columns:
             self.reset()
         elif left < columns:

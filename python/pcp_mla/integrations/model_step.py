@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from .deepseek import project_inputs
 from .latent_attention import latent_attention
 from .paged_cache import CachedRequests
 from .steps import Batch
+
+
+def _exact(device_type: str) -> AbstractContextManager[None]:
+    """Without autocast, where everything has the cache's dtype already."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def attention_forward(
@@ -32,13 +38,14 @@ def attention_forward(
     # Under autocast some of the three have another dtype than the weights.
     q, kv_c, k_pe = (x[:rows].to(cache.dtype) for x in project_inputs(attention, hidden_states, position_embeddings, dims))
     weight = plain_weight(attention.kv_b_proj) if step.is_decode else None
-    if weight is not None:
-        latents = torch.cat([kv_c, k_pe], dim=1)
-        torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, None)
-        attended = latent_attention(q, weight, step.meta, cache, dims, attention.scaling)
-    else:
-        layer = MLAPrefill(dims, attention.scaling, step.exchange)
-        attended = layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, cache)
+    with _exact(cache.device.type):
+        if weight is not None:
+            latents = torch.cat([kv_c, k_pe], dim=1)
+            torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, None)
+            attended = latent_attention(q, weight, step.meta, cache, dims, attention.scaling)
+        else:
+            layer = MLAPrefill(dims, attention.scaling, step.exchange)
+            attended = layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, cache)
     out = attended.flatten(1)
     if rows < tokens:  # of a rank without tokens, see run_step
         out = torch.cat([out, out.new_zeros(tokens - rows, out.shape[1])])
