@@ -1,10 +1,11 @@
-# make demo | test | test-asan | test-newest | lint | bench: everything is set up in .venv first. PYTHON=... chooses the interpreter to start from.
+# make demo | test | test-asan | test-newest | stress | lint | bench: everything is set up in .venv first. PYTHON=... chooses the
+# interpreter to start from.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
-.PHONY: demo test test-asan test-newest lint format bench build clean
+.PHONY: demo test test-asan test-newest stress lint format bench build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -34,6 +35,13 @@ test-newest:
 	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	$(NEWEST)/bin/python -m pcp_mla env
 	$(NEWEST)/bin/python -m pytest
+
+# Random calls of every op for so long in all; the same ones again with the SEED that it prints. See docs/testing.md.
+SECONDS ?= 60
+SEED ?=
+
+stress: build
+	STRESS_SECONDS=$(SECONDS) STRESS_SEED=$(SEED) $(RUN) -m pytest -m stress tests/stress
 
 bench: build
 	$(RUN) -m bench

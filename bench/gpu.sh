@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU in one run, with the torch that the interpreter has:
-#   bench/gpu.sh [FOLDER]      builds in place, GPU tests, sanitizer, benchmarks and the demo; logs and JSON go to FOLDER
-# PYTHON chooses the interpreter. STEPS picks some of: build test sanitize bench demo eval. For the benchmarks, if there: PCP_MLA_FA3 and
-# PCP_MLA_VLLM_OPS name libraries of other projects, PCP_MLA_TRACE a trace of requests.
+#   bench/gpu.sh [FOLDER]      builds in place, GPU tests, sanitizer, random calls, benchmarks and the demo; logs and JSON go to FOLDER
+# PYTHON chooses the interpreter. STEPS picks some of: build test sanitize stress bench demo eval. STRESS_SECONDS is how long
+# stress takes (600), STRESS_SEED repeats one. If there: PCP_MLA_FA3 and PCP_MLA_VLLM_OPS name libraries of other projects, for stress
+# (the former) and benchmarks, PCP_MLA_TRACE a trace of requests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results}
@@ -14,7 +15,7 @@ failed=()
 step() {  # step NAME COMMAND...: run it if wanted, log it, remember a failure
   local name=$1
   shift
-  [[ " ${STEPS:-build test sanitize bench demo eval} " == *" ${name%%-*} "* ]] || return 0
+  [[ " ${STEPS:-build test sanitize stress bench demo eval} " == *" ${name%%-*} "* ]] || return 0
   echo "== $name: $*"
   local begin=$SECONDS
   "$@" 2>&1 | tee "$out/$name.log" | tail -n "${TAIL:-25}" || failed+=("$name")
@@ -33,6 +34,7 @@ step build env PCP_MLA_CUDA="${PCP_MLA_CUDA:-1}" "$python" setup.py -q build_ext
 step test "$python" -m pytest -q -m gpu tests
 step sanitize-memcheck sanitizer memcheck
 step sanitize-racecheck sanitizer racecheck
+step stress env STRESS_SECONDS="${STRESS_SECONDS:-600}" "$python" -m pytest -m stress tests/stress
 step bench "$python" -m bench --out "$out"
 step demo "$python" -m pcp_mla demo --model v2-lite --pcp 1 2 --json "$out/demo.json"
 step eval "$python" -m pcp_mla eval --pcp 1 2 4 8 --limit 500 --json "$out/eval.json"

@@ -1,0 +1,1 @@
+"""Random calls of every op against plain computations; see docs/testing.md."""
