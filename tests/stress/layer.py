@@ -45,7 +45,7 @@ def draw_layer(draw: Draw) -> Arguments:
         "dims": dims,
         "dtype": dtype,
         "scale": draw.choice([0.1, 0.35]),
-        "weight": draw.choice(["tensor", "linear", "hooked", "subclass"]),
+        "weight": draw.choice(["tensor", "linear", "hooked", "pre-hooked", "patched", "subclass"]),
         "seed": draw.seed(),
         "views": [draw.view(3), draw.view(2), draw.view(2)],
         "cache_view": draw.view(3),
@@ -64,9 +64,13 @@ def projection(kind: str, weight: torch.Tensor) -> torch.Tensor | torch.nn.Modul
     rows, columns = weight.shape
     of = Projection if kind == "subclass" else torch.nn.Linear
     module = of(columns, rows, bias=False, device=weight.device, dtype=weight.dtype)
-    module.weight.data = weight if kind != "hooked" else weight / 2
+    module.weight.data = weight if kind in ("linear", "subclass") else weight / 2  # halves are exact, and so is what doubles them
     if kind == "hooked":
         module.register_forward_hook(lambda _, inputs, output: output * 2)
+    elif kind == "pre-hooked":
+        module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    elif kind == "patched":
+        module.forward = lambda x: torch.nn.functional.linear(x, weight)
     return module.requires_grad_(False)
 
 
