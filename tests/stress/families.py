@@ -18,6 +18,9 @@ from stress.draw import Draw
 
 Arguments = dict[str, Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Sums of products are float32 wherever ours are compared; cuBLAS would round them in between.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def backends(op: str) -> list[str]:

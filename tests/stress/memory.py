@@ -43,7 +43,7 @@ def blank(shape: tuple[int, ...], dtype: torch.dtype, device: str, view: View | 
 def put(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Copy bit for bit, also what torch has no copy for."""
     if tensor.numel():
-        tensor.view(words(tensor)).copy_(values.contiguous().view(words(tensor)))
+        tensor.view(words(tensor)).copy_(values.view(words(values)))
 
 
 def words(tensor: torch.Tensor) -> torch.dtype:

@@ -102,11 +102,11 @@ def check_merge_attn_states(
     stays = values["ab".index(out)] if out in ("a", "b") else blank((num_out_rows, heads, dim), target.tensor.dtype, "cpu").tensor
     lse_stays = lses["ab".index(lse_out)] if lse_out in ("a", "b") else blank((num_out_rows, heads), torch.float32, "cpu").tensor
     call = (given[0], given_lses[0], given[1], given_lses[1])
-    if out_rows is not None and ("a" in (out, lse_out) or "b" in (out, lse_out)):
+    if tokens and out_rows is not None and ("a" in (out, lse_out) or "b" in (out, lse_out)):
         if OVERLAPS_ARE_REFUSED:
             refused(lambda: merge_attn_states(*call, **options), "merge_attn_states", "out")
         return
-    got, got_lse = merge_attn_states(*call, **options)
+    got, got_lse = (None if x is None else x.cpu() for x in merge_attn_states(*call, **options))
     places = list(range(tokens)) if out_rows is None else out_rows
     written = [t for t in range(tokens) if ops[t] and 0 <= places[t] < num_out_rows]
     to = [places[t] for t in written]
@@ -115,12 +115,12 @@ def check_merge_attn_states(
         copied = [t for t in written if ops[t] in (1, 2) and lses[ops[t] - 1][t].isfinite().all()]
         rows = [values[ops[t] - 1][t] for t in copied]
         if rows:
-            same_bits("copied rows", got[[places[t] for t in copied]].cpu(), torch.stack(rows))
+            same_bits("copied rows", got[[places[t] for t in copied]], torch.stack(rows))
     others = sorted(set(range(num_out_rows)) - set(to))
-    same_bits("rows that are not written", got[others].cpu(), stays[others])
+    same_bits("rows that are not written", got[others], stays[others])
     if lse_out is not None or out is None:
         close("lse", got_lse[to], exact_lse[written], lse_slack[written])
-        same_bits("LSEs that are not written", got_lse[others].cpu(), lse_stays[others])
+        same_bits("LSEs that are not written", got_lse[others], lse_stays[others])
     else:
         assert got_lse is None
     assert outside_untouched(target)
@@ -129,7 +129,8 @@ def check_merge_attn_states(
 
 def draw_merge_n(draw: Draw) -> Arguments:
     sizes = draw_sizes(draw, draw.choice(BACKENDS))
-    count = draw.choice([1, 2, 3, 4, 5, 8, 17, 64] if sizes["tokens"] * sizes["dim"] < 2000 else [1, 2, 3, 8])
+    few = sizes["backend"] == "triton" and DEVICE == "cpu"
+    count = draw.choice([1, 2, 3, 5] if few else [1, 2, 3, 8, 17, 64] if sizes["tokens"] * sizes["dim"] < 2000 else [1, 2, 3, 8])
     stacked = draw.chance(0.4)
     out = draw.choice(["new", "wide", 0, count - 1]) if draw.chance(0.7) else None
     if sizes["scale"] is not None and isinstance(out, int):
@@ -184,7 +185,8 @@ def check_merge_n_attn_states(
 def draw_correct(draw: Draw) -> Arguments:
     sizes = draw_sizes(draw, draw.choice(BACKENDS))
     del sizes["scale"]
-    ranks = draw.choice([1, 2, 3, 4, 8, 64] if sizes["tokens"] < 40 else [1, 2, 8])
+    few = sizes["backend"] == "triton" and DEVICE == "cpu"
+    ranks = draw.choice([1, 2, 3, 5] if few else [1, 2, 3, 4, 8, 64] if sizes["tokens"] < 40 else [1, 2, 8])
     shares = draw.choice([n for n in (1, 2, 3) if sizes["heads"] % n == 0])
     return sizes | {
         "ranks": ranks,

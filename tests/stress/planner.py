@@ -61,7 +61,7 @@ def draw_stream(draw: Draw) -> Arguments:
         "expander": expander,
         "split": {name: first[name] for name in ("world_size", "rank", "layout", "decode_policy")},
         "cache": (draw.choice([1, 2, 7, 16]), shards, draw.int(0, shards - 1), draw.choice([1, 2, 5, 16])),
-        "max_kv_tokens": draw.choice([None, 2000]),
+        "max_kv_tokens": draw.choice([None, 5000]),
         "steps": steps,
     }
 
@@ -76,6 +76,7 @@ BAD = {
     "a negative workspace": ("workspace_tokens", lambda step: -5),
     "tables of one dimension": ("block_tables", lambda step: np.zeros(4, np.int32)),
     "a block that is no int32": ("block_tables", lambda step: np.full((len(step["query_lens"]), 999), 2**32 + 5)),
+    "a block below 0": ("block_tables", lambda step: np.full((len(step["query_lens"]), 999), -2)),
     "a slot that is no int32": ("block_tables", lambda step: np.full((len(step["query_lens"]), 999), 2**31 - 1)),
 }
 BAD_NAMES = sorted(BAD)
@@ -104,10 +105,12 @@ def check_planner(device, host, expander, split, cache, max_kv_tokens, steps) ->
 
 def check_refusal(planner: PCPPlanner, step: Arguments) -> None:
     name, change = BAD[step["bad"]]
-    if "int32" in step["bad"] and not (VALUES_ARE_REFUSED and any(step["query_lens"])):
-        return
-    if step["bad"] == "a slot that is no int32" and planner.cache.block_size == 1:
-        return
+    cache = planner.cache
+    if "block" in step["bad"] or "slot" in step["bad"]:  # which must be one that is used here
+        if not (VALUES_ARE_REFUSED and any(step["query_lens"]) and cache.dcp_world_size == 1):
+            return
+        if "slot" in step["bad"] and cache.block_size == 1:
+            return
     given = {key: step[key] for key in ("query_lens", "context_lens", "is_prefill")}
     given[name] = change(step)
     if name == "query_lens":
@@ -123,10 +126,9 @@ def block_tables(kind: str, seed: int, requests: int, columns: int, device: str)
     numbers = rows.tolist()
     if kind == "none":
         return None, numbers, None
-    if kind == "list" and rows.size:  # else it says nothing of columns and types
+    if kind == "list":
         return numbers, numbers, None
-    if kind in ("list", "int32", "int64", "uint8"):
-        kind = "int32" if kind == "list" else kind
+    if kind in ("int32", "int64", "uint8"):
         given = rows.astype(kind)
         return given, numbers, given
     if kind == "more rows":
@@ -142,7 +144,7 @@ def block_tables(kind: str, seed: int, requests: int, columns: int, device: str)
     if kind == "wide":
         held = torch.cat([whole, whole], dim=1).to(device)
         return held[:, :columns], numbers, held
-    held = whole.to(device, torch.int64 if kind == "long tensor" else torch.int32)
+    held = whole.to(torch.int64) if kind == "long tensor" else whole.to(device)
     return held, numbers, held
 
 

@@ -9,7 +9,7 @@ from pcp_mla.pipeline import MLADims
 from stress.compare import EPS32, close, same_bits
 from stress.draw import Draw
 from stress.families import DEVICE, Arguments, Family, backends
-from stress.memory import bits, blank, dtype_of, outside_untouched, place, random_numbers
+from stress.memory import Placed, bits, blank, dtype_of, outside_untouched, place, random_numbers
 
 BACKENDS = backends("kv_up_project")
 if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
@@ -57,12 +57,13 @@ def draw_up_project(draw: Draw) -> Arguments:
         "weight_view": None if backend == "cuda" else draw.choice([None, ((0,), 1, 0, 3, 0), ((0,), 2, 0, 0, 1)]),
         "k_out": (count + draw.choice([0, 0, 1, 130, 300]), None if backend == "cuda" else draw.view(3)),
         "given": given,
+        "together": draw.chance(0.5),
         "v_view": None if backend == "cuda" else draw.view(3),
     }
 
 
 def check_kv_up_project(
-    device, backend, dims, blocks, block_size, rows, dtype, scale, linear, seed, view, weight_view, k_out, given, v_view
+    device, backend, dims, blocks, block_size, rows, dtype, scale, linear, seed, view, weight_view, k_out, given, together, v_view
 ) -> None:
     sizes, kind = MLADims(*dims), dtype_of(dtype)
     heads, nope, rope, v_dim, rank = dims
@@ -83,6 +84,9 @@ def check_kv_up_project(
     room = k_out[0]
     k_target = blank((room, heads, nope + rope), kind, device, k_out[1])
     v_target = blank((room, heads, v_dim), kind, device, v_view)
+    whole = blank((room, heads, nope + rope + v_dim), kind, device, k_out[1])
+    if together and given == "both":  # K and V of a head side by side, as the projection has them
+        k_target, v_target = (Placed(x, whole.buffer) for x in whole.tensor.split([nope + rope, v_dim], dim=2))
     given_weight = place(weight, weight_view, device)
 
     def module(x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
@@ -116,7 +120,7 @@ def check_kv_up_project(
         assert not got[count:zeroed].cpu().any(), f"{name}: rows behind the last one must be zeros up to a multiple of {TILE}"
         if got is target.tensor:
             assert (bits(got[zeroed:]) == -1).all(), f"{name}: rows behind the zeroed ones must stay as they are"
-            assert outside_untouched(target)
+            assert outside_untouched(whole if target.buffer is whole.buffer else target)
 
 
 FAMILIES = [Family(draw_up_project, check_kv_up_project)]

@@ -9,12 +9,12 @@ import secrets
 import pytest
 import torch
 
-from stress import attention, exchange, latents, layer, merges, planner, projections, rows
+from stress import attention, exchange, latents, layer, merges, overlaps, planner, projections, rows
 from stress.families import Failure, Family, run
 
 SEED = int(os.environ.get("STRESS_SEED") or secrets.randbelow(2**31))
 SECONDS = float(os.environ.get("STRESS_SECONDS") or 60)
-MODULES = [rows, merges, latents, projections, attention, exchange, layer, planner]
+MODULES = [rows, merges, latents, projections, attention, exchange, layer, planner, overlaps]
 if importlib.util.find_spec("transformers"):
     from stress import walk
 
