@@ -10,6 +10,8 @@ from typing import Any
 OVERLAPS_ARE_REFUSED = False
 # Whether a plan keeps the block tables that it was made with, whatever their owner does to them.
 PLANS_ARE_OF_ONE_MOMENT = False
+# Whether the cache that a caller of the model made is the model's own in every respect.
+CACHES_ARE_WHOLE = False
 # Whether block numbers and slots past int32 are refused.
 VALUES_ARE_REFUSED = False
 

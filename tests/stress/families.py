@@ -64,7 +64,7 @@ def program(family: Family, case: Arguments) -> str:
     setting = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
     given = "".join(f"    {name}={literal(value)},\n" for name, value in case.items())
     module, function = family.check.__module__, family.check.__name__
-    return f"{setting}PYTHONPATH=python:tests:. python - <<'END'\nfrom {module} import {function}\n\n{function}(\n{given})\nEND"
+    return f"{setting}PYTHONPATH=python:tests:. python - <<'END'\nfrom {module} import {function}\n\n{function}(\n{given})\nEND\n"
 
 
 def run(family: Family, seed: int, seconds: float) -> int:

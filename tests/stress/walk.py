@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from pcp_mla.integrations.transformers import (
     copy_sharing_weights,
@@ -18,6 +19,7 @@ from pcp_mla.integrations.transformers import (
 )
 from pcp_mla.played import play
 from stress.draw import Draw
+from stress.expected import CACHES_ARE_WHOLE
 from stress.families import Arguments, Family
 from stress.models import MODELS, VOCABULARY, Stock, tolerance
 
@@ -67,7 +69,10 @@ def draw_walk(draw: Draw) -> Arguments:
             texts = [tokens(draw.int(1, 20)) for _ in range(draw.int(1, 3))]
             turns = [[tokens(n)[0:n] for _ in texts] for n in (draw.choice([1, 1, 3]) for _ in range(draw.int(0, 3)))]
             order = draw.shuffled(len(texts)) if draw.chance(0.4) else None
-            actions.append((kind, texts, draw.choice(["left", "right"]), turns, order, draw.chance(0.3)))
+            crop = draw.int(1, 19) if CACHES_ARE_WHOLE and draw.chance(0.3) else None
+            owned = draw.chance(0.5) and (CACHES_ARE_WHOLE or order is None)
+            copied = draw.chance(0.3) and (CACHES_ARE_WHOLE or not owned)
+            actions.append((kind, texts, draw.choice(["left", "right"]), turns, order, crop, owned, copied))
         elif kind in ("extend", "decode"):
             new = new_tokens(len(lengths)) if kind == "extend" else [tokens(1) for _ in lengths]
             actions.append((kind, new))
@@ -203,10 +208,18 @@ class Walker:
         self.begin()
 
     def forward(
-        self, texts: list[list[int]], side: str, turns: list[list[list[int]]], order: list[int] | None, copied: bool
+        self,
+        texts: list[list[int]],
+        side: str,
+        turns: list[list[list[int]]],
+        order: list[int] | None,
+        crop: int | None,
+        owned: bool,
+        copied: bool,
     ) -> None:
-        """Calls of the model itself with pads and a cache of their own, whose blocks are free when it goes."""
-        texts, cache = [list(text) for text in texts], None
+        """Calls of the model itself with pads and a cache of their own, the caller's if ``owned``, whose blocks are free when it
+        goes. Behind the first call it is reordered, and cropped to so many columns."""
+        texts, cache = [list(text) for text in texts], DynamicCache() if owned else None
         mask = torch.zeros(len(texts), 0, dtype=torch.int64)
         for turn, new in enumerate([texts, *turns]):
             width = max(map(len, new))
@@ -215,22 +228,24 @@ class Walker:
             for row, (text, places) in enumerate(zip(new, columns, strict=True)):
                 ids[row, list(places)], real[row, list(places)] = torch.tensor(text), 1
             mask = torch.cat([mask, real], dim=1)
-            result = self.model(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
+            given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            given = {name: x.to(self.model.device) for name, x in given.items()}
+            result = self.model(**given, past_key_values=cache, use_cache=True)
             if turn:
                 texts = [old + text for old, text in zip(texts, new, strict=True)]
             self.check_new("forward", result.logits.cpu()[real.bool()], texts, new)
-            cache = result.past_key_values
+            cache = cache if owned else result.get("past_key_values", result.get("cache"))
             del result
             if copied:
                 cache = copy.copy(cache)
             if order is not None and not turn:
                 cache.reorder_cache(torch.tensor(order))
                 texts, mask = [texts[i] for i in order], mask[order]
+            if crop is not None and not turn:
+                cache.crop(crop)
+                mask = mask[:, :crop]
+                texts = [text[:kept] for text, kept in zip(texts, mask.sum(1).tolist(), strict=True)]
             self.check_blocks(sum(-(-len(text) // BLOCK) for text in texts))
 
 
