@@ -1,5 +1,7 @@
 """Bad arguments of pcp_attention: the error, its words, and nothing written."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -132,3 +134,17 @@ def test_chunks_need_their_own_keys_only():
     assert pcp_attention(q, k, v, STEP, softmax_scale=0.3, chunk=chunk).shape == (STEP.num_tokens, 2, 6)
     with pytest.raises(ValueError, match=f"k must have at least the {chunk.num_rows} keys of the call, got {chunk.num_rows - 1}"):
         pcp_attention(q, k[1:], v[1:], STEP, softmax_scale=0.3, chunk=chunk)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for the GPU here")
+def test_keys_too_far_apart_for_32_bits():
+    """The kernel counts from the first key of a tile; other backends take any distance."""
+    meta = PCPMetadata.build([2], world_size=1, rank=0)
+    q, near, v = (torch.ones(2, 2, width, dtype=torch.float16) for width in (12, 12, 6))
+    far = torch.empty(2**27 + 24, dtype=torch.float16).as_strided((2, 2, 12), (2**27, 12, 1))
+    far.copy_(near)
+    words = "numbers between keys of a tile of a Triton launch must be less than 2147418112, got 2147483648"
+    with pytest.raises(ValueError, match=f"pcp_attention: {words}"):
+        pcp_attention(q, far, v, meta, softmax_scale=0.3, backend="triton")
+    got = pcp_attention(q, far, v, meta, softmax_scale=0.3, backend="torch")
+    assert torch.equal(got, pcp_attention(q, near, v, meta, softmax_scale=0.3, backend="torch"))

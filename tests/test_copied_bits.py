@@ -66,3 +66,36 @@ def test_concatenated_keys(device, backend, dtype):
     out = concat_k(k_nope, k_pe, backend=backend)
     assert same_bits(out[..., :16].contiguous(), k_nope)
     assert same_bits(out[..., 16:].contiguous(), k_pe[:, None].expand(9, 3, 8).contiguous())
+
+
+@everywhere
+@pytest.mark.parametrize("heads", [1, 2])
+def test_rows_of_one_number(device, backend, heads):
+    """Sizes of 1 are constants to a compiler."""
+    meta = PCPMetadata.build([13, 5], [0, 3], [True, True], world_size=2, rank=1, device=device)
+    q = special((meta.num_tokens, heads, 1), torch.bfloat16, device)
+    k, v = (special((meta.num_kv_tokens, heads, 1), torch.bfloat16, device, seed) for seed in (1, 2))
+    rows = pcp_fused_gather(q, k, v, meta, backend=backend)
+    assert same_bits(rows.v_tail, v.view(torch.int16)[meta.kv_tail_indices.long()].view(torch.bfloat16))
+    lse = torch.zeros(meta.num_tokens, heads, device=device)
+    out, _ = pcp_fused_restore(rows.q_head, rows.q_tail, lse[: len(rows.q_head)], lse[len(rows.q_head) :], meta, backend=backend)
+    assert same_bits(out, q)
+    latents = q[:, 0]
+    slots = torch.arange(len(latents), device=device)
+    cache = torch.zeros(len(latents), 1, 1, device=device).bfloat16()
+    write_latent_cache(latents, cache, slots, backend=backend)
+    assert same_bits(gather_latents(cache, slots.int(), backend=backend), latents)
+    assert same_bits(
+        concat_k(q, latents, backend=backend)[..., 1:].contiguous(), latents[:, None].expand(-1, heads, 1).contiguous()
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_keys_past_two_to_the_31(backend):
+    whole = torch.randint(-(2**15), 2**15, (90_000, 128, 192), dtype=torch.int16, device="cuda").view(torch.bfloat16)
+    k_pe = special((90_000, 64), torch.bfloat16, "cuda")
+    out = concat_k(whole[..., :128], k_pe, backend=backend)
+    assert out.numel() > 2**31
+    assert torch.equal(out[..., :128].view(torch.int16), whole[..., :128].view(torch.int16))
+    assert torch.equal(out[..., 128:].view(torch.int16), k_pe.view(torch.int16)[:, None].expand(-1, 128, 64))

@@ -300,6 +300,16 @@ def test_float32_output(device, backend, dtype):
 
 
 @everywhere
+def test_strides_of_a_single_row_and_head_do_not_matter(device, backend):
+    inputs = pair(device, 1, 1)
+    wanted = merge(*inputs, backend=backend)
+    far = [x.contiguous().as_strided(x.shape, (2**40, 2**35, *x.stride()[2:])) for x in inputs]
+    got = merge(*far, out=far[0], lse_out=far[1], backend=backend)
+    assert same_bits(got[0].contiguous(), wanted[0])
+    assert same_bits(got[1].contiguous(), wanted[1])
+
+
+@everywhere
 def test_no_rows(device, backend):
     inputs = pair(device, 0)
     row_op = torch.zeros(0, dtype=torch.int32, device=device)

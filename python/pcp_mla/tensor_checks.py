@@ -99,17 +99,29 @@ def _bytes(x: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     if begin == 0 or x.is_contiguous():
         return begin, begin + (x.nbytes if begin else 0)
-    return begin, begin + x.element_size() + sum((size - 1) * stride for stride, size in _repeats(x))
+    last = sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
+    return begin, begin + (last + 1) * x.element_size()
+
+
+def _reach(x: tuple[int, int], y: tuple[int, int]) -> bool:
+    return x[0] < y[1] and y[0] < x[1] and x[0] < x[1] and y[0] < y[1]
 
 
 def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether the two have bytes in common, by their addresses. Exact for slices of one buffer that lie at equal or nested
     distances (K and V of one projection, kv_c and k_pe of one row); of others that reach into one another, yes. As
     csrc/overlap.h."""
-    (x_begin, x_end), (y_begin, y_end) = _bytes(x), _bytes(y)
-    if x_end <= y_begin or y_end <= x_begin or x_begin == x_end or y_begin == y_end:
+    places = _bytes(x), _bytes(y)
+    if not _reach(*places):
         return False
-    return _meet(_repeats(x), x.element_size(), _repeats(y), y.element_size(), y_begin - x_begin)
+    apart, strides, item = places[1][0] - places[0][0], x.stride(), x.element_size()
+    if len(strides) > 1 and strides == y.stride() and item == y.element_size() and strides[-1] == 1 and apart % item == 0:
+        # The usual case at once: columns of one buffer, each within a row.
+        row = max(strides[-2], 1)
+        column = apart // item % row
+        if x.shape[-1] <= column <= row - y.shape[-1] and all(stride % row == 0 for stride in strides[:-1]):
+            return False
+    return _meet(_repeats(x), item, _repeats(y), y.element_size(), apart)
 
 
 def is_same_tensor(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -124,8 +136,9 @@ def check_apart(op: str, name: str, written: Any, others: Mapping[str, Any], may
     What is no tensor is passed over."""
     if not isinstance(written, torch.Tensor) or torch.compiler.is_compiling():  # under a compiler tensors have no addresses
         return
+    place = _bytes(written)
     for other_name, other in {**others, **(may_be or {})}.items():
-        if not isinstance(other, torch.Tensor) or not share_memory(written, other):
+        if not isinstance(other, torch.Tensor) or not _reach(place, _bytes(other)) or not share_memory(written, other):
             continue
         in_place = may_be is not None and other_name in may_be
         if in_place and is_same_tensor(written, other):
