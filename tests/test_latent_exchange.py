@@ -181,7 +181,7 @@ def test_metadata_of_another_rank_of_a_played_group():
 
 
 def test_bad_capacity():
-    with pytest.raises(ValueError, match="max_tokens must not be negative, got -1"):
+    with pytest.raises(ValueError, match="max_tokens must be at least 0, got -1"):
         LatentExchange(None, -1, DIMS, torch.float32)
     with pytest.raises(TypeError, match="group must be a ProcessGroup, a PlayedGroup or None, got int"):
         LatentExchange(3, 1, DIMS, torch.float32)
