@@ -137,6 +137,40 @@ class TestCalls:
         assert out.isnan().all()
         assert lse.isnan().all()
 
+    def test_shared_memory_is_refused(self, refused):
+        (a, b), (lse_a, lse_b) = partials(2)
+        before, rows = a.clone(), torch.arange(32, -1, -1, dtype=torch.int32, device="cuda")
+        with pytest.raises(ValueError, match="out must not share memory with out_a, got"):
+            merge_attn_states(a, lse_a, b, lse_b, out=a, out_rows=rows)
+        with pytest.raises(ValueError, match=r"out must not share memory with outs\[1\] unless it is outs\[1\] itself"):
+            merge_n_attn_states([a[1:], b[1:]], [lse_a[1:], lse_b[1:]], out=b[:-1])
+        with pytest.raises(ValueError, match="corrected must not share memory with out unless it is out itself"):
+            cp_correct_out(a[1:], torch.stack([lse_a, lse_b])[:, 1:], 0, corrected=a[:-1])
+        assert refused.calls == refused.count == 3
+        assert same_bits(a, before)
+        merge_attn_states(a, lse_a, b, lse_b, out=a, lse_out=lse_a)  # in place
+        assert (refused.calls, refused.count) == (4, 3)
+
+    def test_what_the_dispatcher_refuses(self, refused):
+        (a, b), (lse_a, lse_b) = partials(2)
+        out, lse = results(a)
+        with pytest.raises(ValueError, match="outs must have 4 dimensions"):
+            merge_n_attn_states(a, lse_a, out=out, lse_out=lse)
+        with pytest.raises(ValueError, match=r"outs\[0\] must have 3 dimensions"):
+            merge_n_attn_states([torch.stack([a, b])], [torch.stack([lse_a, lse_b])], out=out, lse_out=lse)
+        with pytest.raises(TypeError, match="rank must be an int, got True"):
+            cp_correct_out(a, torch.stack([lse_a, lse_b]), True)
+        assert out.isnan().all()
+        assert refused.calls == 0
+
+    def test_no_rows_to_scatter(self, refused):
+        (a, b), (lse_a, lse_b) = partials(2)
+        out, lse = results(a)
+        none = torch.zeros(0, dtype=torch.int32, device="cuda")
+        merge_attn_states(a[:0], lse_a[:0], b[:0], lse_b[:0], out=out, lse_out=lse, out_rows=none)
+        assert out.isnan().all()
+        assert (refused.calls, refused.count) == (1, 0)
+
     def test_modes_and_gradients_see_the_op(self, refused):
         (a, b), (lse_a, lse_b) = partials(2)
         out, lse = results(a)
