@@ -72,7 +72,7 @@ class Played:
     def _submit(self, submission):
         s = submission.contents
         job = s.job
-        self.jobs.append((s.host, s.copied, s.bytes, job.rows, job.kv_rows, job.has_slots))
+        self.jobs.append((s.host, s.copied, job.block_rows if job.has_slots else None))
         if self.error != "submit":
             ctypes.memmove(s.device, s.host, s.bytes)
             gathered = job.world * job.rows
@@ -95,10 +95,11 @@ class PlayedStaging:
 
     def __init__(self, step, number):
         self.host = torch.full_like(step, -99)
-        self.array, self.step = self.host.numpy(), step
+        self.array, self.step, self.sends = self.host.numpy(), step, 0
         self.sent = SimpleNamespace(cuda_event=number, synchronize=lambda: None)
 
     def send(self, num_chunks, layout):
+        self.sends += 1
         stop = layout.chunk(num_chunks)
         self.step[:stop] = self.host[:stop]
 
@@ -148,8 +149,11 @@ def test_plans_arrive(send_by, max_kv_tokens):
         assert_plan(meta, partition(lengths, contexts, world_size=2, rank=1), tables, PagedCache(4), workspace)
     if send_by.startswith("native"):
         assert device.waits == [7, 8, 7, 8, 7, 8]
-        assert [copied for _, copied, *_ in device.jobs] == device.waits
+        assert [copied for _, copied, _ in device.jobs] == device.waits
         assert [job[0] for job in device.jobs[:2]] == [part.host.data_ptr() for part in planner._staging]
+        assert [job[2] for job in device.jobs] == [4, 1, 0, None, 2, 2]  # rows of requests are all that is sent
+    else:
+        assert [part.sends for part in planner._staging] == [3, 3]
 
 
 def test_what_the_device_says_is_raised():

@@ -77,6 +77,17 @@ def test_a_plan_that_fails_leaves_the_tables_of_the_last():
 
 
 @pytest.mark.usefixtures("host")
+def test_room_for_tables_is_made_once():
+    planner = make()
+    tables = [planner.plan([9], [7], None, TABLES[:, :width]) and planner._buffers.tables for width in (4, 9, 9, 5)]
+    assert tables[0] is not tables[1]
+    assert tables[1] is tables[2] is tables[3]
+    assert planner.plan([9]).slot_mapping is None
+    assert planner.plan([9], [7], None, TABLES)
+    assert planner._buffers.tables is tables[1]
+
+
+@pytest.mark.usefixtures("host")
 def test_metadata_of_an_earlier_plan_raises_instead_of_showing_the_next():
     planner = make()
     old = planner.plan(**BATCH, block_tables=TABLES)
@@ -138,7 +149,7 @@ def test_tables_without_columns():
 def test_numbers_without_slots_are_refused(block_size, form):
     """The last block whose slots an int32 holds is taken, the next is not, nor a negative one, nor one whose low bits are 5."""
     last = 2**31 // block_size - 1
-    planner = make(block_size)
+    planner = PCPPlanner(6, 3000, 2, 1, block_size=block_size)
     narrow = form in (np.int32, torch.int32)
 
     def table(number):
@@ -152,10 +163,13 @@ def test_numbers_without_slots_are_refused(block_size, form):
         meta = planner.plan(lengths, block_tables=table(last))
         assert max(meta.slot_mapping.tolist()) == max(meta.kv_rows.tolist()) == last * block_size
     limits = f"numbers of 0 to {last}, so that slots of blocks of {block_size} stay below 2\\*\\*31"
+    if form is np.uint64:
+        for number in (2**63, 2**63 + 5, 2**64 - 1):
+            with pytest.raises(ValueError, match=f"block_tables must have {limits}, got -"):
+                planner.plan([1, 2 * block_size], block_tables=table(number))
     for number in (last + 1, 2**32 + 5, 2**32 - 1, 2**33, 2**62, -1, -(2**31)):
         if (number < 0 and form is np.uint64) or (narrow and not -(2**31) <= number < 2**31):
             continue
-        planner = PCPPlanner(6, 3000, 2, 1, block_size=block_size)
         with pytest.raises(ValueError, match=f"block_tables must have {limits}, got {number} for block 1 of request 1"):
             planner.plan(lengths, block_tables=table(number))
         # What is behind the blocks in use is nobody's business.

@@ -31,9 +31,7 @@ def check_tables(tables: Any, device: torch.device) -> npt.NDArray[Any] | torch.
     if array.dtype != np.int32 and array.dtype != np.int64:
         if array.size and array.dtype.kind not in "iu":
             raise TypeError(f"{_OP}: block_tables must be integers, got {array.dtype}")
-        if array.dtype == np.uint64:
-            array = np.minimum(array, np.uint64(2**63 - 1))
-        array = array.astype(np.int64)
+        array = array.astype(np.int64)  # what it does not hold becomes negative, and is refused like that
     if array.ndim != 2:
         raise ValueError(f"{_OP}: block_tables must have 2 dimensions [requests, blocks], got {array.ndim}")
     return array if array.strides[1] == array.itemsize else np.ascontiguousarray(array)
