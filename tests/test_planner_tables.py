@@ -217,3 +217,4 @@ def test_the_specification_has_no_slot_for_such_a_block():
     assert slot_mapping(part, tables, PagedCache(4)).tolist() == slots
     assert kv_rows(part, tables, PagedCache(4)).tolist() == slots
     assert kv_rows(part, np.array([[2**62], [-(2**63)], [5]]), PagedCache(4)).tolist() == [-1, -1, -1, -1, 20, 21]
+    assert slot_mapping(part, np.array([[2**29], [2**31 - 1], [0]]), PagedCache(4)).tolist() == [-1, -1, -1, -1, 0, 1]
