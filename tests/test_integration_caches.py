@@ -66,7 +66,7 @@ def test_a_conversation_in_a_cache_of_the_caller(model: Any, configured: bool, l
 CHANGES = {
     "crop": lambda cache: cache.crop(-4),
     "crop into the first block": lambda cache: cache.crop(-15),
-    "crop all": lambda cache: cache.crop(-30),
+    "crop all": lambda cache: cache.crop(-18),
     "no change": lambda cache: None,
     "crop twice": lambda cache: (cache.crop(-2), cache.crop(-5)),
     "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
@@ -168,7 +168,7 @@ def test_a_cache_answers_as_the_stock_one(model: Any, filled: bool) -> None:
         if not filled:
             cache.crop(-5)
     asked = [name for name in ASKED if hasattr(DynamicCache, name)]
-    assert len(asked) >= 6
+    assert len(asked) >= 4
     for name in asked:
         if name == "is_initialized" and not filled:  # a stock cache without columns says yes
             continue
@@ -272,6 +272,7 @@ def test_assisted_generation(model: Any, helper: str, world_size: int) -> None:
     ids = row(6).repeat(1, 4)
     options = {"max_new_tokens": 12, "do_sample": False}
     wanted = model.generate(ids, **options)
+    never = min(set(range(50)) - set(wanted[0].tolist()))  # a prompt lookup wants to know an end
     small = build("v3", num_hidden_layers=1)
     small.generation_config.eos_token_id = None
     crops: list[int] = []
@@ -283,7 +284,7 @@ def test_assisted_generation(model: Any, helper: str, world_size: int) -> None:
             "the model itself": {"assistant_model": model},
             "another model": {"assistant_model": small},
         }
-        return model.generate(ids, **options, **chosen[helper])
+        return model.generate(ids, **options, **chosen[helper], eos_token_id=never)
 
     with mock.patch.object(PCPCache, "crop", lambda cache, count: crops.append(count) or crop(cache, count)):
         for got in on_ranks(model, world_size, text):
