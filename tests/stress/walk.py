@@ -19,7 +19,6 @@ from pcp_mla.integrations.transformers import (
 )
 from pcp_mla.played import play
 from stress.draw import Draw
-from stress.expected import CACHES_ARE_WHOLE
 from stress.families import Arguments, Family
 from stress.models import MODELS, VOCABULARY, Stock, tolerance
 
@@ -69,9 +68,8 @@ def draw_walk(draw: Draw) -> Arguments:
             texts = [tokens(draw.int(1, 20)) for _ in range(draw.int(1, 3))]
             turns = [[tokens(n)[0:n] for _ in texts] for n in (draw.choice([1, 1, 3]) for _ in range(draw.int(0, 3)))]
             order = draw.shuffled(len(texts)) if draw.chance(0.4) else None
-            crop = draw.int(1, 19) if CACHES_ARE_WHOLE and draw.chance(0.3) else None
-            owned = draw.chance(0.5) and (CACHES_ARE_WHOLE or order is None)
-            copied = draw.chance(0.3) and (CACHES_ARE_WHOLE or not owned)
+            crop = draw.int(1, 19) if draw.chance(0.3) else None
+            owned, copied = draw.chance(0.5), draw.chance(0.3)
             actions.append((kind, texts, draw.choice(["left", "right"]), turns, order, crop, owned, copied))
         elif kind in ("extend", "decode"):
             new = new_tokens(len(lengths)) if kind == "extend" else [tokens(1) for _ in lengths]
