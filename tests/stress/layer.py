@@ -19,7 +19,7 @@ from stress.steps import draw_padding, draw_step, draw_workspace, metadata
 
 
 def draw_layer(draw: Draw) -> Arguments:
-    backend = draw.choice(backends())
+    backend = draw.choice(backends()) if DEVICE == "cuda" or draw.chance(0.3) else "auto"  # the interpreter takes seconds
     slow = backend == "triton" and DEVICE == "cpu"
     world = draw.choice([1, 2, 3] if slow else [1, 2, 3, 4, 8])
     step = draw_step(draw, **({"most": 2, "high": 9} if slow else {"most": 5, "high": 30}), world=world)
