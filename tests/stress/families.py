@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import pprint
+import tempfile
 import time
 import traceback
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from pcp_mla.backends import availability
 from stress.draw import Draw
 
 Arguments = dict[str, Any]
+LAST = Path(tempfile.gettempdir()) / "pcp_mla_stress.sh"  # the case that runs: all there is when the process dies
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums of products are float32 wherever ours are compared; cuBLAS would round them in between.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -76,6 +79,7 @@ def run(family: Family, seed: int, seconds: float) -> int:
     end, number = time.monotonic() + seconds, 0
     while number == 0 or time.monotonic() < end:
         case = arguments(family, seed, number)
+        LAST.write_text(program(family, case))
         try:
             family.check(**case)
         except Exception as error:
