@@ -27,9 +27,15 @@ CUtensorMap weight_map(const UpProject& u, uint32_t box_rows) {
   const cuuint64_t sizes[2] = {u.rank, uint64_t{u.heads} * (u.nope + u.v_dim)}, strides[1] = {uint64_t(u.weight_stride)};
   const cuuint32_t box[2] = {kSlab, box_rows}, steps[2] = {1, 1};
   const auto type = u.kind.dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result =
-      encode(&map, type, 2, const_cast<char*>(u.weight), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto fill = [&] {
+    return encode(&map, type, 2, const_cast<char*>(u.weight), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = fill();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread's first call: the driver, unlike the runtime, makes no context current
+    check_cuda(cudaSetDevice(u.kind.device_index));
+    result = fill();
+  }
   check(result == CUDA_SUCCESS, "kv_up_project: no tensor map for the weight, error ", static_cast<int>(result));
   return map;
 }
