@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -58,13 +59,15 @@ KVProjection = torch.nn.Module | torch.Tensor
 
 
 def plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
-    """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does: subclasses may hold it quantised, and
-    hooks may move it or change what comes of it."""
-    if isinstance(kv_b_proj, torch.Tensor):
-        return kv_b_proj
-    if type(kv_b_proj) is not torch.nn.Linear or kv_b_proj.bias is not None or "forward" in kv_b_proj.__dict__:
-        return None
-    return None if kv_b_proj._forward_hooks or kv_b_proj._forward_pre_hooks else kv_b_proj.weight
+    """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does: subclasses of Linear and of Tensor
+    may hold it quantised or in shards, and hooks and other forwards may move it or change what comes of it."""
+    if not isinstance(kv_b_proj, torch.Tensor):
+        if type(kv_b_proj) is not torch.nn.Linear or kv_b_proj.bias is not None or "forward" in kv_b_proj.__dict__:
+            return None
+        if kv_b_proj._forward_hooks or kv_b_proj._forward_pre_hooks:
+            return None
+        kv_b_proj = kv_b_proj.weight
+    return kv_b_proj if type(kv_b_proj) in (torch.Tensor, torch.nn.Parameter) else None
 
 
 def check_layer_inputs(
@@ -98,7 +101,7 @@ def check_layer_inputs(
         check_last_dim(op, name, tensor)
     if not isinstance(kv_b_proj, torch.Tensor | torch.nn.Module):
         raise TypeError(f"{op}: kv_b_proj must be a torch.Tensor or a torch.nn.Module, got {type(kv_b_proj).__name__}")
-    weight = kv_b_proj.weight if type(kv_b_proj) is torch.nn.Linear else plain_weight(kv_b_proj)
+    weight = kv_b_proj if isinstance(kv_b_proj, torch.Tensor) else plain_weight(kv_b_proj)
     shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
     if weight is not None:
         if weight.shape != shape:
@@ -144,6 +147,10 @@ def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, 
     check_not_expanded(op, "cache", cache)
 
 
+def _linear(weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(latents, weight)
+
+
 def expand_rows(
     latents: torch.Tensor, rows: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,8 +158,8 @@ def expand_rows(
     weight = plain_weight(kv_b_proj)
     if weight is not None:
         return expand(latents, rows, weight, dims)
-    assert not isinstance(kv_b_proj, torch.Tensor)
-    return kv_up_project(latents, rows, None, dims, linear=kv_b_proj)
+    linear = partial(_linear, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj
+    return kv_up_project(latents, rows, None, dims, linear=linear)
 
 
 class _Stage:
