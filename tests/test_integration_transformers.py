@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
+import transformers
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -61,6 +62,8 @@ def build(name: str, **changes: Any) -> Any:
         "initializer_range": 0.3,
     }
     torch.manual_seed(3)
+    if name.startswith("glm"):
+        return transformers.Glm4MoeLiteForCausalLM(transformers.Glm4MoeLiteConfig(**(common | changes))).eval()
     if name.startswith("v2"):
         return DeepseekV2ForCausalLM(DeepseekV2Config(**(common | changes))).eval()
     return DeepseekV3ForCausalLM(DeepseekV3Config(**(common | changes))).eval()
@@ -82,6 +85,8 @@ CASES = {
     "v2": {"q_lora_rank": None},
     "v2 yarn": {"rope_parameters": YARN, "topk_method": "group_limited_greedy"},
 }
+if hasattr(transformers, "Glm4MoeLiteForCausalLM"):  # GLM-4.7-Flash, whose heads are wider for values than for keys
+    CASES["glm"] = {"num_attention_heads": 5, "num_key_value_heads": 5, "v_head_dim": 24}
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -311,7 +316,7 @@ def test_wrong_model() -> None:
         )
     )
     for call in (enable_pcp, disable_pcp, lambda m: prefill(m, [[1]])):
-        with pytest.raises(TypeError, match="model must be a DeepseekV2ForCausalLM or DeepseekV3ForCausalLM, got LlamaForCausalLM"):
+        with pytest.raises(TypeError, match=r"model must be a DeepseekV2ForCausalLM.* or \w+, got LlamaForCausalLM"):
             call(llama)
 
 

@@ -1,8 +1,10 @@
-"""What the attention of transformers' DeepSeek-V2 and V3 models computes before the attention itself: q and latents of a token."""
+"""What transformers' models with DeepSeek's attention compute before the attention itself: q and latents of a token."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +18,28 @@ except ImportError as error:
 
 from ..pipeline import MLADims
 
-_SUPPORTED = (DeepseekV2ForCausalLM, DeepseekV3ForCausalLM)
+
+def _rope_of_v3(modeling: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Of a model file that has DeepSeek-V3's attention line by line."""
+
+    def rotate(attention: Any, q_pe: torch.Tensor, k_pe: torch.Tensor, embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        interleaved = attention.config.rope_interleave
+        apply = modeling.apply_rotary_pos_emb_interleave if interleaved else modeling.apply_rotary_pos_emb
+        return apply(q_pe, k_pe, *embeddings)
+
+    return rotate
+
+
+# Classes of models and of their attention, and the model's own rope on [1, heads, T, rope] and [1, 1, T, rope].
+_MODELS: list[tuple[type, type, Callable[..., tuple[torch.Tensor, torch.Tensor]]]] = [
+    (DeepseekV2ForCausalLM, v2.DeepseekV2Attention, lambda _, *arguments: v2.apply_rotary_emb(*arguments)),
+    (DeepseekV3ForCausalLM, v3.DeepseekV3Attention, _rope_of_v3(v3)),
+]
+with contextlib.suppress(ImportError):  # GLM-4.7-Flash; not in the first transformers 5
+    from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite as glm
+
+    _MODELS.append((glm.Glm4MoeLiteForCausalLM, glm.Glm4MoeLiteAttention, _rope_of_v3(glm)))
+_SUPPORTED = tuple(model for model, _, _ in _MODELS)
 # These change the frequencies with the longest position in the input, which differs from rank to rank.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -24,7 +47,8 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 def check_model(op: str, model: Any) -> None:
     """Raise TypeError unless ``model`` is one of the supported classes."""
     if not isinstance(model, _SUPPORTED):
-        names = " or ".join(c.__name__ for c in _SUPPORTED)
+        *most, last = (c.__name__ for c in _SUPPORTED)
+        names = f"{', '.join(most)} or {last}"
         raise TypeError(f"{op}: model must be a {names}, got {type(model).__name__}")
 
 
@@ -48,23 +72,23 @@ def copy_sharing_weights(model: torch.nn.Module) -> Any:
 
 
 def _rotate(attention: Any, q_pe: torch.Tensor, k_pe: torch.Tensor, embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's own rope on [1, heads, T, rope] and [1, 1, T, rope]."""
-    if isinstance(attention, v2.DeepseekV2Attention):
-        return v2.apply_rotary_emb(q_pe, k_pe, embeddings)
-    apply = v3.apply_rotary_pos_emb_interleave if attention.config.rope_interleave else v3.apply_rotary_pos_emb
-    return apply(q_pe, k_pe, *embeddings)
+    rotate = next(rotate for _, kind, rotate in _MODELS if isinstance(attention, kind))
+    return rotate(attention, q_pe, k_pe, embeddings)
 
 
 def project_inputs(
     attention: Any, hidden_states: torch.Tensor, embeddings: Any, dims: MLADims
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[1, T, hidden] to q [T, heads, nope + rope], kv_c [T, kv_lora_rank] normed, k_pe [T, rope], by the module's own weights."""
+    """[1, T, hidden] to q [T, heads, nope + rope], kv_c [T, kv_lora_rank] normed, k_pe [T, rope], by the module's own weights.
+
+    As many heads as the module has: tensor parallelism leaves it some of those of the configuration.
+    """
     tokens = hidden_states.shape[1]
     if attention.q_lora_rank is None:
         q = attention.q_proj(hidden_states)
     else:
         q = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(hidden_states)))
-    q = q.view(1, tokens, dims.num_heads, dims.qk_head_dim).transpose(1, 2)
+    q = q.view(1, tokens, -1, dims.qk_head_dim).transpose(1, 2)
     q_nope, q_pe = q.split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=-1)
     kv_c, k_pe = attention.kv_a_proj_with_mqa(hidden_states).split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1)
     q_pe, k_pe = _rotate(attention, q_pe, k_pe[:, None], embeddings)
