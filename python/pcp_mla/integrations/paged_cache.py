@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,47 +34,77 @@ class LatentBlocks:
     """The blocks, and how many requests use each.
 
     A block that several requests use is full, or is written behind the tokens of all of them but one: nobody's tokens change.
+    Every method may be called by any thread, :meth:`release` also by the garbage collector, which may come at any point of another.
 
     Attributes:
         cache: [layers, num_blocks, BLOCK_SIZE, W], a larger tensor after the pool has grown.
+        lock: held while a step reads and writes the cache, and while it is copied or grows.
     """
 
     def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
             self.cache = torch.empty(layers, 0, BLOCK_SIZE, width, dtype=dtype, device=device)
+        self.lock = threading.RLock()
         self._users: list[int] = []
         self._free: list[int] = []
+        self._counting = threading.Lock()  # of the two lists; never held while anything is waited for
+        self._released: deque[CachedRequests] = deque()
+
+    @contextmanager
+    def _counts(self) -> Iterator[None]:
+        """Around a change of who uses what."""
+        with self._counting:
+            yield
+        self._settle()
+
+    def _settle(self) -> None:
+        """Free the blocks of released requests, unless somebody is counting, who does so afterwards. Never waits: in a garbage
+        collection the one who is counting may be this thread, or wait for it."""
+        while self._released and self._counting.acquire(blocking=False):
+            try:
+                while self._released:
+                    for blocks in self._released.popleft().blocks:
+                        for block in blocks:
+                            self._users[block] -= 1
+                            if not self._users[block]:
+                                self._free.append(block)
+            finally:
+                self._counting.release()
 
     def grow(self, free: int) -> None:
         """Make sure that so many blocks are free."""
-        missing, old = free - len(self._free), len(self._users)
-        if missing > 0:
+        with self.lock:
+            missing, old = free - len(self._free), len(self._users)
+            if missing <= 0:
+                return
             more = max(missing, old // 4)
             with torch.inference_mode(False), torch.no_grad():
                 grown = self.cache.new_empty(self.cache.shape[0], old + more, *self.cache.shape[2:])
                 grown[:, :old] = self.cache
             self.cache = grown
-            self._users += [0] * more
-            self._free += reversed(range(old, old + more))
+            with self._counts():
+                self._users += [0] * more
+                self._free += reversed(range(old, old + more))
 
     def _take(self, count: int) -> list[int]:
         """Free blocks, now with one user each; the pool grows if there are too few."""
-        self.grow(count)
-        taken = [self._free.pop() for _ in range(count)]
-        self._use(taken)
+        with self.lock:  # nobody else takes those that grow() has made
+            self.grow(count)
+            with self._counts():
+                taken = [self._free.pop() for _ in range(count)]
+                for block in taken:
+                    self._users[block] += 1
         return taken
 
     def _use(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            self._users[block] += 1
+        with self._counts():
+            for block in blocks:
+                self._users[block] += 1
 
     def release(self, requests: CachedRequests) -> None:
-        """The requests are done: blocks that no other one uses are free."""
-        for blocks in requests.blocks:
-            for block in blocks:
-                self._users[block] -= 1
-                if not self._users[block]:
-                    self._free.append(block)
+        """The requests are done, and are not to be changed any more: blocks that no other one uses are free."""
+        self._released.append(requests)
+        self._settle()
 
     @contextmanager
     def released_on_failure(self, requests: CachedRequests) -> Iterator[None]:
@@ -94,6 +126,10 @@ class LatentBlocks:
 
         Full blocks are shared; a block that the prefix fills in part is copied, as both requests may add tokens to it.
         """
+        with self.lock:
+            return self._forked_prefixes(requests, prefixes)
+
+    def _forked_prefixes(self, requests: CachedRequests, prefixes: Sequence[tuple[int, int] | None]) -> CachedRequests:
         copies = self._take(sum(prefix is not None and prefix[1] % BLOCK_SIZE > 0 for prefix in prefixes))
         new = CachedRequests()
         for prefix in prefixes:
@@ -114,18 +150,19 @@ class LatentBlocks:
 
         A block that they no longer fill may get other tokens now: if somebody else uses it, the request goes on in a copy.
         """
-        ends = [divmod(length, BLOCK_SIZE) for length in lengths]
-        partial = [blocks[full] for blocks, (full, rest) in zip(requests.blocks, ends, strict=True) if rest]
-        self.grow(sum(self._users[block] > 1 for block in partial))  # all that can fail, before anything is changed
-        for row, (full, rest) in enumerate(ends):
-            blocks = requests.blocks[row]
-            kept, left = blocks[: full + (rest > 0)], blocks[full + (rest > 0) :]
-            if rest and self._users[kept[full]] > 1:
-                left.append(kept[full])
-                kept[full:] = self._take(1)
-                self.cache[:, kept[full]] = self.cache[:, left[-1]]
-            requests.blocks[row], requests.lengths[row] = kept, lengths[row]
-            self.release(CachedRequests(blocks=[left]))
+        with self.lock:
+            ends = [divmod(length, BLOCK_SIZE) for length in lengths]
+            partial = [blocks[full] for blocks, (full, rest) in zip(requests.blocks, ends, strict=True) if rest]
+            self.grow(sum(self._users[block] > 1 for block in partial))  # all that can fail, before anything is changed
+            for row, (full, rest) in enumerate(ends):
+                blocks = requests.blocks[row]
+                kept, left = blocks[: full + (rest > 0)], blocks[full + (rest > 0) :]
+                if rest and self._users[kept[full]] > 1:
+                    left.append(kept[full])
+                    kept[full:] = self._take(1)
+                    self.cache[:, kept[full]] = self.cache[:, left[-1]]
+                requests.blocks[row], requests.lengths[row] = kept, lengths[row]
+                self.release(CachedRequests(blocks=[left]))
 
     def reserve(self, requests: CachedRequests, new_tokens: Sequence[int]) -> None:
         """Give each request the blocks that it needs for so many more tokens."""
