@@ -157,7 +157,8 @@ class PCPPlanner:
             RuntimeError: with ``PCP_MLA_CHECK=1``, if ranks differ, or plan() failed on another one, with whatever it was; see
                 :meth:`check_consistency`.
         """
-        row, comparison = None, self._comparison
+        row: list[int] = []
+        comparison = self._comparison
         try:
             meta = self._plan(
                 query_lens,
@@ -263,7 +264,7 @@ class PCPPlanner:
             raise ValueError("PCPPlanner.check_consistency: there must be a plan to compare, got none")
         return digests(self._last.shared_fields())
 
-    def _compare(self, comparison: Comparison, row: list[int] | None) -> None:
+    def _compare(self, comparison: Comparison, row: list[int]) -> None:
         comparison.compare(row)  # names the size where some ranks have another world
         if comparison.size != self.world_size:
             raise self._wrong_place(comparison)
