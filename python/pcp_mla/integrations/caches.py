@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .calls import in_turn
 from .context import PCPContext
 from .paged_cache import CachedRequests
 
@@ -16,8 +17,14 @@ from .paged_cache import CachedRequests
 CACHE_WORD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+def _context_of(op: str, cache: PCPCache) -> PCPContext:
+    return cache.context
+
+
 class PCPCache(DynamicCache):
     """A cache of a model under PCP: requests in its latent blocks, which go when this goes. A copy shares their blocks.
+
+    What changes it is a call of its model: it waits for its turn, and over several ranks it is for all of them to make.
 
     An empty ``DynamicCache`` that is given to the model becomes one (:meth:`adopt`): whoever made it goes on with it.
 
@@ -47,6 +54,7 @@ class PCPCache(DynamicCache):
         if context is not None:
             context.blocks.release(self.requests)
 
+    @in_turn("PCPCache.copy", _context_of)
     def __copy__(self) -> PCPCache:
         copy = PCPCache(self.context)
         copy.take(self._chosen(range(len(self.requests.lengths))), self.real)
@@ -77,31 +85,47 @@ class PCPCache(DynamicCache):
 
     layers: Any = property(_layers, doc="What transformers asks of each layer, which is the same of all.")
 
+    @in_turn("PCPCache.reset", _context_of)
     def reset(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self.take(CachedRequests(), self.real[:0, :0])
 
+    @in_turn("PCPCache.reorder_cache", _context_of)
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Request i becomes what request ``beam_idx[i]`` was."""
-        if self.columns:
-            beam_idx = beam_idx.cpu()
-            chosen = torch.arange(len(self.requests.lengths))[beam_idx]  # which a mask and negative numbers may do too
-            self.take(self._chosen(chosen.tolist()), self.real[chosen])
+        self._select(beam_idx)
 
+    @in_turn("PCPCache.batch_select_indices", _context_of)
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.reorder_cache(indices)
+        self._select(indices)
 
+    @in_turn("PCPCache.batch_repeat_interleave", _context_of)
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(len(self.requests.lengths)).repeat_interleave(repeats))
+        self._select(torch.arange(len(self.requests.lengths)).repeat_interleave(repeats))
 
+    def _select(self, indices: torch.Tensor) -> None:
+        if self.columns:
+            chosen = torch.arange(len(self.requests.lengths))[indices.cpu()]  # which a mask and negative numbers may do too
+            requests = self._chosen(chosen.tolist())
+            with self.context.blocks.released_on_failure(requests):
+                self.context.wait_for_all()
+            self.take(requests, self.real[chosen])
+
+    @in_turn("PCPCache.crop", _context_of)
     def crop(self, tokens_to_remove: int) -> None:
         """Take columns off the end: so many if the number is negative, all behind so many if it is positive; 0 changes nothing."""
         columns, count = self.columns, int(tokens_to_remove)
         left = max(0, columns + count) if count <= 0 else min(columns, count)
         if left == 0 and columns:
-            self.reset()
+            self._reset()
         elif left < columns:
             real = self.real[:, :left]
-            self.context.blocks.shorten(self.requests, real.sum(1).tolist())
+            lengths = real.sum(1).tolist()
+            self.context.blocks.make_room_to_shorten(self.requests, lengths)
+            self.context.wait_for_all()
+            self.context.blocks.shorten(self.requests, lengths)
             self.real = real
 
 

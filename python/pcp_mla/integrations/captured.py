@@ -49,7 +49,7 @@ class CapturedSteps:
     def __init__(self, model: Any, context: PCPContext, decode: bool, sizes: Sequence[tuple[int, int]], max_requests: int) -> None:
         self._model, self._context, self._decode, self._max_requests = model, context, decode, max_requests
         group = None if decode else context.group
-        world, weight = group_world_size(group), model.model.embed_tokens.weight
+        world, cache = group_world_size(group), context.blocks.cache
         tokens, keys = (max(column) for column in zip(*sizes, strict=True))
         self._planner = PCPPlanner(
             max_requests,
@@ -58,17 +58,19 @@ class CapturedSteps:
             group_rank(group),
             layout=context.layout,
             block_size=BLOCK_SIZE,
-            device=weight.device,
+            device=cache.device,
             max_kv_tokens=keys,
+            group=group,
         )
-        self._cache = weakref.ref(context.blocks.cache)  # a graph that is outdated must not keep the cache that it was bound to
-        self._exchange = LatentExchange(group, tokens, context.dims, weight.dtype, weight.device)
+        self._cache = weakref.ref(cache)  # a graph that is outdated must not keep the cache that it was bound to
+        self._exchange = LatentExchange(group, tokens, context.dims, cache.dtype, cache.device)
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others find its memory in the pool.
         self._captures = [self._capture(pool, *size) for size in sorted(sizes, reverse=True)][::-1]
         self.num_pieces = [capture.graph.num_pieces for capture in self._captures if capture.graph is not None]
 
     def _plan(self, tokens: int, keys: int, batch: Batch) -> PCPMetadata:
+        self._context.in_collectives = not self._decode
         return self._planner.plan(
             batch.lengths,
             batch.contexts,
@@ -92,6 +94,7 @@ class CapturedSteps:
         graph = PiecewiseGraph(pool, device)
         self._call(meta, ids, positions)
         hidden = graph.capture(lambda: self._call(meta, ids, positions), [self._exchange])
+        self._context.in_collectives = False
         return _Capture(tokens, keys, ids, positions, hidden, graph)
 
     def run(self, batch: Batch, natural: torch.Tensor) -> tuple[PCPMetadata, torch.Tensor] | None:

@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .caches import CACHE_WORD, PCPCache, empty_cache
+from .calls import in_turn
 from .context import context_at_place
 from .model_step import run_step
 from .paged_cache import CachedRequests
@@ -62,6 +63,7 @@ def _kept(numbers: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Te
 
 
 @torch.compiler.disable  # Lengths, blocks and plans change with every call. Modules that are compiled by themselves stay so.
+@in_turn("forward")
 @torch.no_grad()
 def model_forward(
     model: Any,
@@ -91,6 +93,7 @@ def model_forward(
         ValueError, TypeError: an argument does not fit the others, or the model is no longer in its dtype and on its device.
         NotImplementedError: an option that a model under PCP has not (labels, embeddings, all hidden states, attention weights,
             also if its configuration asks for them), a cache of another kind, or packed sequences.
+        RuntimeError: with ``PCP_MLA_CHECK=1``, on every rank, if the ranks' calls or arguments differ, or another rank fails.
     """
     context = context_at_place("forward", model)
     return_dict = options.pop("return_dict", None)
@@ -130,10 +133,11 @@ def model_forward(
         if total:
             hidden = run_step(model, context, extended, tokens, is_decode, positions=positions[real], rows=rows)
         else:  # nothing but pads
-            hidden = model.lm_head.weight.new_zeros(0, model.config.hidden_size)
+            hidden = context.blocks.cache.new_zeros(0, model.config.hidden_size)
         placed = hidden.new_zeros(*kept.shape, hidden.shape[1])
         placed[wanted.to(hidden.device)] = hidden
         logits = model.lm_head(placed)
+        context.wait_for_all()
     if not keep:
         context.blocks.release(extended)
     else:

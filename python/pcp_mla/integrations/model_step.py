@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ def attention_forward(
     cache = context.blocks.cache[attention.layer_idx]
     # Under autocast some of the three have another dtype than the weights.
     q, kv_c, k_pe = (x[:rows].to(cache.dtype) for x in project_inputs(attention, hidden_states, position_embeddings, dims))
+    if q.shape[1] != dims.num_heads:  # tensor parallelism leaves a rank some of them
+        dims = replace(dims, num_heads=q.shape[1])
     weight = plain_weight(attention.kv_b_proj) if step.is_decode else None
     with _exact(cache.device.type):
         if weight is not None:
@@ -102,7 +105,7 @@ def run_step(
         positions: int64 [new tokens] on the CPU, in natural order, where they do not count each request's tokens.
         rows: int64 [n] on the CPU, which of the new tokens' hidden states are wanted, by default all; no others are exchanged.
     """
-    device = model.model.embed_tokens.weight.device
+    device = context.blocks.cache.device
     lengths = [len(new) for new in tokens]
     if not sum(lengths):
         raise ValueError("step: requests must hold at least one token, got none")
@@ -117,7 +120,10 @@ def run_step(
     if fitting is not None:
         meta, padded = fitting
     else:
-        step = (context.decode_planner if decode else context.planner).plan(batch, decode)
+        planner = context.decode_planner if decode else context.planner
+        planner.make_room(batch)
+        context.in_collectives = not decode
+        step = planner.plan(batch, decode)
         meta = step.meta
         ids, positions = local_tokens(meta, natural)
         if not meta.num_tokens:
@@ -131,5 +137,6 @@ def run_step(
     if rows is not None:
         order = order.index_select(0, rows.to(device))
     restored = _restore_rows(padded, None if decode else context.group, order)
+    context.in_collectives = False
     requests.lengths = [old + new for old, new in zip(requests.lengths, lengths, strict=True)]
     return restored

@@ -145,23 +145,29 @@ class LatentBlocks:
             new.blocks.append(blocks)
         return new
 
+    def make_room_to_shorten(self, requests: CachedRequests, lengths: Sequence[int]) -> None:
+        """All of :meth:`shorten` that can fail; it changes none of the requests."""
+        with self.lock:
+            ends = [divmod(length, BLOCK_SIZE) for length in lengths]
+            partial = [blocks[full] for blocks, (full, rest) in zip(requests.blocks, ends, strict=True) if rest]
+            self.grow(sum(self._users[block] > 1 for block in partial))
+
     def shorten(self, requests: CachedRequests, lengths: Sequence[int]) -> None:
         """Keep the first tokens of each request only.
 
         A block that they no longer fill may get other tokens now: if somebody else uses it, the request goes on in a copy.
         """
         with self.lock:
-            ends = [divmod(length, BLOCK_SIZE) for length in lengths]
-            partial = [blocks[full] for blocks, (full, rest) in zip(requests.blocks, ends, strict=True) if rest]
-            self.grow(sum(self._users[block] > 1 for block in partial))  # all that can fail, before anything is changed
-            for row, (full, rest) in enumerate(ends):
+            self.make_room_to_shorten(requests, lengths)
+            for row, length in enumerate(lengths):
+                full, rest = divmod(length, BLOCK_SIZE)
                 blocks = requests.blocks[row]
                 kept, left = blocks[: full + (rest > 0)], blocks[full + (rest > 0) :]
                 if rest and self._users[kept[full]] > 1:
                     left.append(kept[full])
                     kept[full:] = self._take(1)
                     self.cache[:, kept[full]] = self.cache[:, left[-1]]
-                requests.blocks[row], requests.lengths[row] = kept, lengths[row]
+                requests.blocks[row], requests.lengths[row] = kept, length
                 self.release(CachedRequests(blocks=[left]))
 
     def reserve(self, requests: CachedRequests, new_tokens: Sequence[int]) -> None:

@@ -49,13 +49,16 @@ class StepPlanner:
     def _make(self, max_requests: int, max_tokens: int) -> None:
         world, rank = group_world_size(self.group), group_rank(self.group)
         sizes = max_requests, max_tokens, world, rank
-        self._planner = PCPPlanner(*sizes, layout=self._layout, block_size=BLOCK_SIZE, device=self._device)
+        self._planner = PCPPlanner(*sizes, layout=self._layout, block_size=BLOCK_SIZE, device=self._device, group=self.group)
         self._exchange = LatentExchange(self.group, self._planner.max_local_tokens, self._dims, self._dtype, self._device)
 
-    def plan(self, batch: Batch, decode: bool) -> PCPStep:
-        """A step over a cache that has the blocks already. Valid until the next one."""
+    def make_room(self, batch: Batch) -> None:
+        """For the plan of such a step."""
         planner, tokens = self._planner, sum(batch.lengths)
         if len(batch.lengths) > planner.max_requests or tokens > planner.max_tokens:
             self._make(max(len(batch.lengths), planner.max_requests), max(tokens, planner.max_tokens))
+
+    def plan(self, batch: Batch, decode: bool) -> PCPStep:
+        """A step that there is room for, over a cache that has the blocks already. Valid until the next one."""
         meta = self._planner.plan(batch.lengths, batch.contexts, [not decode] * len(batch.lengths), batch.tables)
         return PCPStep(meta, self._exchange, decode)

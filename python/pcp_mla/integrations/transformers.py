@@ -1,4 +1,4 @@
-"""Prefill context parallelism for transformers' own DeepSeek-V2 and V3 models.
+"""Prefill context parallelism for transformers' own DeepSeek-V2, V3 and GLM-4.7-Flash models.
 
 :func:`enable_pcp` replaces the forward of the model and of every attention module: calls of the model and its own ``generate``
 work as before, and :func:`prefill`, :func:`extend`, :func:`decode` and :func:`generate` drive it without padding. For inference
@@ -6,10 +6,15 @@ only.
 
 A prefill cuts every request over the ranks. Every rank sees all latents in each layer, so it keeps the whole latent cache, in paged
 blocks that requests with a common prefix share, and a decode step runs on all ranks alike, with no collective, over the latents.
+
+Threads that call one model are served one after another, a :func:`generate` as a whole. Requests of a prefill belong to the thread
+that made it: another one's :func:`extend` or :func:`decode` is refused, as is a second thread over several ranks.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -18,17 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..consistency import Comparison
 from ..exchange import Group, group_rank, group_world_size
 from ..partition import check_layout
 from .caches import PCPCache
+from .calls import in_turn
 from .captured import CapturedSteps
-from .context import PCPContext, context_at_place, context_of, place_of
-from .deepseek import check_model, copy_sharing_weights, model_dims
+from .context import PCPContext, context_at_place, context_of
+from .deepseek import check_model, copy_sharing_weights, model_dims, model_place
 from .forward import model_forward
+from .forwards import ReplacedForward
 from .model_step import attention_forward, run_step
 from .paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
 from .requests import check_count, check_logits, checked_ends, checked_prefix, in_chunks, is_pair, token_list, token_lists
 from .steps import StepPlanner
+from .turns import Turns
 
 __all__ = [
     "PCPCache",
@@ -49,42 +58,60 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCP
     """Make ``model`` compute its attention by prefill context parallelism, until :func:`disable_pcp`.
 
     Args:
-        model: transformers' ``DeepseekV2ForCausalLM`` or ``DeepseekV3ForCausalLM``, the same weights on every rank, on its device
-            and in its dtype: the cache is made for these.
+        model: transformers' ``DeepseekV2ForCausalLM``, ``DeepseekV3ForCausalLM`` or ``Glm4MoeLiteForCausalLM``, the same weights on
+            every rank, on its device and in its dtype: the cache is made for these.
         group: a ``torch.distributed`` process group, a :class:`PlayedGroup`, or None for a world of one rank. Played ranks need a
             model each: see :func:`copy_sharing_weights`.
         layout: as :func:`pcp_mla.partition`.
 
     Raises:
         TypeError: another kind of model.
-        ValueError: unknown layout, or the model is under PCP already.
+        ValueError: unknown layout, the model is under PCP already, or has no weights. It is as it was after any error.
         NotImplementedError: rope frequencies that depend on the length of the input.
     """
     check_model("enable_pcp", model)
     check_layout("enable_pcp", layout, "replicate")
     if "_pcp" in model.__dict__:
         raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
-    dims = model_dims(model)
-    world, rank, place = group_world_size(group, "enable_pcp"), group_rank(group), place_of(model)
+    dims, place = model_dims(model), model_place(model)
+    world, rank = group_world_size(group, "enable_pcp"), group_rank(group)
+    attentions = [layer.self_attn for layer in model.model.layers]
     blocks = LatentBlocks(model.config.num_hidden_layers, dims.latent_dim, *place)
     planner, decode_planner = (StepPlanner(g, layout, dims, *place) for g in (group, None))
-    context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner, place=place)
-    model.__dict__["_pcp"] = context
-    model.forward = partial(model_forward, model)
-    for layer in model.model.layers:
-        layer.self_attn.forward = partial(attention_forward, layer.self_attn, context)
+    turns = Turns(blocks.lock, world, place[1])
+    checks = os.environ.get("PCP_MLA_CHECK") == "1" and group is not None
+    comparison = Comparison(group, place[1]) if checks else None
+    context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner, turns, comparison)
+    context.offloaded = model.model.embed_tokens.weight.is_meta
+    try:
+        for attention in attentions:
+            context.replaced.append(ReplacedForward(attention, partial(attention_forward, attention, context)))
+        context.replaced.append(ReplacedForward(model, partial(model_forward, model)))
+        model.__dict__["_pcp"] = context
+    except BaseException:
+        _put_back(context)
+        raise
     return context
 
 
+def _put_back(context: PCPContext) -> None:
+    for replaced in context.replaced:
+        replaced.put_back()
+
+
 def disable_pcp(model: Any) -> None:
-    """Undo :func:`enable_pcp`. ValueError if the model is not under PCP, TypeError for another kind of model."""
-    context_of("disable_pcp", model)
-    del model.__dict__["_pcp"]
-    del model.forward
-    for layer in model.model.layers:
-        del layer.self_attn.forward
+    """Undo :func:`enable_pcp`: every forward that it replaced is what it was, also one that somebody had put on the instance.
+
+    ValueError if the model is not under PCP, TypeError for another kind of model.
+    """
+    context = context_of("disable_pcp", model)
+    with context.blocks.lock:  # not within another thread's step
+        model.__dict__.pop("_pcp")
+        _put_back(context)
+        context.comparison = None  # caches that it leaves are for nobody
 
 
+@in_turn("capture_graphs")
 @torch.no_grad()
 def capture_graphs(
     model: Any,
@@ -147,6 +174,7 @@ def _prefill_hidden(
     return torch.cat(hidden)
 
 
+@in_turn("prefill")
 @torch.no_grad()
 def prefill(
     model: Any,
@@ -171,25 +199,32 @@ def prefill(
         Logits [sum of lengths, vocabulary] in natural order, or [R, vocabulary], on every rank.
 
     Raises:
-        TypeError, ValueError: wrong model, not under PCP or converted since, token ids or prefixes out of range, no token at all.
+        TypeError, ValueError: wrong model, not under PCP or converted since, token ids or prefixes out of range, no token at all,
+            or a call of another thread that this one must not go on with.
+        RuntimeError: with ``PCP_MLA_CHECK=1``, on every rank, if the ranks' calls or arguments differ, or another rank fails.
     """
     context, lists = context_at_place("prefill", model), token_lists("prefill", model, requests)
+    if prefix is not None:
+        context.turns.check_owner("prefill")
     check_logits("prefill", logits, lists)
     started = context.blocks.fork_prefixes(context.requests, checked_prefix(context, prefix, len(lists)))
     with context.update(started):
         return model.lm_head(_prefill_hidden(model, context, started, lists, chunk_tokens, logits))
 
 
+@in_turn("extend")
 @torch.no_grad()
 def extend(model: Any, requests: Sequence[Sequence[int]]) -> torch.Tensor:
     """Add a further chunk of tokens to each request of the last :func:`prefill`; result and errors as there."""
     context, lists = context_at_place("extend", model), token_lists("extend", model, requests)
+    context.turns.check_owner("extend")
     check_count("extend: requests", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
         return model.lm_head(run_step(model, context, extended, lists))
 
 
+@in_turn("decode")
 @torch.no_grad()
 def decode(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     """Add one token to each request of the last :func:`prefill`: logits [R, vocabulary], computed by every rank on its own.
@@ -197,6 +232,7 @@ def decode(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     Errors as :func:`prefill`.
     """
     context, lists = context_at_place("decode", model), [[token] for token in token_list("decode: tokens", model, tokens)]
+    context.turns.check_owner("decode")
     check_count("decode: tokens", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
@@ -212,20 +248,45 @@ def greedy_steps(
     prefix: Sequence[tuple[int, int] | None] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The likeliest tokens [R] behind each prompt and the logits [R, vocabulary] they are chosen from, step after step, without an
-    end: take as many as are wanted. Arguments and errors as :func:`prefill`; ValueError also for an empty prompt."""
+    end: take as many as are wanted. Arguments and errors as :func:`prefill`; ValueError also for an empty prompt, and if another
+    call took the place of these requests between two steps."""
+    logits, requests = _first_logits(model, prompts, chunk_tokens, prefix)
+    while True:
+        tokens = logits.argmax(-1)
+        yield tokens, logits
+        logits, requests = _next_logits(model, requests, tokens.tolist())
+
+
+@in_turn("generate")
+@torch.no_grad()
+def _first_logits(model: Any, prompts: Any, chunk_tokens: int | None, prefix: Any) -> tuple[torch.Tensor, CachedRequests]:
+    """Logits behind each prompt, and the requests to go on with."""
     context, lists = context_at_place("generate", model), token_lists("generate", model, prompts)
+    if prefix is not None:
+        context.turns.check_owner("generate")
     prefixes = checked_prefix(context, prefix, len(lists))
     if not all(lists):
         raise ValueError(f"generate: prompts must not be empty, got no tokens for prompt {lists.index([])}")
     started = context.blocks.fork_prefixes(context.requests, prefixes)
     with context.update(started):
         logits = model.lm_head(_prefill_hidden(model, context, started, lists, chunk_tokens, "last"))
-    while True:
-        tokens = logits.argmax(-1)
-        yield tokens, logits
-        logits = decode(model, tokens.tolist())
+    return logits, context.requests
 
 
+@in_turn("generate")
+@torch.no_grad()
+def _next_logits(model: Any, requests: CachedRequests, tokens: list[int]) -> tuple[torch.Tensor, CachedRequests]:
+    """Logits behind one more token of each of ``requests``; they may go on in any thread. ValueError if they are not there."""
+    context = context_of("generate", model)
+    if context.requests is not requests:
+        raise ValueError(
+            "generate: the requests of the last prefill must be those of these steps, got others: another call came between"
+        )
+    context.turns.owner = threading.current_thread()
+    return decode(model, tokens), context.requests
+
+
+@in_turn("generate")
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
