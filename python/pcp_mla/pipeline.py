@@ -56,6 +56,7 @@ class MLADims:
 
 
 KVProjection = torch.nn.Module | torch.Tensor
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
@@ -67,7 +68,17 @@ def plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
         if kv_b_proj._forward_hooks or kv_b_proj._forward_pre_hooks:
             return None
         kv_b_proj = kv_b_proj.weight
-    return kv_b_proj if type(kv_b_proj) in (torch.Tensor, torch.nn.Parameter) else None
+    return kv_b_proj if type(kv_b_proj) in _PLAIN else None
+
+
+def _weight_in_place(kv_b_proj: KVProjection) -> torch.Tensor | None:
+    """The weight of :func:`plain_weight` and, to be checked, one that is called but is what it says: with a bias, hooks behind it,
+    or of another class and bare. None of a module that may put another one in its place."""
+    if isinstance(kv_b_proj, torch.Tensor):
+        return kv_b_proj
+    if type(kv_b_proj) is not torch.nn.Linear or "forward" in kv_b_proj.__dict__ or kv_b_proj._forward_pre_hooks:
+        return None
+    return kv_b_proj.weight if type(kv_b_proj.weight) in _PLAIN else None
 
 
 def check_layer_inputs(
@@ -101,7 +112,7 @@ def check_layer_inputs(
         check_last_dim(op, name, tensor)
     if not isinstance(kv_b_proj, torch.Tensor | torch.nn.Module):
         raise TypeError(f"{op}: kv_b_proj must be a torch.Tensor or a torch.nn.Module, got {type(kv_b_proj).__name__}")
-    weight = kv_b_proj if isinstance(kv_b_proj, torch.Tensor) else plain_weight(kv_b_proj)
+    weight = _weight_in_place(kv_b_proj)
     shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
     if weight is not None:
         if weight.shape != shape:
