@@ -402,6 +402,13 @@ class Wrapped(torch.nn.Module):
         return x.sum(1, keepdim=True).repeat(1, self.outputs).to(self.dtype), None
 
 
+def hooked(inputs: int, outputs: int) -> torch.nn.Linear:
+    """Whose weight is right, and whose hook takes a column off the result."""
+    linear = torch.nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+    linear.register_forward_hook(lambda module, given, out: out[:, 1:])
+    return linear
+
+
 def test_a_module_is_tried_once() -> None:
     meta, module = PCPMetadata.build([6], world_size=1, rank=0), Wrapped(7, 39)
     layer = MLAPrefill(DIMS, SCALE, LatentExchange(None, 6, DIMS, torch.float32))
@@ -446,6 +453,7 @@ CACHE = torch.zeros(2, BLOCK, 11)
         ({"kv_b_proj": Wrapped(7, 38)}, ValueError, r"kv_b_proj's result must have shape .* = \(1, 39\), got \(1, 38\)"),
         ({"kv_b_proj": Wrapped(8, 39)}, ValueError, "kv_b_proj must take kv_lora_rank = 7 numbers, got in_features 8"),
         ({"kv_b_proj": Wrapped(7, 39, torch.float16)}, TypeError, "kv_b_proj's result must be float32 as the latents, got float16"),
+        ({"kv_b_proj": hooked(7, 39)}, ValueError, r"kv_b_proj's result must have shape .* = \(1, 39\), got \(1, 38\)"),
         ({"kv_b_proj": torch.nn.Identity()}, ValueError, r"kv_b_proj's result must have shape .* = \(1, 39\), got \(1, 7\)"),
         ({"meta": None}, TypeError, "meta must be a PCPMetadata, got NoneType"),
         ({"cache": [0]}, TypeError, "cache must be a torch.Tensor or None, got list"),

@@ -72,8 +72,8 @@ def plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
 
 
 def _weight_in_place(kv_b_proj: KVProjection) -> torch.Tensor | None:
-    """The weight of :func:`plain_weight` and, to be checked, one that is called but is what it says: with a bias, hooks behind it,
-    or of another class and bare. None of a module that may put another one in its place."""
+    """To be checked: the weight of what is called, but has the one that it says: with a bias, hooks behind it, or of another class
+    and bare. None of a module that may put another one in its place."""
     if isinstance(kv_b_proj, torch.Tensor):
         return kv_b_proj
     if type(kv_b_proj) is not torch.nn.Linear or "forward" in kv_b_proj.__dict__ or kv_b_proj._forward_pre_hooks:
@@ -112,7 +112,8 @@ def check_layer_inputs(
         check_last_dim(op, name, tensor)
     if not isinstance(kv_b_proj, torch.Tensor | torch.nn.Module):
         raise TypeError(f"{op}: kv_b_proj must be a torch.Tensor or a torch.nn.Module, got {type(kv_b_proj).__name__}")
-    weight = _weight_in_place(kv_b_proj)
+    plain = plain_weight(kv_b_proj)
+    weight = _weight_in_place(kv_b_proj) if plain is None else plain
     shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
     if weight is not None:
         if weight.shape != shape:
@@ -127,8 +128,7 @@ def check_layer_inputs(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, kv_c, k_pe, *parameters)):
         raise NotImplementedError(f"{op}: inputs must not require gradients, there is no backward: call under torch.no_grad()")
     _check_cache(op, kv_c, meta, dims, cache)
-    if weight is None:
-        assert isinstance(kv_b_proj, torch.nn.Module)
+    if plain is None and isinstance(kv_b_proj, torch.nn.Module):
         check_projection(op, kv_b_proj, dims, kv_c)
 
 
