@@ -291,6 +291,15 @@ def test_float8_output_is_the_rounded_float32_output(device, backend, dtype):
 
 
 @everywhere
+def test_one_number_of_float8(device, backend):
+    if (device, backend) == ("cuda", "triton") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    x, lse = torch.ones(1, 1, 1, device=device), torch.zeros(1, 1, device=device)
+    out, _ = merge(x, lse, x, lse, scale=torch.tensor(0.5, device=device), backend=backend)
+    assert out.float().tolist() == [[[2.0]]]
+
+
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float32_output(device, backend, dtype):
     inputs = pair(device, dtype=dtype)

@@ -193,7 +193,8 @@ def _launch(
     )
     if by_torch:
         written = before.view(torch.int32) != to.view(torch.int32)
-        out[written] = to[written].to(out.dtype)
+        bits = torch.uint8 if out.element_size() == 1 else torch.int16  # torch cannot put float8 into one place alone
+        out.view(bits)[written] = to[written].to(out.dtype).view(bits)
 
 
 def merge_n_attn_states_out(
