@@ -25,7 +25,8 @@ def sharded(group: Any, names: list[str]) -> dict[str, Any]:
     request, results = prompts([13])[0], {}
     for name in names:
         model = build(name, **SHARDED)
-        apply_tensor_parallelism(model, mesh["tp"])
+        plan = [model._expand_parallel_plan(model.tp_plan)] if hasattr(model, "_expand_parallel_plan") else []  # since 5.24
+        apply_tensor_parallelism(model, mesh["tp"], *plan)
         enable_pcp(model, mesh["pcp"].get_group())
         with torch.no_grad():
             rows = [prefill(model, [request[:11]]), extend(model, [[request[11]]]), decode(model, [request[12]])]
