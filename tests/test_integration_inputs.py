@@ -133,6 +133,30 @@ def test_kept_logits_alone_are_exchanged(model: Any, world_size: int, keep: Any)
         assert set(exchanged) == {int(real.sum())} - {0}
 
 
+@pytest.mark.parametrize("keep", [slice(1), 1.0, [1]])
+def test_kept_logits_that_are_none(model: Any, keep: Any) -> None:
+    mine = copy_sharing_weights(model)
+    enable_pcp(mine)
+    with pytest.raises(
+        TypeError, match=f"forward: logits_to_keep must be an int or a tensor of columns, got {type(keep).__name__}"
+    ):
+        mine(torch.tensor([[1, 2]]), logits_to_keep=keep)
+    assert mine(torch.tensor([[1, 2]]), logits_to_keep=np.int64(1)).logits.shape[1] == 1
+
+
+def test_arguments_by_name(model: Any) -> None:
+    mine = copy_sharing_weights(model)
+    enable_pcp(model=mine)
+    logits = prefill(model=mine, requests=[[1, 2, 3]])
+    assert torch.equal(prefill(mine, [[1, 2, 3]]), logits)
+    assert extend(model=mine, requests=[[4]]).shape[0] == decode(model=mine, tokens=[5]).shape[0] == 1
+    assert generate(model=mine, prompts=[[1, 2, 3]], n=2) == generate(mine, [[1, 2, 3]], 2)
+    with pytest.raises(ValueError, match="capture_graphs: model must be on a CUDA device"):
+        capture_graphs(model=mine, decode_sizes=[(1, 10)])
+    with pytest.raises(TypeError, match="missing a required argument: 'model'"):
+        prefill(requests=[[1]])  # type: ignore[call-arg]
+
+
 # Options.
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -17,6 +19,7 @@ pytest.importorskip("transformers", minversion="5")
 from transformers import DynamicCache
 
 from pcp_mla.exchange import group_rank
+from pcp_mla.integrations import model_step
 from pcp_mla.integrations.caches import CACHE_WORD
 from pcp_mla.integrations.transformers import (
     copy_sharing_weights,
@@ -50,12 +53,13 @@ def outcomes(model: Any, group: Any, calls: list[Call]) -> list[str]:
     prefill(model, [[1, 2, 3], [4, 5], [6]])
     cache = model(torch.tensor([[1, 2, 3]]))[CACHE_WORD]
     another = model(torch.tensor([[1, 2, 3], [0, 1, 2]]), attention_mask=torch.tensor([[1, 1, 1], [0, 1, 1]]))[CACHE_WORD]
+    alike = model(torch.tensor([[3, 2, 1]]))[CACHE_WORD]
     told = []
     for call in calls:
-        model.cache, model.another = cache, another
+        model.cache, model.another, model.alike = cache, another, alike
         told.append(message(lambda call=call: call(model, group_rank(group))))
         prefill(model, [[1, 2, 3], [4, 5], [6]])  # all ranks are there, and can go on
-    del model.cache, model.another, cache, another
+    del model.cache, model.another, model.alike, cache, another, alike
     assert len(context.blocks._free) == context.blocks.cache.shape[1] - 3
     return told
 
@@ -97,6 +101,10 @@ CASES: dict[str, tuple[Call, str]] = {
         lambda m, r: [m.cache, m.another][r].reset(),
         DIFFER.format("PCPCache.reset", "the requests in the cache"),
     ),
+    "one of two caches of a shape": (
+        lambda m, r: m(ids(0, [1, 2]), **{CACHE_WORD: [m.cache, m.alike][r]}),
+        DIFFER.format("forward", CACHE_WORD),
+    ),
     "a copy of another": (
         lambda m, r: copy.copy([m.cache, m.another][r]),
         DIFFER.format("PCPCache.copy", "the requests in the cache"),
@@ -104,6 +112,10 @@ CASES: dict[str, tuple[Call, str]] = {
     "an equal crop": (lambda m, r: m.cache.crop(-1), ""),
     "a crop that both refuse": (lambda m, r: m.cache.crop(None), "TypeError: int() argument must be"),
     "equal": (lambda m, r: m(ids(0, [1, 2]), **{CACHE_WORD: m.cache}), ""),
+    "equal, in another order": (
+        lambda m, r: m(ids(0, [1, 2]), **dict([("return_dict", True), ("output_attentions", False)][:: 1 - 2 * r])),
+        "",
+    ),
     "equal, in other types": (lambda m, r: m([torch.tensor([[1, 2]]), torch.tensor([[1, 2]], dtype=torch.int32)][r]), ""),
     "equally bad": (
         lambda m, r: prefill(m, [[1, 50]]),
@@ -224,6 +236,66 @@ def test_a_rank_that_fails_alone(stock: Any) -> None:
     assert second[6].startswith("TypeError: ")
     assert second[7] == "KeyError: 'broken'"
     assert [text.startswith("RuntimeError: ") and text.endswith("failed on rank 1") for text in first] == [True] * 8
+
+
+@pytest.mark.usefixtures("check")
+@torch.no_grad()
+def test_a_rank_that_fails_behind_the_last_collective(stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather, failures = model_step._gather_rows, ["once"]
+
+    def broken(padded: Any, group: Any, rows: Any) -> Any:
+        gathered, places = gather(padded, group, rows)
+        return gathered, places + len(gathered) if group.rank and failures and failures.pop() else places
+
+    monkeypatch.setattr(model_step, "_gather_rows", broken)
+
+    def rank(group: Any) -> list[str]:
+        model = copy_sharing_weights(stock)
+        enable_pcp(model, group)
+        return [message(lambda: prefill(model, [[1, 2, 3]])) for _ in range(2)]
+
+    first, second = play(2, rank)
+    assert second[0].startswith("IndexError: ")
+    assert first[0].startswith("RuntimeError: ")
+    assert first[0].endswith("failed on rank 1")
+    assert first[1] == second[1] == ""
+
+
+def refused_thread(group: Any) -> list[str]:
+    os.environ["PCP_MLA_CHECK"] = "1"
+    model = build("v3", num_hidden_layers=2)
+    enable_pcp(model, group)
+    told: list[str] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            told.append(message(lambda: prefill(model, [[1, 2, 3]])))
+
+    going = threading.Event()
+
+    def first() -> None:
+        call()
+        going.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()  # takes over, on every rank, and stays
+    while not told:
+        time.sleep(0.01)
+    if group_rank(group):
+        call()
+    else:
+        going.set()
+        thread.join()
+        call()
+    going.set()
+    return told
+
+
+def test_a_thread_that_is_refused_is_told_to_the_others() -> None:
+    (_, first), (_, second) = run_distributed(2, refused_thread, timeout=60)
+    assert first.startswith("RuntimeError: ")
+    assert first.endswith("failed on rank 1")
+    assert second.startswith("ValueError: prefill: a model over several ranks must be called by one thread")
 
 
 @pytest.mark.usefixtures("check")

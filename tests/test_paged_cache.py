@@ -112,6 +112,29 @@ def test_shortened_requests_free_their_blocks_and_copy_what_others_use():
     assert len(blocks._free) == len(set(blocks._free)) == blocks.cache.shape[1]
 
 
+def test_a_copy_that_fails_leaves_no_block_in_use():
+    blocks = LatentBlocks(1, 1, torch.int64, torch.device("cpu"))
+    old = CachedRequests([0], [[]])
+    blocks.reserve(old, [2 * BLOCK_SIZE])
+    old.lengths = [2 * BLOCK_SIZE]
+    blocks.grow(4)
+    before = sorted(blocks._free)
+    with pytest.raises(IndexError):
+        blocks.fork_prefixes(old, [(0, BLOCK_SIZE + 3), (0, 5), (1, 3)])
+    assert sorted(blocks._free) == before
+    assert sorted(blocks._users, reverse=True)[:2] == [1, 1]
+    assert sum(blocks._users) == 2
+
+
+def test_a_pool_whose_growth_was_interrupted_grows_on():
+    blocks = LatentBlocks(1, 1, torch.int64, torch.device("cpu"))
+    with mock.patch.object(blocks, "_counts", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        blocks.grow(3)
+    blocks.grow(5)
+    assert blocks.cache.shape[1] == len(blocks._users)
+    assert len(blocks._free) >= 5
+
+
 def test_a_pool_that_cannot_grow_leaves_requests_as_they_are():
     blocks = LatentBlocks(1, 1, torch.int64, torch.device("cpu"))
     old = CachedRequests([0, 0], [[], []])

@@ -19,13 +19,13 @@ def contents(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [contents(entry) for entry in value]
     if isinstance(value, dict):
-        return {name: contents(entry) for name, entry in value.items()}
+        return {name: contents(value[name]) for name in sorted(value)}
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, CachedRequests):
-        return value.lengths
+        return [value.lengths, value.history]
     if hasattr(value, "get_seq_length"):  # a cache of transformers or of ours
         columns = int(value.get_seq_length())
         return [columns, *(contents(getattr(value, name, None)) for name in ("requests", "real"))] if columns else [0]

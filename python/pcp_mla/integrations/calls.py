@@ -23,6 +23,7 @@ def _checked_call(
 ) -> Any:
     context.in_collectives = False
     try:
+        context.turns.check_user(op)
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
         values = {name: contents(value) for name, value in [*bound.arguments.items()][1:]}
@@ -45,17 +46,23 @@ def in_turn(op: str, find: Callable[[str, Any], PCPContext] = context_of) -> Cal
 
     def decorate(fn: F) -> F:
         signature = inspect.signature(fn)
+        first = next(iter(signature.parameters))
 
         @functools.wraps(fn)
-        def call(subject: Any, *args: Any, **options: Any) -> Any:
-            context = find(op, subject)
-            with context.turns.turn(op):
+        def call(*args: Any, **options: Any) -> Any:
+            if not args and first in options:
+                args = (options.pop(first),)
+            if not args:
+                signature.bind(**options)  # Python's own error
+            context = find(op, args[0])
+            with context.turns.turn():
                 if context.step is not None:
                     raise ValueError(f"{op}: must come between steps of the model, got a call from within one")
                 if context.comparison is not None:
-                    held = context.requests if find is context_of else subject
-                    return _checked_call(op, context, held, signature, fn, (subject, *args), options)
-                return fn(subject, *args, **options)
+                    held = context.requests if find is context_of else args[0]
+                    return _checked_call(op, context, held, signature, fn, args, options)
+                context.turns.check_user(op)
+                return fn(*args, **options)
 
         return cast(F, call)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -54,8 +55,12 @@ def _positions(position_ids: torch.Tensor | None, batch: int, width: int, column
 
 def _kept(numbers: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Those of ``numbers`` [B, S] whose logits are wanted: [B, n], or [n] by a mask."""
-    if isinstance(logits_to_keep, int):
-        return numbers[:, slice(-logits_to_keep, None)]  # 0 keeps all
+    if not isinstance(logits_to_keep, torch.Tensor):
+        try:
+            return numbers[:, slice(-operator.index(logits_to_keep), None)]  # 0 keeps all
+        except TypeError:
+            got = type(logits_to_keep).__name__
+            raise TypeError(f"forward: logits_to_keep must be an int or a tensor of columns, got {got}") from None
     columns = logits_to_keep.cpu()
     if columns.dim() < 2:
         return numbers[:, columns]

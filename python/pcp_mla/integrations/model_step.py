@@ -77,16 +77,16 @@ def local_tokens(meta: PCPMetadata, natural: torch.Tensor) -> tuple[torch.Tensor
     return local[0], local[1] if len(local) > 1 else meta.positions.long()
 
 
-def _restore_rows(padded: torch.Tensor, group: Group, rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, hidden] of all ranks' local rows [Np, hidden], by their numbers in the gathered order. Few rows are exchanged alone:
-    each rank lays out what it has at each one's local row, and the owner's is taken. No rows are no collective."""
+def _gather_rows(padded: torch.Tensor, group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What has rows [n] of all ranks' local rows [Np, hidden], by their numbers in the gathered order, and where. Few rows are
+    exchanged alone: each rank lays out what it has at each one's local row, and the owner's is taken. No rows are no collective."""
     count = rows.shape[0]
     if group is None or count == 0 or count >= padded.shape[0]:
-        return (all_gather_rows(padded, group) if count else padded).index_select(0, rows)
+        return all_gather_rows(padded, group) if count else padded, rows
     rows = rows.long()
-    offered = all_gather_rows(padded.index_select(0, rows % padded.shape[0]), group)
     owners = rows.div(padded.shape[0], rounding_mode="floor")
-    return offered.index_select(0, owners * count + torch.arange(count, device=rows.device))
+    places = owners * count + torch.arange(count, device=rows.device)
+    return all_gather_rows(padded.index_select(0, rows % padded.shape[0]), group), places
 
 
 def run_step(
@@ -136,7 +136,10 @@ def run_step(
     order = meta.hidden_restore_idx[: sum(lengths)]
     if rows is not None:
         order = order.index_select(0, rows.to(device))
-    restored = _restore_rows(padded, None if decode else context.group, order)
+    gathered, places = _gather_rows(padded, None if decode else context.group, order)
     context.in_collectives = False
+    restored = gathered.index_select(0, places)
     requests.lengths = [old + new for old, new in zip(requests.lengths, lengths, strict=True)]
+    if context.comparison is not None:
+        requests.history = [hash((old, *new)) for old, new in zip(requests.history, tokens, strict=True)]
     return restored

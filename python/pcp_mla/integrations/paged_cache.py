@@ -17,10 +17,19 @@ BLOCK_SIZE = 16
 
 @dataclass
 class CachedRequests:
-    """Requests whose tokens are in the cache: how many tokens each has, and the numbers of its blocks in order."""
+    """Requests whose tokens are in the cache: how many tokens each has, and the numbers of its blocks in order.
+
+    Attributes:
+        history: a number for what made each one, tokens included, equal on all ranks that were given the same. Kept up only where
+            ranks compare.
+    """
 
     lengths: list[int] = field(default_factory=list)
     blocks: list[list[int]] = field(default_factory=list)
+    history: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.history = self.history or [0] * len(self.lengths)
 
     def block_tables(self) -> np.ndarray:
         """int32 [R, blocks of the longest], padded with 0."""
@@ -74,7 +83,7 @@ class LatentBlocks:
     def grow(self, free: int) -> None:
         """Make sure that so many blocks are free."""
         with self.lock:
-            missing, old = free - len(self._free), len(self._users)
+            missing, old = free - len(self._free), self.cache.shape[1]
             if missing <= 0:
                 return
             more = max(missing, old // 4)
@@ -83,7 +92,7 @@ class LatentBlocks:
                 grown[:, :old] = self.cache
             self.cache = grown
             with self._counts():
-                self._users += [0] * more
+                self._users += [0] * (old + more - len(self._users))  # an interrupt may have left out some
                 self._free += reversed(range(old, old + more))
 
     def _take(self, count: int) -> list[int]:
@@ -119,7 +128,7 @@ class LatentBlocks:
         """The same requests over the same blocks, to add tokens to; the given ones stay as they are."""
         for blocks in requests.blocks:
             self._use(blocks)
-        return CachedRequests(list(requests.lengths), [list(blocks) for blocks in requests.blocks])
+        return CachedRequests(list(requests.lengths), [list(blocks) for blocks in requests.blocks], list(requests.history))
 
     def fork_prefixes(self, requests: CachedRequests, prefixes: Sequence[tuple[int, int] | None]) -> CachedRequests:
         """New requests: each begins with the first ``tokens`` tokens of an old one, as (request, tokens), or with none.
@@ -132,17 +141,21 @@ class LatentBlocks:
     def _forked_prefixes(self, requests: CachedRequests, prefixes: Sequence[tuple[int, int] | None]) -> CachedRequests:
         copies = self._take(sum(prefix is not None and prefix[1] % BLOCK_SIZE > 0 for prefix in prefixes))
         new = CachedRequests()
-        for prefix in prefixes:
-            request, tokens = prefix or (0, 0)
-            full, rest = divmod(tokens, BLOCK_SIZE)
-            blocks = requests.blocks[request][:full] if full else []
-            self._use(blocks)
-            if rest:
-                copy = copies.pop()
-                self.cache[:, copy] = self.cache[:, requests.blocks[request][full]]
-                blocks.append(copy)
-            new.lengths.append(tokens)
-            new.blocks.append(blocks)
+        try:
+            for prefix in prefixes:
+                request, tokens = prefix or (0, 0)
+                full, rest = divmod(tokens, BLOCK_SIZE)
+                blocks = requests.blocks[request][:full] if full else []
+                self._use(blocks)
+                new.lengths.append(tokens)
+                new.blocks.append(blocks)
+                new.history.append(hash((requests.history[request], tokens)) if tokens else 0)
+                if rest:
+                    blocks.append(copies.pop())
+                    self.cache[:, blocks[-1]] = self.cache[:, requests.blocks[request][full]]
+        except BaseException:
+            self.release(CachedRequests(blocks=[copies, *new.blocks]))
+            raise
         return new
 
     def make_room_to_shorten(self, requests: CachedRequests, lengths: Sequence[int]) -> None:
@@ -167,6 +180,7 @@ class LatentBlocks:
                     left.append(kept[full])
                     kept[full:] = self._take(1)
                     self.cache[:, kept[full]] = self.cache[:, left[-1]]
+                requests.history[row] = hash((requests.history[row], length)) if length else 0
                 requests.blocks[row], requests.lengths[row] = kept, length
                 self.release(CachedRequests(blocks=[left]))
 

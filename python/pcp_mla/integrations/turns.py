@@ -32,11 +32,9 @@ class Turns:
         self.owner: threading.Thread | None = None
 
     @contextmanager
-    def turn(self, op: str) -> Iterator[None]:
-        """Around a call. ValueError if another thread than this one calls a model over several ranks."""
+    def turn(self) -> Iterator[None]:
+        """Around a call."""
         with self._lock:
-            if self._several_ranks:
-                self._check_user(op)
             if self._device.type == "cuda":
                 self._follow_the_last_stream()
             self.depth += 1
@@ -45,9 +43,10 @@ class Turns:
             finally:
                 self.depth -= 1
 
-    def _check_user(self, op: str) -> None:
+    def check_user(self, op: str) -> None:
+        """In a turn: ValueError if another thread than this one calls a model over several ranks."""
         thread, user = threading.current_thread(), self._user
-        if thread is user:
+        if thread is user or not self._several_ranks:
             return
         if user is not self._maker and user.is_alive():
             raise ValueError(
