@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcp_mla import LatentExchange, MLAPrefill, PCPMetadata, PCPPlanner, row_attention
+from pcp_mla import LatentExchange, MLAPrefill, PCPMetadata, PCPPlanner, pipeline, row_attention
 from pcp_mla.exchange import group_rank, group_world_size
 from pcp_mla.launch import run_distributed
 from pcp_mla.pipeline import MLADims
@@ -345,8 +345,13 @@ def test_hooks_of_a_module_are_not_left_out() -> None:
     def run(module: Any) -> torch.Tensor:
         return batch.run(lambda q, kv_c, k_pe, _, *rest: ours(q, kv_c, k_pe, module, *rest), None, meta, None)
 
-    linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+    for register in (linear.register_forward_hook, torch.nn.modules.module.register_module_forward_hook):
+        handle = register(lambda module, inputs, output: 2 * output)
+        torch.testing.assert_close(run(linear), run(batch.weight), rtol=1e-11, atol=1e-11)
+        handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
     torch.testing.assert_close(run(linear), run(batch.weight), rtol=1e-11, atol=1e-11)
+    handle.remove()
 
 
 @pytest.mark.parametrize("workspace", [None, 64])
@@ -417,8 +422,24 @@ def test_a_module_is_tried_once() -> None:
         assert module.calls == calls
 
 
-def test_latents_in_the_cache_itself() -> None:
+class Fours(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert len(x) % 4 == 0, "rows in fours"
+        return super().forward(x)
+
+
+def test_a_module_that_does_not_take_any_number_of_rows() -> None:
+    layer = MLAPrefill(DIMS, SCALE, LatentExchange(None, 6, DIMS, torch.float32))
+    meta = PCPMetadata.build([4], world_size=1, rank=0)
+    wanted = "MLAPrefill: kv_b_proj must take any number of rows, got AssertionError for one of zeros: rows in fours"
+    with torch.no_grad(), pytest.raises(ValueError, match=wanted):
+        layer(torch.zeros(4, 3, 12), torch.zeros(4, 7), torch.zeros(4, 4), Fours(7, 39), meta)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_latents_in_the_cache_itself(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused while they are where they were: a world of one sends nothing."""
+    monkeypatch.setattr(pipeline, "ALL_NATIVE", native and pipeline.ALL_NATIVE)
     cache = torch.randn(2, BLOCK, 11)
     rows = cache.flatten(0, 1)[2:]
     layer = MLAPrefill(DIMS, SCALE, LatentExchange(None, 6, DIMS, torch.float32))

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn.modules import module as _modules
 
 from .attention import attend, check_library, choose
 from .attention_checks import check_scale
+from .backends import ALL_NATIVE
 from .checks import check_meta
 from .latent_exchange import LatentExchange
 from .metadata import PCPMetadata
@@ -59,13 +61,18 @@ KVProjection = torch.nn.Module | torch.Tensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def _hooks_of_all() -> bool:
+    """Whether there are hooks of every module."""
+    return bool(_modules._global_forward_hooks or _modules._global_forward_pre_hooks)
+
+
 def plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
     """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does: subclasses of Linear and of Tensor
     may hold it quantised or in shards, and hooks and other forwards may move it or change what comes of it."""
     if not isinstance(kv_b_proj, torch.Tensor):
         if type(kv_b_proj) is not torch.nn.Linear or kv_b_proj.bias is not None or "forward" in kv_b_proj.__dict__:
             return None
-        if kv_b_proj._forward_hooks or kv_b_proj._forward_pre_hooks:
+        if kv_b_proj._forward_hooks or kv_b_proj._forward_pre_hooks or _hooks_of_all():
             return None
         kv_b_proj = kv_b_proj.weight
     return kv_b_proj if type(kv_b_proj) in _PLAIN else None
@@ -77,6 +84,8 @@ def _weight_in_place(kv_b_proj: KVProjection) -> torch.Tensor | None:
     if isinstance(kv_b_proj, torch.Tensor):
         return kv_b_proj
     if type(kv_b_proj) is not torch.nn.Linear or "forward" in kv_b_proj.__dict__ or kv_b_proj._forward_pre_hooks:
+        return None
+    if _modules._global_forward_pre_hooks:
         return None
     return kv_b_proj.weight if type(kv_b_proj.weight) in _PLAIN else None
 
@@ -265,10 +274,14 @@ class MLAPrefill:
             assert meta.slot_mapping is not None
             assert meta.kv_rows is not None
             with _stage("cache_write", q):
+                # In a world of one the latents may be the caller's, and no collective was made. Native ops look by themselves.
+                beside = {"kv_c and k_pe": latents}
+                if not (ALL_NATIVE or torch.compiler.is_compiling()):
+                    check_apart("MLAPrefill", "cache", cache, beside)
                 try:
                     torch.ops.pcp_mla.write_latent_cache.default(latents, cache, meta.slot_mapping, None)
-                except RuntimeError:  # in a world of one the latents may be the caller's, and no collective was made
-                    check_apart("MLAPrefill", "cache", cache, {"kv_c and k_pe": latents})
+                except RuntimeError:
+                    check_apart("MLAPrefill", "cache", cache, beside)
                     raise
             latents, rows = cache, meta.kv_rows
         *context, new = meta.key_chunks or (None,)

@@ -39,5 +39,11 @@ def check_projection(op: str, module: torch.nn.Module, dims: MLADims, kv_c: torc
     if features != dims.kv_lora_rank:
         raise ValueError(f"{op}: kv_b_proj must take kv_lora_rank = {dims.kv_lora_rank} numbers, got in_features {features}")
     row = kv_c.new_zeros(1, dims.kv_lora_rank)
-    check_expanded(op, "kv_b_proj's result", module(row), 1, dims, row)
+    try:
+        expanded = module(row)
+    except Exception as error:
+        raise ValueError(
+            f"{op}: kv_b_proj must take any number of rows, got {type(error).__name__} for one of zeros: {error}"
+        ) from error
+    check_expanded(op, "kv_b_proj's result", expanded, 1, dims, row)
     _tried[module] = kind

@@ -47,7 +47,8 @@ def check_no_gradients(op: str, name: str, x: torch.Tensor) -> None:
 
 def check_not_expanded(op: str, name: str, x: torch.Tensor) -> None:
     """Raise unless what is written has a place of its own for each element."""
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    strides = x.stride()
+    if 0 in strides and x.numel() and any(size > 1 and stride == 0 for size, stride in zip(x.shape, strides, strict=True)):
         raise ValueError(f"{op}: {name} must not be expanded, got strides {x.stride()} for {tuple(x.shape)}")
 
 
