@@ -274,6 +274,26 @@ def test_given_results(device, backend):
         assert torch.equal(out, wanted[0])
 
 
+@everywhere
+def test_addresses_that_are_no_multiples_of_16(device, backend):
+    available(device, backend)
+    meta = meta_of(BATCHES["context"], 1, device)
+    q, k, v, *_ = inputs(meta, torch.bfloat16)
+    wanted = attend(q, k, v, meta, backend=backend)
+
+    def shifted(x):
+        room = torch.zeros(x.numel() + 3 * len(x) + 1, dtype=x.dtype, device=device)
+        return room[1:].as_strided(x.shape, (x.shape[1] * x.shape[2] + 3, x.shape[2], 1)).copy_(x)
+
+    out = shifted(torch.zeros_like(wanted[0]))
+    for got in (
+        attend(shifted(q), shifted(k), shifted(v), meta, backend=backend),
+        attend(q, k, v, meta, backend=backend, out=(out, torch.zeros_like(wanted[1]))),
+    ):
+        torch.testing.assert_close(got[0], wanted[0], rtol=2**-7, atol=2**-9)
+        torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-5)
+
+
 @ours
 @pytest.mark.parametrize("padded", [False, True])
 def test_pads_of_q_are_not_written(device, backend, padded):

@@ -108,6 +108,31 @@ def same(got, wanted):
     assert torch.equal(got[1], wanted[1])
 
 
+def shifted(x):
+    """The same numbers two bytes behind a multiple of 16, rows apart by an odd number of them."""
+    room = torch.full((x.shape[0] * (x.shape[1] * x.shape[2] + 3) + 8,), torch.nan, dtype=x.dtype)
+    first = 1 + -(room.data_ptr() // 2) % 8
+    view = room[first:].as_strided(x.shape, (x.shape[1] * x.shape[2] + 3, x.shape[2], 1))
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_a_library_cannot_reach_is_copied(library, name, monkeypatch):
+    library(name)
+    meta = batch()
+    q, k, v = (x[: meta.num_kv_tokens].clone() for x in inputs(meta))
+    wanted, seen = attend(q, k, v, meta, backend="fa2"), []
+    monkeypatch.setattr(attention_libraries, "arguments", lambda library, values: seen.append(values) or arguments(library, values))
+    out = shifted(torch.zeros(len(q), 3, 16).bfloat16()), torch.empty(len(q), 3)
+    got = attend(shifted(q), shifted(k), shifted(v), meta, backend="fa2", out=out)
+    assert got[0] is out[0]
+    same(got, wanted)
+    for values in seen:
+        for x in [values[name] for name in ("q", "k", "v", "out") if values.get(name) is not None]:
+            assert x.data_ptr() % 16 == 0
+            assert all(stride * 2 % 16 == 0 for stride in x.stride()[:2])
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("merged", [False, True])
 def test_pads_of_q_are_not_written(library, name, merged):

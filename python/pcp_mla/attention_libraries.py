@@ -188,13 +188,24 @@ def find(name: str) -> Library | str:
     return LIBRARIES[name]()
 
 
+def _in_reach(x: torch.Tensor) -> bool:
+    """Whether tensor copies and vector loads can read it: rows and heads at multiples of 16 bytes. The libraries take that for
+    granted, and a kernel that cannot goes down with the whole context."""
+    strides = x.stride()
+    return not (x.data_ptr() | (strides[0] | strides[1]) * x.element_size()) & 15
+
+
 def call(
     library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, scale: float, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [T, H, Dv], in ``out`` if the library takes one, and LSE [T, H]; either may be a view."""
+    """Output [T, H, Dv], in ``out`` if the library takes one, and LSE [T, H]; either may be a view. Inputs that it cannot reach are
+    copied."""
     width = v.shape[2]
     if library.flash2 and width < q.shape[2]:
         v, out = F.pad(v, (0, q.shape[2] - width)), None
+    q, k, v = (x if _in_reach(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+    if out is not None and not _in_reach(out):
+        out = None
     values = {"q": q, "k": k, "v": v, "softmax_scale": scale, "out": out, **rows._asdict()}
     if not library.shares_starts:
         del values["seqused_k"]
