@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .calls import in_turn
 from .context import PCPContext
 from .paged_cache import CachedRequests
+from .stock import CausalLMOutputWithPast, DynamicCache, DynamicLayer
 
 # What transformers calls a cache, in arguments and results: `past_key_values` until 5.23, `cache` from then on.
 CACHE_WORD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

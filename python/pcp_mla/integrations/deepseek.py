@@ -9,14 +9,8 @@ from typing import Any
 
 import torch
 
-try:
-    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
-    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
-except ImportError as error:
-    raise ImportError(f'transformers 5 with DeepSeek-V2 and V3 is needed: pip install "pcp-mla[demo]" ({error})') from error
-
 from ..pipeline import MLADims
+from .stock import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, v2, v3
 
 
 def _rope_of_v3(modeling: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -6,7 +6,6 @@ import operator
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .caches import CACHE_WORD, PCPCache, empty_cache
 from .calls import in_turn
@@ -14,6 +13,7 @@ from .context import context_at_place
 from .model_step import run_step
 from .paged_cache import CachedRequests
 from .requests import check_token_ids
+from .stock import CausalLMOutputWithPast
 
 # What a config, too, can ask for. A model under PCP has its own tokens' states only, and no attention weights.
 _RECORDINGS = ("output_attentions", "output_hidden_states", "output_router_logits")
