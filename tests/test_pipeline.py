@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -323,6 +324,19 @@ def test_row_with_v_of_another_width(v_dim: int) -> None:
     q, k, v = (torch.randn(n, 2, width, dtype=torch.float64) for n, width in ((4, 6), (9, 6), (9, v_dim)))
     scores = torch.einsum("nhd,mhd->hnm", q, k).masked_fill(torch.ones(4, 9).triu(6).bool(), -torch.inf)
     torch.testing.assert_close(attend_row(q, k, v, 1.0), torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v))
+
+
+def test_row_at_any_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gets rows and heads at multiples of 16 bytes."""
+    seen: list[torch.Tensor] = []
+    product = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **options: seen.extend(x) or product(*x, **options))
+    q, k, v = (torch.randn(n, 2, width) for n, width in ((5, 4), (5, 4), (5, 16)))
+    room = torch.zeros(1 + 5 * 11)
+    apart = room[1:].as_strided((5, 2, 4), (11, 4, 1)).copy_(q)
+    assert torch.equal(attend_row(apart, k, v, 0.3), attend_row(q, k, v, 0.3))
+    assert [x.data_ptr() % 16 for x in seen] == [0] * 6
+    assert {stride * 4 % 16 for x in seen for stride in x.stride()[1:3]} == {0}
 
 
 @pytest.mark.parametrize("block", [2**24, 20, 1])

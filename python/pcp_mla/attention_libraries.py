@@ -188,11 +188,16 @@ def find(name: str) -> Library | str:
     return LIBRARIES[name]()
 
 
-def _in_reach(x: torch.Tensor) -> bool:
-    """Whether tensor copies and vector loads can read it: rows and heads at multiples of 16 bytes. The libraries take that for
-    granted, and a kernel that cannot goes down with the whole context."""
+def _apart(x: torch.Tensor) -> int:
+    """0 where rows and heads lie at multiples of 16 bytes, as tensor copies and vector loads want them."""
     strides = x.stride()
-    return not (x.data_ptr() | (strides[0] | strides[1]) * x.element_size()) & 15
+    return (x.data_ptr() | (strides[0] | strides[1]) * x.element_size()) & 15
+
+
+def in_reach(x: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, dim] where a library can read it: ``x``, or a copy. Libraries take that for granted, and a kernel that cannot
+    goes down with the whole context."""
+    return x.clone(memory_format=torch.contiguous_format) if _apart(x) else x
 
 
 def call(
@@ -203,8 +208,8 @@ def call(
     width = v.shape[2]
     if library.flash2 and width < q.shape[2]:
         v, out = F.pad(v, (0, q.shape[2] - width)), None
-    q, k, v = (x if _in_reach(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-    if out is not None and not _in_reach(out):
+    q, k, v = in_reach(q), in_reach(k), in_reach(v)
+    if out is not None and _apart(out):
         out = None
     values = {"q": q, "k": k, "v": v, "softmax_scale": scale, "out": out, **rows._asdict()}
     if not library.shares_starts:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .attention_libraries import in_reach
+
 # Numbers in a mask that is made at a time.
 _BLOCK = 2**24
 
@@ -18,7 +20,8 @@ def attend_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale:
     if q.device.type == "cpu" and width < q.shape[2]:
         # torch's flash kernel for CPUs takes one width; without it all scores are in memory at a time, and it is slower.
         v = F.pad(v, (0, q.shape[2] - width))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    # On a GPU torch may choose a kernel by the widths that then has no form for these addresses.
+    q, k, v = (in_reach(x).transpose(0, 1)[None] for x in (q, k, v))
     # torch's is_causal is aligned top-left: only right for n = m. A single query sees every key.
     if n in (1, m) or not causal:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and n > 1, scale=softmax_scale)
