@@ -27,12 +27,12 @@ test-asan: $(VENV)/ready
 	    ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -p no:cacheprovider --capture=sys -k "not triton" $(ASAN_TESTS)
 
 # The whole test-suite in an environment of its own, with the newest versions that pyproject.toml allows (of torch, that pip finds: its
-# build with CUDA brings its own Triton), against the installed package.
+# build with CUDA brings its own Triton).
 NEWEST := build/newest
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
 	PCP_MLA_NATIVE=0 $(NEWEST)/bin/python -m pip install -q '.[triton,demo]' -r requirements-test.txt
-	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall -e .
 	$(NEWEST)/bin/python -m pcp_mla env
 	$(NEWEST)/bin/python -m pytest
 
