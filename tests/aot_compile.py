@@ -86,7 +86,8 @@ def compile_attention(capability, data, listed, ones=False):
     constants |= numbers_of(attention_kernel, types) if ones else {}
     names = list(inspect.signature(attention_kernel.fn).parameters)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*") or "stride" in n}
+    divisible = [n for n in names if signature[n].startswith("*") or ("stride" in n and n not in constants)]
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     positions = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(attention_kernel, signature, constexprs=positions, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
