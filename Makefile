@@ -1,11 +1,11 @@
-# make demo | test | test-asan | test-newest | stress | lint | bench: everything is set up in .venv first. PYTHON=... chooses the
-# interpreter to start from.
+# make demo | test | test-asan | test-newest | mutants | stress | lint | bench: everything is set up in .venv first. PYTHON=... chooses
+# the interpreter to start from.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
-.PHONY: demo test test-asan test-newest stress lint format bench build clean
+.PHONY: demo test test-asan test-newest mutants stress lint format bench build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -35,6 +35,12 @@ test-newest:
 	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall -e .
 	$(NEWEST)/bin/python -m pcp_mla env
 	$(NEWEST)/bin/python -m pytest
+
+# Small wrong changes, one at a time, in a copy of the tree: each must fail a test. ONLY="planner slots" makes those alone that name one.
+ONLY ?=
+
+mutants: build
+	PYTHONPATH=tests $(RUN) -m mutants $(ONLY)
 
 # Random calls of every op for so long in all; the same ones again with the SEED that it prints. See docs/testing.md.
 SECONDS ?= 60
