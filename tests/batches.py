@@ -19,6 +19,7 @@ IMPLEMENTATIONS = [
         id="triton-interpreted",
         marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for the GPU here"),
     ),
+    pytest.param("cuda", "auto", id="cuda-auto", marks=pytest.mark.gpu),
     pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
     pytest.param("cuda", "triton", id="triton", marks=pytest.mark.gpu),
     pytest.param("cuda", "reference", id="reference-cuda", marks=pytest.mark.gpu),

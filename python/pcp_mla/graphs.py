@@ -49,23 +49,23 @@ class PiecewiseGraph:
             raise RuntimeError("PiecewiseGraph.capture: the graph must be new, got one that is captured")
         stream, caller = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(caller)
-        try:
-            with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # where a capture that failed must end, too
+            try:
                 self._begin()
                 for exchange in exchanges:
                     exchange.around = self.gap
                 result = fn()
                 self._end()
-        except BaseException:
-            if self._open is not None:
-                with contextlib.suppress(RuntimeError):  # CUDA may have ended the capture
-                    self._open.capture_end()
-            self._pieces.clear()
-            raise
-        finally:
-            self._open = None
-            for exchange in exchanges:
-                exchange.around = None
+            except BaseException:
+                if self._open is not None:
+                    with contextlib.suppress(RuntimeError):  # CUDA may have ended the capture
+                        self._open.capture_end()
+                self._pieces.clear()
+                raise
+            finally:
+                self._open = None
+                for exchange in exchanges:
+                    exchange.around = None
         caller.wait_stream(stream)
         return result
 
