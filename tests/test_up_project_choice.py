@@ -1,0 +1,239 @@
+"""Which kernel of kv_up_project takes which tensors, each reason against the Hopper kernel apart from the others, and what that
+kernel says itself where it is called by name: results against float64."""
+
+import math
+
+import pytest
+import torch
+
+from pcp_mla import kv_up_project, native, up_project
+from pcp_mla.pipeline import MLADims
+
+PLAIN = MLADims(2, 64, 64, 64, 128)
+ROWS, BLOCK = 70, 5
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+on_hopper = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="the CUDA kernel is for Hopper")
+
+# Widths, dtype and what is odd about a tensor: numbers between its rows, between its heads (blocks of the latents), before its first.
+CASES = {
+    "plain": ({}, torch.bfloat16, {}, "cuda"),
+    "float16": ({}, torch.float16, {}, "cuda"),
+    "multiples of 16 bytes": (
+        {},
+        torch.bfloat16,
+        {"latents": (8, 16, 8), "weight": (8, 0, 8), "k": (8, 8, 8), "v": (8, 8, 8)},
+        "cuda",
+    ),
+    "widest rank": ({"kv_lora_rank": 512}, torch.bfloat16, {}, "cuda"),
+    "rank above 512": ({"kv_lora_rank": 576}, torch.bfloat16, {}, "triton"),
+    "odd rank": ({"kv_lora_rank": 80}, torch.bfloat16, {}, "triton"),
+    "odd nope": ({"qk_nope_head_dim": 96}, torch.bfloat16, {}, "triton"),
+    "odd v": ({"v_head_dim": 72}, torch.bfloat16, {}, "triton"),
+    "odd rope": ({"qk_rope_head_dim": 60}, torch.bfloat16, {"latents": (4, 0, 0), "k": (0, 4, 0)}, "triton"),
+    "wide rope": ({"qk_rope_head_dim": 72}, torch.bfloat16, {}, "triton"),
+    "float32": ({}, torch.float32, {}, "triton"),
+    "float64": ({}, torch.float64, {}, "reference"),
+    "row stride of the latents": ({}, torch.bfloat16, {"latents": (4, 4, 0)}, "triton"),
+    "block stride of the latents": ({}, torch.bfloat16, {"latents": (0, 4, 0)}, "triton"),
+    "address of the latents": ({}, torch.bfloat16, {"latents": (0, 0, 4)}, "triton"),
+    "row stride of the weight": ({}, torch.bfloat16, {"weight": (4, 0, 0)}, "triton"),
+    "address of the weight": ({}, torch.bfloat16, {"weight": (0, 0, 4)}, "triton"),
+    "row stride of K": ({}, torch.bfloat16, {"k": (4, 0, 0)}, "triton"),
+    "head stride of K": ({}, torch.bfloat16, {"k": (0, 4, 0)}, "triton"),
+    "address of K": ({}, torch.bfloat16, {"k": (0, 0, 4)}, "triton"),
+    "row stride of V": ({}, torch.float16, {"v": (4, 0, 0)}, "triton"),
+    "head stride of V": ({}, torch.float16, {"v": (0, 4, 0)}, "triton"),
+    "address of V": ({}, torch.float16, {"v": (0, 0, 4)}, "triton"),
+}
+
+
+def placed(shape, odd, dtype, device, fill=math.nan):
+    """A tensor of two or three dimensions in a buffer that is full of ``fill``."""
+    rows, outer, first = odd
+    row = shape[-1] + (rows if len(shape) < 3 else 0)
+    if len(shape) == 2:
+        strides = (row, 1)
+    else:  # K and V: heads have gaps of ``outer``, rows of ``rows`` behind the last head
+        head = shape[2] + outer
+        strides = (shape[1] * head + rows, head, 1)
+    size = first + shape[0] * strides[0]
+    return torch.full((size,), fill, dtype=dtype, device=device).as_strided(shape, strides, first)
+
+
+def paged(slots, odd, dtype, device):
+    """Latents in blocks, with gaps behind a row and behind a block."""
+    rows, blocks, first = odd
+    count, width = slots.shape
+    row = width + rows
+    block = BLOCK * row + blocks
+    memory = torch.full((first + count // BLOCK * block,), math.nan, dtype=dtype, device=device)
+    cache = memory.as_strided((count // BLOCK, BLOCK, width), (block, row, 1), first)
+    cache.copy_(slots.view(count // BLOCK, BLOCK, width))
+    return cache
+
+
+def made(case, device):
+    changes, dtype, odd, _ = CASES[case]
+    dims = MLADims(**{**vars(PLAIN), **changes})
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(2 * ROWS, dims.latent_dim, generator=generator).to(dtype)
+    factors = (torch.randn(dims.num_heads * dims.expanded_dim, dims.kv_lora_rank, generator=generator) / 8).to(dtype)
+    rows = torch.randint(-1, 2 * ROWS + 1, (ROWS,), generator=generator).int()
+    none = (0, 0, 0)
+    weight = placed(factors.shape, odd.get("weight", none), dtype, device)
+    weight.copy_(factors)
+    k = placed((ROWS, dims.num_heads, dims.qk_head_dim), odd.get("k", none), dtype, device)
+    v = placed((ROWS, dims.num_heads, dims.v_head_dim), odd.get("v", none), dtype, device)
+    return dims, values, rows, factors, (paged(values, odd.get("latents", none), dtype, device), rows.to(device), weight, k, v)
+
+
+def check(dims, values, rows, factors, k, v):
+    """One rounding of float32 sums; k_pe to the bit, and zeros for rows that are none."""
+    there = (rows >= 0) & (rows < len(values))
+    x = values.double()[rows.clamp(0, len(values) - 1).long()] * there[:, None]
+    rank, nope = dims.kv_lora_rank, dims.qk_nope_head_dim
+    wanted = torch.einsum("nr,hdr->nhd", x[:, :rank], factors.double().view(dims.num_heads, -1, rank))
+    size = torch.einsum("nr,hdr->nhd", x[:, :rank].abs(), factors.double().abs().view(dims.num_heads, -1, rank))
+    got = torch.cat([k[..., :nope], v], dim=2).cpu()
+    eps = torch.finfo(got.dtype).eps
+    sums = 2**-52 if got.dtype == torch.float64 else 2**-23
+    assert not ((got.double() - wanted).abs() > eps / 2 * wanted.abs() + rank**0.5 * sums * size).any()
+    assert torch.equal(k[..., nope:].cpu().double(), x[:, None, rank:].expand(-1, dims.num_heads, -1))
+
+
+@devices
+@pytest.mark.parametrize("case", CASES)
+def test_auto_takes(device, case, monkeypatch):
+    """On the CPU as if it were a Hopper GPU, with the reference in the place of every kernel."""
+    wanted = CASES[case][3]
+    if device == "cuda" and not HOPPER:
+        wanted = "triton" if wanted == "cuda" else wanted
+    taken, stand_in = [], up_project.reference.kv_up_project
+
+    def noted(name, call):
+        def run(*arguments):
+            taken.append(name)
+            call(*arguments)
+
+        return run
+
+    if device == "cpu":
+        monkeypatch.setattr(up_project, "_is_hopper", lambda device: True)
+        monkeypatch.setattr(up_project, "HAS_TRITON", True)
+        monkeypatch.setitem(native.status, "_native_cuda", "")
+    wgmma, select = (stand_in, None) if device == "cpu" else (up_project._wgmma, up_project.select)
+    monkeypatch.setattr(up_project, "_wgmma", noted("cuda", wgmma))
+    monkeypatch.setattr(
+        up_project, "select", lambda op, name, kind: noted(name, stand_in if select is None else select(op, name, kind))
+    )
+    monkeypatch.setattr(up_project.reference, "kv_up_project", noted("reference", stand_in))
+    dims, values, rows, factors, tensors = made(case, device)
+    up_project._on_cuda(*tensors)
+    assert taken == [wanted]
+    check(dims, values, rows, factors, *tensors[3:])
+    if device == "cuda":  # the function, results allocated and given
+        taken.clear()
+        latents, listed, weight, k, v = tensors
+        k.fill_(math.nan)
+        v.fill_(math.nan)
+        check(dims, values, rows, factors, *kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v))
+        check(dims, values, rows, factors, *kv_up_project(latents, listed, weight, dims))
+        assert taken[0] == wanted
+        assert len(taken) == 2
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("rank", "wide"), [(576, 128), (640, 128), (704, 64)])
+def test_more_of_a_rank_than_auto_gives_the_kernel(rank, wide, monkeypatch):
+    """Down to three stages of 128 columns, and all slabs that there are."""
+    monkeypatch.setitem(
+        CASES, "large", ({"qk_nope_head_dim": wide, "v_head_dim": wide, "kv_lora_rank": rank}, torch.bfloat16, {}, "")
+    )
+    dims, values, rows, factors, (latents, listed, weight, k, v) = made("large", "cuda")
+    kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v, backend="cuda")
+    check(dims, values, rows, factors, k, v)
+
+
+WIDTHS = "the CUDA kernel needs kv_lora_rank, nope and v in multiples of 64 and rope of 8, at most 64; got "
+REFUSED = {
+    "odd rank": WIDTHS + "80, 64, 64, 64",
+    "odd nope": WIDTHS + "128, 96, 64, 64",
+    "odd v": WIDTHS + "128, 64, 72, 64",
+    "odd rope": WIDTHS + "128, 64, 64, 60",
+    "wide rope": WIDTHS + "128, 64, 64, 72",
+    "float32": "the CUDA kernel needs bfloat16 or float16",
+    "float64": "the CUDA kernel needs bfloat16 or float16",
+    **{case: "the CUDA kernel needs rows at multiples of 16 bytes" for case in CASES if " of " in case and "multiples" not in case},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_kernel_refuses(case):
+    dims, *_, (latents, listed, weight, k, v) = made(case, "cuda")
+    with pytest.raises(RuntimeError, match=f"kv_up_project: {REFUSED[case]}"):
+        kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v, backend="cuda")
+    torch.cuda.synchronize()
+    assert k.isnan().all()
+    assert v.isnan().all()
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("rank", "wide"), [(704, 128), (768, 64)])
+def test_a_rank_that_needs_too_much_shared_memory(rank, wide, monkeypatch):
+    monkeypatch.setitem(
+        CASES, "large", ({"qk_nope_head_dim": wide, "v_head_dim": wide, "kv_lora_rank": rank}, torch.bfloat16, {}, "")
+    )
+    dims, *_, (latents, listed, weight, k, v) = made("large", "cuda")
+    with pytest.raises(RuntimeError, match=f"kv_up_project: kv_lora_rank {rank} needs more shared memory than there is"):
+        kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v, backend="cuda")
+    assert k.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latents": lambda x: x[0, 0]}, "latents must be .rows, width. or .num_blocks, block_size, width."),
+        ({"weight": lambda x: x[None]}, "weight must have 2 dimensions, k_out and v_out 3"),
+        ({"k": lambda x: x[0]}, "weight must have 2 dimensions, k_out and v_out 3"),
+        ({"latents": lambda x: x.half()}, "all tensors must have one dtype and device, and a contiguous last dimension"),
+        ({"v": lambda x: x.repeat(1, 1, 2)[..., ::2]}, "all tensors must have one dtype and device, and a contiguous last"),
+        ({"weight": lambda x: x.T.contiguous().T}, "weight must have a contiguous last dimension"),
+        ({"rows": lambda x: x.long()}, "rows must be a contiguous int32 list on the device of the latents"),
+        ({"rows": lambda x: x.cpu()}, "rows must be a contiguous int32 list on the device of the latents"),
+        ({"k": lambda x: x[:-1]}, "k_out and v_out must have at least as many rows as there are"),
+        ({"k": lambda x: x.repeat(2, 1, 1)}, "k_out and v_out must have as many rows"),
+        ({"v": lambda x: x[:, :1]}, "k_out must be .rows, heads, nope . rope. and v_out .rows, heads, v."),
+        ({"weight": lambda x: x[:-1]}, "weight must be .heads . .nope . v., kv_lora_rank., less than 2..31 rows"),
+    ],
+)
+def test_the_native_op_refuses_what_does_not_fit(change, words):
+    """torch.ops is open to anyone: what does not fit must not reach memory."""
+    *_, tensors = made("plain", "cuda")
+    given = dict(zip(("latents", "rows", "weight", "k", "v"), tensors, strict=True))
+    for name, of in change.items():
+        given[name] = of(given[name])
+    with pytest.raises(RuntimeError, match=f"kv_up_project: {words}"):
+        torch.ops.pcp_mla.kv_up_project_wgmma(*given.values())
+    torch.cuda.synchronize()
+    assert given["k"].isnan().all()
+    assert given["v"].isnan().all()
+
+
+def test_every_reason_stands_alone(monkeypatch):
+    """What makes a case odd is all that is odd about it: with it left out the kernel takes it."""
+    monkeypatch.setattr(up_project, "_is_hopper", lambda device: True)
+    for case, (changes, _, odd, wanted) in CASES.items():
+        if wanted != "triton" or not odd or changes:
+            continue
+        (name,) = odd
+        dims, _, _, _, tensors = made(case, "cpu")
+        given = dict(zip(("latents", "rows", "weight", "k", "v"), tensors, strict=True))
+        del given["rows"]
+        assert not up_project._fits_wgmma(*given.values()), case
+        given[name] = given[name].clone(memory_format=torch.contiguous_format)
+        assert up_project._fits_wgmma(*given.values()), case
