@@ -15,7 +15,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 on_hopper = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="the CUDA kernel is for Hopper")
 
-# Widths, dtype and what is odd about a tensor: numbers between its rows, between its heads (blocks of the latents), before its first.
+# Widths, dtype and what is odd about a tensor: numbers between its rows, between its heads (or blocks), before its first.
 CASES = {
     "plain": ({}, torch.bfloat16, {}, "cuda"),
     "float16": ({}, torch.float16, {}, "cuda"),
@@ -231,7 +231,7 @@ def test_every_reason_stands_alone(monkeypatch):
         if wanted != "triton" or not odd or changes:
             continue
         (name,) = odd
-        dims, _, _, _, tensors = made(case, "cpu")
+        *_, tensors = made(case, "cpu")
         given = dict(zip(("latents", "rows", "weight", "k", "v"), tensors, strict=True))
         del given["rows"]
         assert not up_project._fits_wgmma(*given.values()), case
