@@ -26,6 +26,7 @@ FORMS = {
     "aligned with gaps": (16, 16, 16, 16),
     "odd width": (5, 0, 0, 0),
     "odd width with gaps": (7, 1, 2, 3),
+    "odd width, more than a warp": (67, 0, 0, 0),
     "odd strides": (16, 0, 1, 0),
     "odd addresses": (16, 1, 15, 0),
     "odd strides of the result": (16, 0, 0, 1),

@@ -195,7 +195,7 @@ def test_merges_of_rows_too_far_apart(by_heads):
                 merge_n_attn_states([b, a, b], [lse_a] * 3, out=out, backend=backend)
             with pytest.raises(ValueError, match=f"cp_correct_out: out {words}"):
                 cp_correct_out(a, torch.stack([lse_a, lse_b]), 0, corrected=out, backend=backend)
-        with pytest.raises(RuntimeError, match="strides of a partial must be from 0 to less than 2..32 bytes"):
+        with pytest.raises(RuntimeError, match=r"strides of a partial must be from 0 to less than 2\*\*32 bytes"):
             torch.ops.pcp_mla.merge_attn_states_out(a, lse_a, b, lse_b, None, None, None, None, False, out, None)
         assert out.isnan().all()
         for backend in ("auto", "cuda", "triton"):
@@ -228,7 +228,7 @@ def test_attention_over_a_projection(device, backend, listed):
         scores = q[:, head].double() @ torch.cat([one[:, :nope], pe], dim=1).T * scale
         scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(keys - queries + 1), -torch.inf)
         wanted = scores.softmax(1) @ one[:, nope:]
-        # Probabilities are rounded to bf16 on their way, each on its own: a share of the outputs' spread, which all keys make small.
+        # Probabilities are rounded to bf16, each on its own: a share of the outputs' spread, which so many keys make small.
         allowed = 2**-8 * wanted.abs() + 2**-5 * wanted.std()
         assert not ((out[:, head].double() - wanted).abs() > allowed).any()
         assert torch.allclose(lse[:, head].double(), scores.logsumexp(1), rtol=1e-5)

@@ -91,8 +91,6 @@ void plan_expand(const Tensor& request_table, const std::optional<Tensor>& block
   check_cuda(launch(e, current_stream(e.kind)));
 }
 
-const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
 const char* wait(void* copied) { return text_of(cudaEventSynchronize(static_cast<cudaEvent_t>(copied))); }
 
 // Nothing may be thrown from one library into another.

@@ -15,7 +15,17 @@ constexpr int kMaxTileRows = 32;  // rows of a block: one thread each looks its 
 constexpr int64_t kTileBytes = 16 << 10;
 constexpr int kBlocksPerSm = 8;  // all threads that an SM holds: caps registers at 32
 
-inline void check_cuda(cudaError_t error) { check(error == cudaSuccess, "pcp_mla: CUDA error: ", cudaGetErrorString(error)); }
+// Null for none. CUDA would tell it again to whoever asks after the next launch, which has nothing to do with it.
+inline const char* text_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+inline void check_cuda(cudaError_t error) {
+  const char* text = text_of(error);
+  check(text == nullptr, "pcp_mla: CUDA error: ", text);
+}
 
 inline cudaStream_t current_stream(const Kind& kind) {
   void* stream = nullptr;
