@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,14 +17,19 @@ from pcp_mla.graphs import PiecewiseGraph
 
 
 class Machine:
-    """Streams and graphs as CUDA and torch have them: a capture ends on the stream that it began on, or not at all."""
+    """Streams and graphs as CUDA and torch have them: a capture ends on the stream that it began on, or not at all, and a pool
+    whose graphs are gone is none any more."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current, self.capturing = self.stream(), []
+        self.graphs_of: dict[Any, weakref.WeakSet[Any]] = {}
         machine = self
 
         class Graph:
             def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+                graphs = machine.graphs_of.setdefault(pool, weakref.WeakSet([self]))
+                assert graphs, "the pool is gone"
+                graphs.add(self)
                 self.on = machine.current
                 machine.capturing.append(self.on)
 

@@ -27,7 +27,7 @@ class PiecewiseGraph:
     """
 
     def __init__(self, pool: Any = None, device: torch.device | str | None = None) -> None:
-        self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        self._shared_pool = self._pool = pool
         named = torch.device("cuda" if device is None else device)
         self._device = torch.device("cuda", torch.cuda.current_device()) if named.index is None else named
         self._pieces: list[Callable[[], None]] = []
@@ -44,9 +44,12 @@ class PiecewiseGraph:
         Raises:
             RuntimeError: captured already, or CUDA refuses to capture what ``fn`` does; torch can capture nothing more in this
                 process then.
+            Exception: what ``fn`` raises itself. Nothing is captured then, and a later call may capture.
         """
         if self._pieces:
             raise RuntimeError("PiecewiseGraph.capture: the graph must be new, got one that is captured")
+        if self._shared_pool is None:  # a new one each time: of a failed capture's pool the graphs are gone, torch takes it no more
+            self._pool = torch.cuda.graph_pool_handle()
         stream, caller = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):  # where a capture that failed must end, too
