@@ -32,6 +32,13 @@ FORMS = {
     "odd strides of the result": (16, 0, 0, 1),
 }
 TOKENS, HEADS = 9, 3
+
+
+def forms(device):
+    """On the CPU, which reads every row alike, fewer."""
+    return [form for form in FORMS if device == "cuda" or "gaps" in form or "result" in form]
+
+
 SCALE = 0.02
 
 
@@ -130,7 +137,7 @@ def test_two(device, backend, dtype, picked):
     counted = torch.tensor([[op & 1 > 0 for op in ops], [op & 2 > 0 for op in ops]])
     options = {name: torch.tensor(value, dtype=torch.int32, device=device) for name, value in PICKED[picked].items()}
     scale = torch.tensor([SCALE], device=device)
-    for form, kind, base in itertools.product(FORMS, [*results_of(dtype), F8], "e2"):
+    for form, kind, base in itertools.product(forms(device), [*results_of(dtype), F8], "e2"):
         what = (form, kind, base)
         a, lse_a = part(form, dtype, device, 1, first_is_nan=True)
         b, lse_b = part(form, dtype, device, 2)
@@ -156,7 +163,7 @@ def test_many(device, backend, dtype, count):
     """Groups of partials that are full and not, listed and stacked."""
     needs_float8(device, backend)
     scale = torch.tensor([SCALE], device=device)
-    for form, kind in itertools.product(FORMS, [*results_of(dtype), F8]):
+    for form, kind in itertools.product(forms(device), [*results_of(dtype), F8]):
         pairs = [part(form, dtype, device, seed, first_is_nan=seed % 2 == 0) for seed in range(count)]
         outs, lses = [out for out, _ in pairs], [lse for _, lse in pairs]
         terms, lse = exact(outs, lses, torch.ones(count, TOKENS).bool(), False)
@@ -178,7 +185,7 @@ def test_a_ranks_share(device, backend, dtype, world, rank):
     used = torch.ones(world, TOKENS, dtype=torch.int32)
     used[rank, 4] = used[0, 6] = used[:, 7] = 0
     cases = [("e", None, None), ("2", used, None), ("e", used, HEADS)]
-    for form, (base, keys, shares) in itertools.product(FORMS, cases):
+    for form, (base, keys, shares) in itertools.product(forms(device), cases):
         lses = [part(form, dtype, device, seed, first_is_nan=seed == rank)[1] for seed in range(world)]
         out, _ = part(form, dtype, device, rank, first_is_nan=True)
         counted = torch.ones(world, TOKENS).bool() if keys is None else keys > 0
