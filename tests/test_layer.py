@@ -1,5 +1,5 @@
 """The layer at DeepSeek's widths on every attention backend, P played, with a cached prefix, a workspace and a captured graph,
-against itself in float64."""
+against attention written out in float64."""
 
 import functools
 
@@ -62,20 +62,43 @@ class Step:
         return self.layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
 
 
+def attention(rounded):
+    """[tokens, heads, v] in natural order, request by request, in float64; K, V, the softmax and the result go through ``rounded``."""
+    q, latents, context, weight, _ = (x.double() for x in inputs())
+    out, start, cached = [], 0, 0
+    for new, old in zip(LENGTHS, CONTEXTS, strict=True):
+        sequence = torch.cat([context[cached : cached + old], latents[start : start + new]])
+        expanded = rounded(sequence[:, :512] @ weight.T).view(-1, 2, 256)
+        keys = torch.cat([expanded[..., :128], sequence[:, None, 512:].expand(-1, 2, -1)], dim=-1)
+        scores = torch.einsum("nhd,mhd->hnm", q[start : start + new], keys) * 192**-0.5
+        scores.masked_fill_(torch.arange(old + new) > torch.arange(old, old + new)[:, None], -torch.inf)
+        out.append(rounded(torch.einsum("hnm,mhd->nhd", rounded(scores.softmax(-1)), expanded[..., 128:])))
+        start, cached = start + new, cached + old
+    return torch.cat(out)
+
+
 @functools.cache
 def exact():
-    return Step(None, "cpu", torch.float64, "torch")()
+    return attention(lambda x: x)
 
 
 @functools.cache
 def own_error():
-    """Of the same in bf16 by torch: K and V are rounded there, too."""
-    return (Step(None, "cpu", torch.bfloat16, "torch")().double() - exact()).abs().max()
+    """What each number is off by where everything that is kept in bf16 is rounded, and nothing else goes wrong."""
+    return attention(lambda x: x.bfloat16().double()) - exact()
+
+
+def size(x):
+    return x.square().mean().sqrt()
 
 
 def check(tokens, out):
+    """A softmax scale half a percent off makes the errors 1.7 times as large, one percent three times."""
     assert out.dtype == torch.bfloat16
-    assert ((out.double().cpu() - exact()[tokens.cpu()]).abs() <= 2 * own_error()).all()
+    tokens = tokens.long().cpu()
+    error, own = out.double().cpu() - exact()[tokens], own_error()[tokens]
+    assert size(error) <= 1.5 * size(own)
+    assert error.abs().max() <= 2 * own_error().abs().max()
 
 
 @everywhere
