@@ -63,7 +63,7 @@ class Step:
 
 
 def attention(rounded):
-    """[tokens, heads, v] in natural order, request by request, in float64; K, V, the softmax and the result go through ``rounded``."""
+    """[tokens, heads, v] in natural order, by request, in float64; K, V, the softmax and the result go through ``rounded``."""
     q, latents, context, weight, _ = (x.double() for x in inputs())
     out, start, cached = [], 0, 0
     for new, old in zip(LENGTHS, CONTEXTS, strict=True):
