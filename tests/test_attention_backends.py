@@ -22,12 +22,14 @@ from pcp_mla.attention_libraries import arguments, of_function, of_op
 
 SCALE = 0.3
 LIBRARY = torch.library.Library("pcp_mla_test", "FRAGMENT")
-# Three versions of a library: another order, other names, one that insists on things, one without lengths of its own.
+# Versions of a library: another order, other names, some that insist on things, one without lengths of its own; and a function of
+# Python, which gives an LSE on request.
 SCHEMAS = {
     "fa3": (
         "(Tensor v, Tensor k, Tensor q, Tensor? q_v, Tensor? out, Tensor? seqused_q, Tensor? seqused_k, Tensor? cu_seqlens_k, "
         "Tensor? cu_seqlens_q, int? max_seqlen_k, int? max_seqlen_q, float softmax_scale, int sm_margin, bool is_causal, "
-        "int num_splits=0, int window_size_left=-1) -> Tensor[]"
+        "int window_size_left, int window_size_right, int attention_chunk, float softcap, bool is_rotary_interleaved, "
+        "int cp_world_size, int cp_rank, int num_splits=0) -> Tensor[]"
     ),
     "fa2": (
         "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, int max_q, int max_k, float dropout_p, "
@@ -35,37 +37,56 @@ SCHEMAS = {
     ),
     "old": (
         "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
-        "float p_dropout, float softmax_scale, bool causal) -> (Tensor, Tensor)"
+        "float p_dropout, float softmax_scale, bool zero_tensors, bool causal, int window_size_left, int window_size_right, "
+        "float softcap, bool return_softmax) -> (Tensor, Tensor)"
     ),
 }
 
 
-def compute(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, causal):
+NAMES = [*SCHEMAS, "fa4"]
+
+
+def compute(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, causal, max_q, max_k):
     assert all(x.isfinite().all() for x in (k, v))  # they read whole tiles
+    assert max_q >= cu_seqlens_q.diff().max()  # and make as many as the longest row has
+    assert max_k >= seqused_k.max()
     out, lse = q.new_full((*q.shape[:2], v.shape[2]), torch.nan), torch.full(q.shape[:2], torch.nan)
     reference.attention(q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, seqused_k, None, None, scale, causal, out, lse)
     return out, lse.T.contiguous()
 
 
 def fa3(
-    v, k, q, q_v, out, seqused_q, seqused_k, cu_k, cu_q, max_k, max_q, scale, sm_margin, causal, num_splits=0, window_size_left=-1
-):
-    assert (q_v, seqused_q, sm_margin, num_splits, window_size_left) == (None, None, 0, 1, -1)
-    assert max_k >= seqused_k.max()
-    assert max_q >= cu_q.diff().max()
-    got, lse = compute(q, k, v, cu_q, cu_k, seqused_k, scale, causal)
+    v, k, q, q_v, out, seqused_q, seqused_k, cu_k, cu_q, max_k, max_q, scale, sm_margin, causal,
+    left, right, chunk, softcap, interleaved, cp_world_size, cp_rank, num_splits=0,
+):  # fmt: skip
+    assert (q_v, seqused_q, sm_margin, num_splits) == (None, None, 0, 1)
+    assert (left, right, chunk, softcap) == (-1, -1, 0, 0.0)  # no window, no limit
+    assert (interleaved, cp_world_size, cp_rank) == (True, 1, 0)
+    got, lse = compute(q, k, v, cu_q, cu_k, seqused_k, scale, causal, max_q, max_k)
     return [got if out is None else out.copy_(got), lse]
 
 
 def fa2(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, seqused_k=None):
     assert (dropout, debug) == (0.0, False)
     assert q.shape[2] == v.shape[2]
-    out, lse = compute(q, k, v, cu_q, cu_k, seqused_k, scale, causal)
+    out, lse = compute(q, k, v, cu_q, cu_k, seqused_k, scale, causal, max_q, max_k)
     return out, lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
-def old(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal):
-    return compute(q, k, v, cu_q, cu_k, cu_k.diff(), scale, causal)
+def old(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, zero, causal, left, right, softcap, return_softmax):
+    assert (dropout, zero, return_softmax) == (0.0, False, False)
+    assert (left, right, softcap) == (-1, -1, 0.0)
+    out, lse = compute(q, k, v, cu_q, cu_k, cu_k.diff(), scale, causal, max_q, max_k)
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def fa4(
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_k=None, softmax_scale=None,
+    causal=False, window_size=(None, None), num_splits=0, return_lse=False,
+):  # fmt: skip
+    assert (window_size, num_splits) == ((None, None), 1)
+    out, lse = compute(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, causal, max_seqlen_q, max_seqlen_k)
+    return out, lse if return_lse else None
 
 
 for name, function in (("fa3", fa3), ("fa2", fa2), ("old", old)):
@@ -78,7 +99,10 @@ def library(monkeypatch):
     """Put a stand-in in the place of fa2."""
 
     def use(name):
-        found = replace(of_op(getattr(torch.ops.pcp_mla_test, name).default), flash2=name != "fa3")
+        if name == "fa4":
+            found = of_function(fa4)
+        else:
+            found = replace(of_op(getattr(torch.ops.pcp_mla_test, name).default), flash2=name != "fa3")
         monkeypatch.setattr(attention, "find", lambda backend: found)
         monkeypatch.setattr(attention_backends, "missing", lambda backend, device: "")
 
@@ -116,7 +140,7 @@ def shifted(x):
     return view.copy_(x)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_a_library_cannot_reach_is_copied(library, name, monkeypatch):
     library(name)
     meta = batch()
@@ -133,7 +157,7 @@ def test_what_a_library_cannot_reach_is_copied(library, name, monkeypatch):
             assert all(stride * 2 % 16 == 0 for stride in x.stride()[:2])
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("merged", [False, True])
 def test_pads_of_q_are_not_written(library, name, merged):
     if merged and name == "old":
@@ -155,7 +179,7 @@ def test_pads_of_q_are_not_written(library, name, merged):
     assert lse[len(q) :].eq(7).all()
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", NAMES)
 def test_arguments_find_their_places(library, name):
     library(name)
     meta = batch()
@@ -171,7 +195,24 @@ def test_arguments_find_their_places(library, name):
     assert torch.equal(pcp_attention(q, k, v, meta, softmax_scale=SCALE, backend="fa2"), wanted[0])
 
 
-@pytest.mark.parametrize("name", ["fa3", "fa2"])
+@pytest.mark.parametrize("name", ["fa3", "fa2", "fa4"])
+def test_rows_without_keys_stay_in_place(library, name):
+    """As they are, and not made 0 by a merge of nothing with nothing."""
+    library(name)
+    meta = batch(workspace=35)
+    q, k, v = inputs(meta)
+    chunk = next(chunk for chunk in meta.key_chunks if (chunk.seqused_k == 0).any())
+    out, lse = torch.full((len(q), 3, 16), 7.0).bfloat16(), torch.full((len(q), 3), -torch.inf)
+    attend(q, k, v, meta, chunk=chunk, prev=(out, lse), out=(out, lse), backend="fa2")
+    sees = torch.repeat_interleave(chunk.seqused_k > 0, meta.cu_seqlens_q.diff())
+    assert 0 < sees.sum() < len(q)
+    assert out[~sees].eq(7).all()
+    assert lse[~sees].eq(-torch.inf).all()
+    alone = attend(q, k, v, meta, chunk=chunk, backend="torch")
+    same([x[sees] for x in (out, lse)], [x[sees] for x in alone])
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa2", "fa4"])
 def test_earlier_results_are_merged(library, name):
     library(name)
     meta = batch(workspace=35)
@@ -206,10 +247,11 @@ def test_a_library_without_lengths_cannot_take_chunks(library):
         attend(q, k, v, meta, chunk=meta.key_chunks[0], backend="fa2")
 
 
+@pytest.mark.parametrize("name", ["fa3", "fa2", "fa4"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_rows_without_keys_have_no_lse(library, in_place):
+def test_rows_without_keys_have_no_lse(library, name, in_place):
     """FlashAttention 2 gives +inf there."""
-    library("fa2")
+    library(name)
     meta = batch(workspace=35)
     q, k, v = inputs(meta)
     for chunk in meta.key_chunks:
@@ -223,7 +265,7 @@ def test_rows_without_keys_have_no_lse(library, in_place):
     assert any((attend(q, k, v, meta, chunk=chunk, backend="fa2")[1] == -torch.inf).any() for chunk in meta.key_chunks)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("extra", [0, 2])
 def test_given_results_of_any_layout(library, name, padded, extra):
