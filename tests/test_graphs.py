@@ -1,8 +1,8 @@
-"""Steps of a model in CUDA graphs, pieces around the collectives, replayed with batches that they were not captured with; the layer
-under torch.compile."""
+"""Steps of a model in CUDA graphs, pieces around the collectives, replayed with batches that they were not captured with."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 from unittest import mock
@@ -12,10 +12,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from torch._dynamo.testing import CompileCounterWithBackend
-
-from bench.graphs import Echo
-from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
+from pcp_mla import LatentExchange, MLADims, PCPPlanner
 from pcp_mla.graphs import PiecewiseGraph
 from pcp_mla.integrations import captured
 from pcp_mla.integrations.transformers import capture_graphs, copy_sharing_weights, decode, enable_pcp, extend, prefill
@@ -37,10 +34,39 @@ def work(model: Any) -> list[torch.Tensor]:
     return logits
 
 
+def stock_work(model: Any) -> list[torch.Tensor]:
+    """The same by the stock model, each request anew and whole."""
+    requests = prompts([13, 1, 5])
+    logits = [stock(model, requests, [0, 0, 0])]
+    for new in ([[3], [4], [5]], [[3], [4], [5]], [[3], [4], [5]], prompts([2, 7, 0])):
+        done = [len(request) for request in requests]
+        requests = [old + more for old, more in zip(requests, new, strict=True)]
+        logits.append(stock(model, requests, done))
+    first, second = prompts([30, 9])
+    requests = [requests[0][:11] + first, second]
+    logits.append(stock(model, requests, [11, 0]))
+    logits.append(stock(model, [[*requests[0], 7], [*second, 8]], [41, 9]))
+    (long,), (short,) = prompts([300]), prompts([4])
+    return [*logits, stock(model, [long], [0]), stock(model, [[*long, 1]], [300]), stock(model, [short], [0])]
+
+
+@functools.cache
+def stock_on_the_cpu() -> list[torch.Tensor]:
+    return stock_work(build("v3"))
+
+
+@torch.no_grad()
+def stock(model: Any, requests: list[list[int]], done: list[int]) -> torch.Tensor:
+    """Logits of each request behind its first ``done`` tokens."""
+    whole = [model(torch.tensor([ids], device=model.device), use_cache=False).logits[0] for ids in requests]
+    return torch.cat([logits[n:] for logits, n in zip(whole, done, strict=True)])
+
+
 def replayed_and_not(group: Any, model: Any, layout: str) -> tuple[list[torch.Tensor], list[torch.Tensor], int, list[int]]:
-    """Results without graphs and with them, how many replays there were, and the pieces of the captured graphs."""
+    """Results of the stock model and with graphs, how many replays there were, and the pieces of the captured graphs."""
+    wanted = stock_work(model)
     enable_pcp(model, group, layout)
-    wanted = work(model)
+    work(model)  # without graphs: kernels compile
     capture_graphs(model, prefill_sizes=PREFILLS, decode_sizes=DECODES, max_requests=5)
     context = model.__dict__["_pcp"]
     count = 0
@@ -143,30 +169,81 @@ def test_another_device_than_the_current_one() -> None:
     assert torch.cuda.current_device() == 0
 
 
-class NoGraph:
-    """Where nothing can be captured: what a capture runs, and no replay."""
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """CUDA's part of a capture on the CPU, where everything is run as it is captured: what was begun, ended and replayed."""
+    events: list[str] = []
 
-    num_pieces = 0
+    class Graph:
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local"
+            events.append("begin")
 
-    def __init__(self, pool: Any, device: Any) -> None: ...
+        def capture_end(self) -> None:
+            events.append("end")
 
-    def capture(self, fn: Any, exchanges: Any) -> Any:
-        return fn()
+        def replay(self) -> None:
+            events.append("replay")
+
+    nowhere = mock.MagicMock()
+    nowhere.__exit__.return_value = False
+    for name in ("Stream", "current_stream", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nowhere)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    return events
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_exchange_is_as_before_once_it_was_captured(fails: bool, recorded: list[str]) -> None:
+    """Its collective is a piece of the graph while that is captured, and a plain call afterwards, also where the capture failed."""
+    dims = MLADims(1, 4, 2, 4, 6)
+
+    def rank(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        exchange, graph = LatentExchange(group, 4, dims, torch.float32), PiecewiseGraph()
+        meta = PCPPlanner(1, 8, 2, group.rank).plan([8])
+        kv_c, k_pe = torch.full((4, 6), 1.0 + group.rank), torch.full((4, 2), 5.0)
+
+        def step() -> torch.Tensor:
+            gathered = exchange.all_gather(kv_c, k_pe, meta)
+            if fails:
+                raise ZeroDivisionError
+            return gathered
+
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                graph.capture(step, [exchange])
+            assert graph.num_pieces == 0
+        else:
+            graph.capture(step, [exchange])
+            assert graph.num_pieces == 3
+        assert exchange.around is None
+        kv_c += 2
+        before = exchange.all_gather(kv_c, k_pe, meta).clone()
+        kv_c += 2
+        graph.replay()
+        return before, exchange.all_gather(kv_c, k_pe, meta).clone()
+
+    for results in play(2, rank):
+        for result, added in zip(results, (2, 4), strict=True):
+            assert result[:, 0].tolist() == [1.0 + added] * 4 + [2.0 + added] * 4
+    assert recorded.count("begin") == recorded.count("end") == 4
+    assert recorded.count("replay") == (0 if fails else 4)
 
 
 @pytest.mark.parametrize("layout", ["unpadded", "padded"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_padded_steps_call_by_call(world_size: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_steps_call_by_call(world_size: int, layout: str, recorded: list[str]) -> None:
     """What a rank does whose cache grew: the captured sizes, without the graphs."""
-    monkeypatch.setattr(captured, "PiecewiseGraph", NoGraph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     model = build("v3")
 
     @torch.no_grad()
-    def rank(group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+    def rank(group: Any) -> tuple[list[torch.Tensor], int, list[int]]:
         mine = copy_sharing_weights(model)
         context = enable_pcp(mine, group, layout)
-        wanted, taken = work(mine), 0
+        prefill(mine, prompts([300]))  # the cache is as large as it becomes
+        taken = 0
         context.captured = captured.CapturedSteps(mine, context, False, PREFILLS, 5)
         context.captured_decodes = captured.CapturedSteps(mine, context, True, DECODES, 5)
         for steps in (context.captured, context.captured_decodes):
@@ -178,10 +255,13 @@ def test_padded_steps_call_by_call(world_size: int, layout: str, monkeypatch: py
                 return call(*arguments)
 
             steps._call = counted  # type: ignore[method-assign]
-        return wanted, work(mine), taken
+        pieces = context.captured.num_pieces + context.captured_decodes.num_pieces
+        return work(mine), taken, pieces
 
-    for wanted, got, taken in play(world_size, rank):
+    wanted = stock_on_the_cpu()
+    for got, taken, pieces in play(world_size, rank):
         assert taken == 10
+        assert pieces == [7 if world_size > 1 else 1] * 2 + [1, 1]
         for one, other in zip(got, wanted, strict=True):
             check_close(one, other)
 
@@ -214,38 +294,3 @@ def test_errors() -> None:
         capture_graphs(model, decode_sizes=[8])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="capture_graphs: max_requests must be at least 32, as decode_sizes, got 16"):
         capture_graphs(model, decode_sizes=[(8, 10), (32, 10)])
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("group", [None, Echo(rank=1)], ids=["alone", "of two"])
-def test_the_layer_compiles_whole(device: str, group: Any) -> None:
-    """One graph, and padded plans of a size share it from the third at the latest: numbers that vary have become symbols."""
-    dims = MLADims(2, 128, 64, 128, 512)
-    world, rank = (1, 0) if group is None else (2, 1)
-    planner = PCPPlanner(4, 256 * world, world, rank, block_size=16, device=device, max_kv_tokens=700)
-    tables = torch.arange(4 * 40, dtype=torch.int32, device=device).view(4, 40)
-    layer = MLAPrefill(dims, 192**-0.5, LatentExchange(group, planner.max_local_tokens, dims, torch.bfloat16, device), "auto")
-    generator = torch.Generator().manual_seed(0)
-
-    def values(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).bfloat16().to(device)
-
-    cache, weight = values(160, 16, 576), values(2 * 256, 512) * 512**-0.5
-    counter = CompileCounterWithBackend("aot_eager")
-    torch.compiler.reset()
-
-    @torch.compile(fullgraph=True, backend=counter)
-    def compiled(*arguments: Any) -> torch.Tensor:
-        return layer(*arguments)
-
-    batches = [([100, 1], [20, 5]), ([37, 60, 1], [0, 8, 3]), ([200], [100]), ([50, 50], [1, 1]), ([9, 9, 9, 9], [0, 0, 3, 7])]
-    with torch.no_grad():
-        for number, (lengths, contexts) in enumerate(batches):
-            sizes = {"num_tokens_padded": 256, "num_requests_padded": 4, "num_kv_tokens_padded": 700}
-            meta = planner.plan(lengths, contexts, [length > 1 for length in lengths], tables, **sizes)
-            inputs = values(256, 2, 192), values(256, 512), values(256, 64), weight, meta
-            theirs, mine = cache.clone(), cache.clone()
-            wanted, got = layer(*inputs, theirs)[: meta.num_tokens], compiled(*inputs, mine)[: meta.num_tokens]
-            assert torch.equal(mine, theirs)
-            assert torch.allclose(got, wanted, atol=2**-5)
-            assert counter.frame_count <= min(number + 1, 3)
