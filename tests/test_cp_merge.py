@@ -65,6 +65,7 @@ def run_cases(group: Any, world: int, rank: int) -> dict[Any, Any]:
     return results
 
 
+@functools.cache
 def exact(case: tuple[Any, ...], world: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The right merge in float64: of the rounded partials, as a merge can do no better; for float32 attention over all keys."""
     out, lse = attention(0, torch.ones(KEYS, dtype=torch.bool))
@@ -82,6 +83,18 @@ def share_of(x: torch.Tensor, name: str, world: int, rank: int) -> torch.Tensor:
 def within_a_rounding(got: torch.Tensor, want: torch.Tensor) -> bool:
     """Whether a bf16 result is within one rounding, 2**-8 of itself, of ``want``, but for the float32 sum's error."""
     return bool(((got.double() - want).abs() <= 2**-8 * want.abs() + 1e-6).all())
+
+
+def check(result: tuple[torch.Tensor, torch.Tensor], name: str, case: tuple[Any, ...], world: int, rank: int) -> None:
+    want, want_lse = (share_of(x, name, world, rank) for x in exact(case, world))
+    out, lse = result
+    assert out.dtype == case[0]
+    torch.testing.assert_close(lse, want_lse.float(), rtol=1e-6, atol=2e-6)
+    if out.dtype == torch.float32:
+        torch.testing.assert_close(out, want.float(), rtol=1e-5, atol=2e-6)
+    else:
+        assert within_a_rounding(out, want)
+    assert not out[0].any()  # row 0 sees no keys
 
 
 def process(group: Any) -> dict[Any, Any]:
@@ -117,32 +130,20 @@ def processes(world: int) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize(("world", "where"), [(2, None), (4, None), (8, None), (4, "2x2"), (8, "2x4"), (8, "2x2x2")])
 def test_merge_is_attention_over_all_keys(world: int, where: str | None, name: str, case: int) -> None:
     ranks = 4 if where == "2x2x2" else world
-    want, want_lse = exact(CASES[case], ranks)
-    for rank, all_results in enumerate(processes(world)):
-        results = all_results if where is None else all_results[where]
-        rank %= ranks  # of one of two groups, each with all keys
-        out, lse = results[name, case]
-        assert out.dtype == CASES[case][0]
-        torch.testing.assert_close(lse, share_of(want_lse, name, ranks, rank).float(), rtol=1e-6, atol=2e-6)
-        if out.dtype == torch.float32:
-            torch.testing.assert_close(out, share_of(want, name, ranks, rank).float(), rtol=1e-5, atol=2e-6)
-        else:
-            assert within_a_rounding(out, share_of(want, name, ranks, rank))
-        assert not out[0].any()  # row 0 sees no keys
+    for rank, results in enumerate(processes(world)):  # of two groups, each with all keys, where there are more than ranks
+        check((results if where is None else results[where])[name, case], name, CASES[case], ranks, rank % ranks)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_played_ranks_give_the_same(world: int) -> None:
-    """The all-to-all to the bit; sums over ranks up to their order."""
+    """As right, the all-to-all and the LSEs to the bit."""
     played = play(world, lambda group: run_cases(group, world, group.rank))
-    for mine, theirs in zip(played, processes(world), strict=True):
-        for key, (out, lse) in mine.items():
-            assert torch.equal(lse, theirs[key][1])
-            if key[0] == "a2a":
-                assert torch.equal(out, theirs[key][0])
-            else:
-                rtol = 1e-5 if out.dtype == torch.float32 else 2**-7
-                torch.testing.assert_close(out, theirs[key][0], rtol=rtol, atol=2e-6)
+    for rank, (mine, theirs) in enumerate(zip(played, processes(world), strict=True)):
+        assert mine.keys() == {(name, case) for name in FUNCTIONS for case in range(len(CASES))}
+        for (name, case), (out, lse) in mine.items():
+            check((out, lse), name, CASES[case], world, rank)
+            assert torch.equal(lse, theirs[name, case][1])
+            assert torch.equal(out, theirs[name, case][0]) or name != "a2a"
 
 
 def test_no_tokens() -> None:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batches import same_bits
 from pcp_mla import backends, cp_correct_out, merge_attn_states, merge_n_attn_states, native
+from test_merge_states import check
 
 pytestmark = pytest.mark.gpu
 
@@ -96,6 +97,8 @@ class TestCalls:
                 merge_attn_states(a, lse_a, b, lse_b, out=out, lse_out=lse, backend=backend, **options)
             assert same_bits(got[0], wanted[0])
             assert same_bits(got[1], wanted[1])
+            if not options or "lse_base" in options:
+                check(*got, [a, b], [lse_a, lse_b], options.get("lse_base", "e"))
         assert (refused.calls, refused.count) == (6, 0)
 
     @pytest.mark.parametrize("count", [1, 3, 8])
@@ -107,6 +110,7 @@ class TestCalls:
             merge_n_attn_states(*given, out=wanted[0], lse_out=wanted[1], backend="cuda")
             assert same_bits(got[0], wanted[0])
             assert same_bits(got[1], wanted[1])
+            check(*got, outs, lses)
         assert (refused.calls, refused.count) == (2, 0)
 
     def test_correction(self, refused):
@@ -119,7 +123,10 @@ class TestCalls:
         shares = torch.empty(2, 33, 3, 80, device="cuda")
         cp_correct_out(outs[2], torch.stack(lses), 2, corrected=shares, seqused_k=used)
         assert same_bits(shares.transpose(0, 1).reshape(33, 6, 80), wanted[0])
-        assert (refused.calls, refused.count) == (2, 0)
+        parts = [cp_correct_out(x, torch.stack(lses), n, seqused_k=used)[0] for n, x in enumerate(outs)]
+        counted = [lse.masked_fill(used[n, :, None] == 0, -torch.inf) for n, lse in enumerate(lses)]
+        check(sum(parts), got[1], [x.float() for x in outs], counted)
+        assert (refused.calls, refused.count) == (6, 0)
 
     def test_a_refusal_is_an_error_with_its_words(self, refused):
         (a, b), (lse_a, lse_b) = partials(2)

@@ -261,6 +261,20 @@ def test_graph_replay_with_other_slots(backend):
     assert torch.equal(out, latents.flip(0))
 
 
+@everywhere
+def test_rows_outside_past_two_to_the_31(device, backend):
+    """Rows so far apart that the last ones lie behind the 2^31st number; memory between them is never touched."""
+    cache = torch.arange(20 * 8, dtype=torch.uint8, device=device).view(20, 8)
+    far = torch.empty(17 * 2**27 + 8, dtype=torch.uint8, device=device).as_strided((18, 8), (2**27, 1))
+    rows = torch.arange(19, 1, -1, dtype=torch.int32, device=device)
+    gather_latents(cache, rows, out=far, backend=backend)
+    assert torch.equal(far, cache[2:].flip(0))
+    other = torch.zeros_like(cache)
+    write_latent_cache(far, other, rows.long(), backend=backend)
+    assert torch.equal(other[2:], cache[2:])
+    assert not other[:2].any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_offsets_past_two_to_the_31(backend):
