@@ -265,7 +265,8 @@ def test_graph_replay_with_other_slots(backend):
 def test_rows_outside_past_two_to_the_31(device, backend):
     """Rows so far apart that the last ones lie behind the 2^31st number; memory between them is never touched."""
     cache = torch.arange(20 * 8, dtype=torch.uint8, device=device).view(20, 8)
-    far = torch.empty(17 * 2**27 + 8, dtype=torch.uint8, device=device).as_strided((18, 8), (2**27, 1))
+    room = torch.empty(2**31 + 17 * 2**27 + 8, dtype=torch.uint8, device=device)  # a number that wrapped around is in there, too
+    far = room[2**31 :].as_strided((18, 8), (2**27, 1))
     rows = torch.arange(19, 1, -1, dtype=torch.int32, device=device)
     gather_latents(cache, rows, out=far, backend=backend)
     assert torch.equal(far, cache[2:].flip(0))
