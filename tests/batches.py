@@ -73,6 +73,13 @@ def same_bits(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(as_bytes(a), as_bytes(b))
 
 
+def half_ulp(x, dtype):
+    """Of numbers in float64: what rounding each to ``dtype`` may change it by."""
+    kind = torch.finfo(dtype)
+    exponent = torch.frexp(x).exponent.clamp(min=math.frexp(kind.smallest_normal)[1])
+    return torch.ldexp(torch.full_like(x, kind.eps / 4), exponent).masked_fill(x == 0, 0)
+
+
 def as_bytes(x):
     """[rows, bytes of a row]"""
     if x.numel() == 0:

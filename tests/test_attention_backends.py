@@ -245,6 +245,9 @@ def test_a_library_without_lengths_cannot_take_chunks(library):
     q, k, v = inputs(meta)
     with pytest.raises(NotImplementedError, match="chunk and prev need seqused_k, which this version of fa2 lacks; triton does"):
         attend(q, k, v, meta, chunk=meta.key_chunks[0], backend="fa2")
+    prev = torch.randn(len(q), 3, 16).bfloat16(), torch.randn(len(q), 3)
+    with pytest.raises(NotImplementedError, match="chunk and prev need seqused_k, which this version of fa2 lacks; triton does"):
+        attend(q, k, v, meta, prev=prev, backend="fa2")
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa2", "fa4"])

@@ -126,6 +126,7 @@ def test_graph_replay(backend, workspace):
     available("cuda", backend)
     step = Step(None, "cuda", torch.bfloat16, backend, workspace)
     wanted = step()
+    check(step.tokens, wanted)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         out = step()
