@@ -273,6 +273,8 @@ def test_token_ids_of_every_kind(model: Any) -> None:
     ("given", "error", "message"),
     [
         ([[1, -1]], ValueError, r"requests must hold token ids in 0\.\.49, got -1 in request 0"),
+        ([[1, 50]], ValueError, r"requests must hold token ids in 0\.\.49, got 50 in request 0"),
+        ([np.array([3]), np.array([49, 50])], ValueError, r"requests must hold token ids in 0\.\.49, got 50 in request 1"),
         ([[1], torch.tensor([2, -3])], ValueError, r"requests must hold token ids in 0\.\.49, got -3 in request 1"),
         ([[2**70]], ValueError, r"requests must hold token ids in 0\.\.49, got 1180591620717411303424 in"),
         ([["a"]], TypeError, "requests must hold integer token ids, got str in request 0"),
@@ -318,6 +320,8 @@ def test_decoded_tokens_that_are_none(model: Any) -> None:
     prefill(mine, [[1], [2]])
     with pytest.raises(ValueError, match=r"decode: tokens must hold token ids in 0\.\.49, got -1"):
         decode(mine, [1, -1])
+    with pytest.raises(ValueError, match=r"decode: tokens must hold token ids in 0\.\.49, got 50"):
+        decode(mine, torch.tensor([49, 50]))
     with pytest.raises(TypeError, match="decode: tokens must hold integer token ids, got float"):
         decode(mine, [1, 2.0])
     with pytest.raises(ValueError, match=r"forward: requests must hold token ids in 0\.\.49, got -1 in request 0"):

@@ -77,43 +77,43 @@ def test_the_rest_of_a_larger_cache_stays(device, backend):
 @everywhere
 @pytest.mark.parametrize("seed", range(6))
 def test_sequences_by_block_table(device, backend, seed):
-    """Blocks in any order and shared by sequences, starts inside of a block, empty sequences, rows behind the last."""
+    """Blocks in any order and shared by sequences, starts inside of a block, empty sequences, rows before the first and behind the
+    last, numbers of blocks that are none."""
     generator = torch.Generator().manual_seed(seed)
     cache = random_cache("gapless", 9, 4, 24, torch.bfloat16, device, generator)
     table = torch.randint(0, 9, (5, 6), generator=generator).int()
     table[:2, :3] = torch.tensor([8, 0, 4])  # a shared prefix
-    table[4, 1] = -1
-    lengths = torch.tensor([10, 0, 13, 1, 6])
-    starts = torch.tensor([0, 3, 5, 23, 2]).int()
-    ends = torch.tensor([0, *lengths.cumsum(0)]).int()
+    table[4, 1], table[3, 5] = -1, 9
+    lengths = torch.tensor([10, 0, 13, 2, 6])
+    starts = torch.tensor([0, 3, 5, 19, 2]).int()
+    ends = torch.tensor([0, *lengths.cumsum(0)]).int() + 2
     given = {"block_table": table.to(device), "cu_seqlens": ends.to(device)}
     for first in (starts, None):
-        slots = torch.full((34,), -1)
+        wanted = torch.zeros(37, 24, dtype=cache.dtype, device=device)
         for r in range(5):
             for j in range(lengths[r]):
-                token = j + (0 if first is None else int(first[r]))
-                block = int(table[r, token // 4]) if token // 4 < 6 else -1
-                slots[ends[r] + j] = block * 4 + token % 4 if block >= 0 else -1
-        wanted = gather_latents(cache, slots.int().to(device), backend="reference")
+                block, offset = divmod(j + (0 if first is None else int(first[r])), 4)
+                if table[r, block] in range(9):
+                    wanted[ends[r] + j] = cache[int(table[r, block]), offset]
         options = given if first is None else {**given, "starts": first.to(device)}
         got = gather_latents(cache, **options, out=torch.full_like(wanted, torch.nan), backend=backend)
         assert same_bits(got, wanted)
-        assert same_bits(gather_latents(cache, **options, num_rows=34, backend=backend), wanted)
-    assert not wanted[30:].any()
+        assert same_bits(gather_latents(cache, **options, num_rows=37, backend=backend), wanted)
 
 
 @everywhere
-@pytest.mark.parametrize("start", [5, 8, 9, 2**31 - 9])
-def test_tokens_behind_the_last_column(device, backend, start):
-    """They have no block, whatever the next sequence's row of the table holds."""
+@pytest.mark.parametrize("start", [5, 8, 9, 2**31 - 9, -3, -(2**31)])
+@pytest.mark.parametrize("second", [False, True])
+def test_tokens_outside_of_the_columns(device, backend, start, second):
+    """They have no block, whatever the next sequence's row of the table holds, or the one's before."""
     cache = torch.arange(1.0, 25.0, device=device).view(6, 4, 1)
-    table = torch.tensor([[1, 2], [4, 5]], dtype=torch.int32, device=device)
-    ends = torch.tensor([0, 7, 9], dtype=torch.int32, device=device)
-    starts = torch.tensor([start, 1], dtype=torch.int32, device=device)
+    table = torch.tensor([[4, 5], [1, 2]] if second else [[1, 2], [4, 5]], dtype=torch.int32, device=device)
+    ends = torch.tensor([0, 2, 9] if second else [0, 7, 9], dtype=torch.int32, device=device)
+    starts = torch.tensor([1, start] if second else [start, 1], dtype=torch.int32, device=device)
     got = gather_latents(cache, block_table=table, cu_seqlens=ends, starts=starts, num_rows=9, backend=backend)
     tokens = [start + j for j in range(7)]
-    wanted = [[1, 2][t // 4] * 4 + t % 4 + 1 if t < 8 else 0 for t in tokens] + [18, 19]
-    assert got.flatten().tolist() == wanted
+    wanted = [[1, 2][t // 4] * 4 + t % 4 + 1 if 0 <= t < 8 else 0 for t in tokens]
+    assert got.flatten().tolist() == ([18, 19, *wanted] if second else [*wanted, 18, 19])
 
 
 @everywhere

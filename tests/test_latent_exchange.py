@@ -1,5 +1,6 @@
 """The packed exchange: latents of all ranks, rank-major, over gloo, NCCL, played ranks and alone."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,7 +108,11 @@ def test_latents_side_by_side_are_not_copied():
     exchange = LatentExchange(None, 9, DIMS, torch.float32)
     whole = torch.randn(20, 16)[5:14]
     assert exchange.all_gather(whole[:, :12], whole[:, 12:], meta).data_ptr() == whole.data_ptr()
+    near = torch.from_numpy(np.arange(9 * 16, dtype=np.float32).reshape(9, 16))
     for kv_c, k_pe in (
+        (near[:, :12], torch.from_numpy(near.numpy()[:, 12:])),  # as if side by side, but of two storages
+        (whole[:, :12], whole.as_strided((9, 4), (8, 1), whole[0, 12:].storage_offset())),  # from where the first row's would be
+        (whole.as_strided((9, 12), (8, 1), whole.storage_offset()), whole[:, 12:]),
         (whole[:, 4:], whole[:, :4]),
         (whole[:, :12], whole.clone()[:, 12:]),
         (whole[:, :12].clone(), whole[:, 12:]),

@@ -123,15 +123,14 @@ def test_two_call_indices_agree_with_the_row_table(batch):
         assert keys.tolist() == list(range(table[4, i], table[4, i] + part.seqused_k[2 * i + 1]))
 
 
-@given(st.integers(1, 16), st.integers(0, 4000), st.integers(0, 500))
-def test_causal_work_of_a_long_request_is_even(world, extra, context):
-    """The keys that a rank's queries see differ between ranks by at most one chunk of queries over the whole request. From 4 P**2
-    tokens on, only the last chunk can be short; in shorter requests whole chunks may be missing."""
-    length = 4 * world**2 + extra
-    parts = [partition([length], [context], world_size=world, rank=rank) for rank in range(world)]
+@given(st.integers(1, 16), st.integers(1, 200), st.data(), st.integers(0, 500))
+def test_causal_work_is_the_same_on_all_ranks(world, chunk, data, context):
+    """All ranks' queries see as many keys, to the last one; rank 0 lacks what its tail, the end of the request, is short of."""
+    full, short = 2 * world * chunk, data.draw(st.integers(0, min(chunk, 2 * world) - 1))
+    parts = [partition([full - short], [context], world_size=world, rank=rank) for rank in range(world)]
     work = [int((p.positions + 1).sum()) for p in parts]
-    chunk = -(-length // (2 * world))
-    assert max(work) - min(work) <= chunk * (length + context)
+    share = sum(range(context + 1, context + full + 1)) // world
+    assert work == [share - sum(range(context + full - short + 1, context + full + 1)), *[share] * (world - 1)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 16])
@@ -166,6 +165,10 @@ def test_metadata_holds_the_partition(batch):
     assert (meta.num_head_kv, meta.num_tail_kv) == (len(part.kv_head_indices), len(part.kv_tail_indices))
     for name in ("num_tokens", "num_tokens_padded", "num_kv_tokens", "max_seqlen_q", "max_seqlen_k", "world_size", "rank"):
         assert getattr(meta, name) == getattr(part, name)
+    assert (meta.num_requests, meta.num_local_rows) == (len(batch["query_lens"]), part.num_tokens)
+    assert meta.num_context_tokens == sum(batch["context_lens"])
+    slots = np.arange(sum(batch["query_lens"])) + 7
+    assert np.array_equal(meta.padded_slot_mapping(slots).numpy(), part.padded_slot_mapping(slots))
 
 
 @pytest.mark.parametrize(

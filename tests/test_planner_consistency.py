@@ -26,6 +26,7 @@ def outcomes_of_plans(group, steps, switch):
         for changes in steps:
             options, arguments = changes.get(rank, ({}, {}))
             planner = PCPPlanner(**{**OPTIONS, "world_size": world, "rank": rank, "group": group, **options})
+            assert (planner._comparison is not None) == switch
             try:
                 planner.plan(**{**GOOD, **arguments})
                 if not switch:

@@ -87,6 +87,65 @@ def test_bad_plan_leaves_the_last_one(planner, change, error, words):
         assert torch.equal(getattr(meta, name), getattr(other, name)), name
 
 
+@pytest.mark.parametrize(("change", "error", "words"), [case for case in CASES if case[0].keys() & {"query_lens", "is_prefill"}])
+def test_a_bad_batch_has_no_largest_rank(planner, change, error, words):
+    batch = {"query_lens": [4, 3], "is_prefill": [True, True], **change}
+    batch.pop("context_lens", None)
+    with pytest.raises(error, match=BASE + words):
+        planner.largest_rank(**batch)
+
+
+# What just fits a planner with this room, in each way that it can be full, and what does not.
+FULL = {"max_requests": 3, "max_tokens": 5, "max_kv_tokens": 26, "max_context_chunks": 3}
+LIMITS = {
+    "requests": ({"query_lens": [1] * 3}, {"query_lens": [1] * 4}, "query_lens must have at most 3 requests"),
+    "tokens": ({"query_lens": [2, 3]}, {"query_lens": [3, 3]}, "query_lens must add up to at most 5 tokens"),
+    "keys": ({"context_lens": [20, 2]}, {"context_lens": [20, 3]}, "at most max_kv_tokens = 26, got 27"),
+    "padded requests": ({"num_requests_padded": 3}, {"num_requests_padded": 4}, r"2 \(the requests\) to 3, got 4"),
+    "padded tokens": ({"num_tokens_padded": 8}, {"num_tokens_padded": 9}, "fullest rank. to 8, got 9"),
+    "padded keys": ({"num_kv_tokens_padded": 26}, {"num_kv_tokens_padded": 27}, "at most max_kv_tokens = 26, got 27"),
+    "chunks": (
+        {"context_lens": [11, 7], "workspace_tokens": 6},
+        {"context_lens": [11, 8], "workspace_tokens": 6},
+        "for 19 context tokens in 3 chunks",
+    ),
+    "workspace": ({"workspace_tokens": 4}, {"workspace_tokens": 3}, "at least the 4 rows of the new tokens, got 3"),
+    "no new tokens": (
+        {"query_lens": [0, 0], "context_lens": [5, 1], "workspace_tokens": 2},
+        {"query_lens": [0, 0], "context_lens": [5, 1], "workspace_tokens": 0},
+        "workspace_tokens must be at least the 0 rows of the new tokens, got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("host", ["native", "numpy"])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_limits_can_be_reached(host, limit, monkeypatch):
+    if host == "numpy":
+        monkeypatch.setitem(native.status, "_planner", NUMPY_ONLY)
+    fits, too_much, words = LIMITS[limit]
+    planner, batch = PCPPlanner(**FULL, world_size=1, rank=0, layout="padded"), {"query_lens": [1, 1], "context_lens": None}
+    meta = planner.plan(**{**batch, **fits})
+    asked = [fits.get(name) for name in ("num_requests_padded", "num_tokens_padded", "num_kv_tokens_padded")]
+    got = (meta.num_requests, meta.num_tokens_padded, meta.num_kv_tokens)
+    assert all(size in (None, number) for size, number in zip(asked, got, strict=True))
+    with pytest.raises(ValueError, match=BASE + ".*" + words):
+        planner.plan(**{**batch, **too_much})
+
+
+@pytest.mark.parametrize("host", ["native", "numpy"])
+def test_key_rows_are_counted_in_31_bits(host, monkeypatch):
+    if host == "numpy":
+        monkeypatch.setitem(native.status, "_planner", NUMPY_ONLY)
+    planner = PCPPlanner(2, 10, 2, 0)
+    assert planner.plan([3], num_kv_tokens_padded=2**31 - 1).num_kv_tokens == 2**31 - 1
+    with pytest.raises(ValueError, match=r"num_kv_tokens_padded must be at least 3 .*, got 2147483648"):
+        planner.plan([3], num_kv_tokens_padded=2**31)
+    assert planner.plan([3], [2**31 - 4]).num_kv_tokens == 2**31 - 1
+    with pytest.raises(ValueError, match=r"must add up to less than .*, got 2147483648"):
+        planner.plan([3], [2**31 - 3])
+
+
 @pytest.mark.parametrize("host", ["native", "numpy"])
 def test_shards_need_fewer_blocks(host, monkeypatch):
     """Of 13 tokens in runs of 2, shard 0 of 2 has 7 and shard 1 has 6: two blocks and one block of 6."""
