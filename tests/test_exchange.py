@@ -8,6 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from pcp_mla.exchange import (
+    all_gather_into,
+    all_gather_rows,
+    all_reduce_rows,
+    all_to_all_rows,
+    group_rank,
+    group_world_size,
+    reduce_scatter_rows,
+)
 from pcp_mla.launch import RankError, run_distributed
 from pcp_mla.played import PlayedGroup, play
 
@@ -100,6 +109,32 @@ def test_played_ranks_are_on_the_callers_stream():
 def test_played_ranks_are_on_the_callers_device():
     with torch.cuda.device(1):
         assert play(2, lambda _: torch.cuda.current_device()) == [1, 1]
+
+
+def collectives(group: Any) -> list[list[list[int]]]:
+    """What this rank gets of rows [rank, block, row of it]: a block for each rank, of two rows."""
+    world, rank = group_world_size(group), group_rank(group)
+    rows = torch.tensor([[rank, block, n] for block in range(world) for n in range(2)])
+    into = torch.full((world * len(rows), 3), -1)
+    all_gather_into(into, rows, group)
+    results = [call(rows.clone(), group) for call in (all_gather_rows, reduce_scatter_rows, all_reduce_rows, all_to_all_rows)]
+    return [x.tolist() for x in (into, *results)]
+
+
+def collectives_by_hand(world: int, rank: int) -> list[list[list[int]]]:
+    ranks, sent = range(world), sum(range(world))
+    everything = [[r, block, n] for r in ranks for block in ranks for n in range(2)]
+    summed = [[[sent, world * block, world * n] for n in range(2)] for block in ranks]
+    return [everything, everything, summed[rank], sum(summed, []), [[r, rank, n] for r in ranks for n in range(2)]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_collectives_of_played_ranks(world: int) -> None:
+    assert play(world, collectives) == [collectives_by_hand(world, rank) for rank in range(world)]
+
+
+def test_collectives_alone() -> None:
+    assert collectives(None) == collectives_by_hand(1, 0)
 
 
 def test_play_needs_a_rank() -> None:

@@ -368,9 +368,12 @@ def test_a_cache_that_pcp_has_left_asks_nobody(stock: Any) -> None:
     assert play(2, rank) == [2, 0]
 
 
+@pytest.mark.parametrize("switch", [{}, {"PCP_MLA_CHECK": "0"}])
 @torch.no_grad()
-def test_without_the_switch_nothing_is_added(stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_switch_nothing_is_added(stock: Any, monkeypatch: pytest.MonkeyPatch, switch: dict[str, str]) -> None:
     monkeypatch.delenv("PCP_MLA_CHECK", raising=False)
+    for name, value in switch.items():
+        monkeypatch.setenv(name, value)
 
     def rank(group: Any) -> list[int]:
         model, gathers = copy_sharing_weights(stock), []

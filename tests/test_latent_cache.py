@@ -14,12 +14,12 @@ FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def random_cache(form, blocks, block_size, width, dtype, device, generator):
-    """Random bytes: gapless, a layer of a larger cache, rows with gaps, or without blocks."""
+    """Random bytes: gapless, a layer of a larger cache, rows with gaps that keep addresses aligned or not, or without blocks."""
     if form == "slots":
         return random_bytes((blocks * block_size, width), dtype, device, generator)
     if form == "layer":
         return random_bytes((blocks, 3, block_size, width), dtype, device, generator)[:, 1]
-    gap = 8 if form == "gaps" else 0
+    gap = {"gaps": 8, "odd gaps": 3}.get(form, 0)
     return random_bytes((blocks, block_size, width + gap), dtype, device, generator)[..., :width]
 
 
@@ -37,7 +37,7 @@ def random_slots(count, num_slots, generator):
 
 @everywhere
 @given(
-    st.sampled_from(["slots", "layer", "gaps", "gapless"]),
+    st.sampled_from(["slots", "layer", "gaps", "odd gaps", "gapless"]),
     st.sampled_from(COPIED),
     st.sampled_from([576, 64, 5, 1]),
     st.sampled_from([1, 3, 16]),
@@ -128,23 +128,37 @@ def test_no_sequences_and_no_rows(device, backend):
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("dtype", "form"), [*zip(FLOATS, ["gapless", "layer", "gaps"], strict=True), *((x, "odd gaps") for x in FLOATS)]
+)
 @pytest.mark.parametrize("width", [576, 5])
-def test_float8_with_a_scale(device, backend, dtype, width):
+def test_float8_with_a_scale(device, backend, dtype, form, width):
+    """In a cache of any strides; out of it by slots and by block table."""
     generator = torch.Generator().manual_seed(3)
-    latents = (torch.randn(50, width, generator=generator) * 3).to(dtype).to(device)
+    latents = (torch.randn(50, width + 3 * (form == "odd gaps"), generator=generator) * 3).to(dtype).to(device)[:, :width]
     latents[0, :4] = torch.tensor([torch.nan, 1e4, -1e4, 0.0])
     scale = torch.tensor([0.02], device=device)
     slots = torch.randperm(64, generator=generator)[:50].to(device)
-    cache = torch.zeros(16, 4, width, device=device).to(torch.float8_e4m3fn)
+    cache = random_cache(form, 16, 4, width, torch.float8_e4m3fn, device, generator)
+    wanted = as_rows(cache)
     write_latent_cache(latents, cache, slots, scale=scale, backend=backend)
     stored = (latents.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert torch.equal(cache.view(torch.uint8).view(64, width)[slots], stored.view(torch.uint8))
+    wanted[slots] = stored.view(torch.uint8)
+    assert torch.equal(as_rows(cache), wanted)
     got = gather_latents(cache, slots.int(), scale=scale, dtype=dtype, backend=backend)
     assert got.dtype == dtype
     assert torch.equal(torch.nan_to_num(got), torch.nan_to_num((stored.float() * scale).to(dtype)))
     assert got.isnan().sum() == 1
     assert gather_latents(cache, slots.int(), scale=scale, backend=backend).dtype == torch.bfloat16
+    table, first = [[3, 0, 15], [7, 9, 2]], [2, 6]
+    tokens = [(0, 2 + n) for n in range(9)] + [(1, 6 + n) for n in range(5)]
+    rows = torch.tensor([table[r][t // 4] * 4 + t % 4 for r, t in tokens], device=device)
+    exact = (wanted[rows].view(torch.float8_e4m3fn).float() * scale).to(dtype)
+    lists = {"block_table": table, "cu_seqlens": [0, 9, 14], "starts": first}
+    given = {name: torch.tensor(value, dtype=torch.int32, device=device) for name, value in lists.items()}
+    got = gather_latents(cache, **given, num_rows=16, scale=scale, dtype=dtype, backend=backend)
+    assert torch.equal(torch.nan_to_num(got[:14], nan=7.0), torch.nan_to_num(exact, nan=7.0))
+    assert not got[14:].any()
 
 
 @everywhere
@@ -285,3 +299,9 @@ def test_offsets_past_two_to_the_31(backend):
     write_latent_cache(latents, cache, slots, backend=backend)
     assert torch.equal(cache.view(-1, 576)[-100:], latents)
     assert torch.equal(gather_latents(cache, slots.int(), backend=backend), latents)
+    apart = torch.empty(100 * 2**25, dtype=torch.bfloat16, device="cuda").view(100, -1)[:, :576]  # rows that lie far apart
+    assert gather_latents(cache, slots.int(), out=apart, backend=backend) is apart
+    assert torch.equal(apart, latents)
+    cache.zero_()
+    write_latent_cache(apart, cache, slots, backend=backend)
+    assert torch.equal(cache.view(-1, 576)[-100:], latents)

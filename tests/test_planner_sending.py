@@ -90,24 +90,27 @@ class Played:
         return self._answer("submit")
 
 
-class PlayedStaging:
-    """Stands for :class:`pcp_mla.staging.Staging`."""
+class PlayedEvent:
+    """Of a stream that has done its work at once; what is asked of it stays in ``calls``."""
 
-    def __init__(self, step, number):
-        self.host = torch.full_like(step, -99)
-        self.array, self.step, self.sends = self.host.numpy(), step, 0
-        self.sent = SimpleNamespace(cuda_event=number, synchronize=lambda: None)
+    def __init__(self, number):
+        self.cuda_event, self.calls = number, []
 
-    def send(self, num_chunks, layout):
-        self.sends += 1
-        stop = layout.chunk(num_chunks)
-        self.step[:stop] = self.host[:stop]
+    def query(self):
+        return True
+
+    def record(self, stream):
+        self.calls.append("record")
+
+    def synchronize(self):
+        self.calls.append("synchronize")
 
 
 @pytest.fixture(params=["native planner sends", "torch sends", "NumPy plans, torch sends"])
 def send_by(request, monkeypatch):
     if request.param.startswith("NumPy"):
         monkeypatch.setitem(native.status, "_planner", "not built: for this test")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     return request.param
 
 
@@ -115,7 +118,13 @@ def planner_of_a_device(send_by, device, **options):
     """A planner that takes the CPU for a device."""
     planner = PCPPlanner(6, 100, 2, 1, block_size=4, max_context_chunks=9, **options)
     planner._host_step = planner._kept = None
-    planner._staging = [PlayedStaging(planner.step, number) for number in (7, 8)]
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = iter((7, 8))
+        patch.setattr(torch.cuda, "Event", lambda: PlayedEvent(next(numbers)))
+        patch.setattr(torch.cuda, "current_stream", lambda device: None)
+        planner._staging = [staging.Staging(planner.step, planner.step_layout.chunks_stop, False) for _ in range(2)]
+    for part in planner._staging:
+        part.host.fill_(-99)
     if send_by.startswith("native"):
         planner._sends = True
         with pytest.MonkeyPatch.context() as patch:
@@ -152,8 +161,8 @@ def test_plans_arrive(send_by, max_kv_tokens):
         assert [copied for _, copied, _ in device.jobs] == device.waits
         assert [job[0] for job in device.jobs[:2]] == [part.host.data_ptr() for part in planner._staging]
         assert [job[2] for job in device.jobs] == [4, 1, 0, None, 2, 2]  # rows of requests are all that is sent
-    else:
-        assert [part.sends for part in planner._staging] == [3, 3]
+    else:  # a buffer is written to when what it had is on the device
+        assert [part.sent.calls for part in planner._staging] == [["record", *["synchronize", "record"] * 3]] * 2
 
 
 def test_what_the_device_says_is_raised():
