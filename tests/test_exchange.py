@@ -125,7 +125,13 @@ def collectives_by_hand(world: int, rank: int) -> list[list[list[int]]]:
     ranks, sent = range(world), sum(range(world))
     everything = [[r, block, n] for r in ranks for block in ranks for n in range(2)]
     summed = [[[sent, world * block, world * n] for n in range(2)] for block in ranks]
-    return [everything, everything, summed[rank], sum(summed, []), [[r, rank, n] for r in ranks for n in range(2)]]
+    return [
+        everything,
+        everything,
+        summed[rank],
+        [row for block in summed for row in block],
+        [[r, rank, n] for r in ranks for n in range(2)],
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -1,6 +1,7 @@
 """A plan is bit-equal to the NumPy specification, and the specification to a loop over tokens."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from plans import (
     CAPACITY,
     STEP_ARRAYS,
     TOKEN_ARRAYS,
+    assert_chunks,
     assert_equal,
     assert_plan,
     batch_of,
@@ -190,6 +192,9 @@ def test_padded_sizes(case, more_requests, more_tokens, more_keys):
     for name in STEP_ARRAYS:
         assert_equal(getattr(meta, name), getattr(part, name), name)
     assert (meta.num_tokens, meta.num_tokens_padded, meta.num_kv_tokens) == (part.num_tokens, rows, keys)
+    assert (meta.num_local_rows, meta.max_seqlen_q, meta.max_seqlen_k) == (rows, rows, keys)
+    chunks = key_chunks(part, workspace)
+    assert_chunks(meta.key_chunks, [replace(chunk, max_seqlen_k=chunk.num_rows) for chunk in chunks])
 
     def padded(array, length, pad=-1):
         return np.append(array, np.full(length - len(array), pad, array.dtype))

@@ -8,6 +8,7 @@ from batches import IMPLEMENTATIONS, random_bytes, same_bits
 from pcp_mla import PCPMetadata, PCPPlanner, partition, pcp_fused_gather, pcp_fused_restore
 from pcp_mla.slots import PagedCache
 from plans import assert_plan
+from test_fused_gather import expected
 
 SIZES = {"num_tokens_padded": 48, "num_requests_padded": 6, "num_kv_tokens_padded": 160}
 # Different numbers of requests, tokens, heads and tails: [lengths, contexts, is_prefill].
@@ -47,10 +48,9 @@ def assert_rows(result, tensors, batch, meta):
     """The first rows are those that a plan without padding gives; restoring what was gathered gives q back."""
     exact = PCPMetadata.build(*batch, world_size=2, rank=meta.rank, device=meta.device)
     q, k, v = tensors
-    wanted = pcp_fused_gather(q[: exact.num_tokens], k[: exact.num_kv_tokens], v[: exact.num_kv_tokens], exact, backend="reference")
+    wanted = expected(q[: exact.num_tokens], k[: exact.num_kv_tokens], v[: exact.num_kv_tokens], exact)
     got, (out, lse) = result
-    for name in got._fields:
-        rows = getattr(wanted, name)
+    for name, rows in zip(got._fields, wanted, strict=True):
         assert same_bits(getattr(got, name)[: len(rows)], rows), name
     assert out.shape[0] == lse.shape[0] == SIZES["num_tokens_padded"]
     assert same_bits(out[: exact.num_tokens], q[: exact.num_tokens])
