@@ -372,7 +372,9 @@ def test_bad_calls() -> None:
         ([None, 3], TypeError, r"must have a \(request, tokens\) or None for each of the 2 requests, got 3"),
         ([None, (0, 1.5)], TypeError, r"must have a .* for each of the 2 requests, got \(0, 1.5\)"),
         ([(2, 0), None], ValueError, "must name one of the 2 requests of the last prefill, got 2"),
+        ([(-1, 0), None], ValueError, "must name one of the 2 requests of the last prefill, got -1"),
         ([None, (1, 4)], ValueError, "must have 0 to 3 tokens of request 1, got 4"),
+        ([None, (1, -1)], ValueError, "must have 0 to 3 tokens of request 1, got -1"),
     ],
 )
 def test_bad_prefix(prefix: Any, error: type[Exception], message: str) -> None:
@@ -383,3 +385,7 @@ def test_bad_prefix(prefix: Any, error: type[Exception], message: str) -> None:
     prefill(model, [[1, 2], [3, 4, 5]])
     with pytest.raises(error, match=f"prefill: prefix {message}"):
         prefill(model, [[1], [2]], prefix=prefix)
+    assert model.__dict__["_pcp"].requests.lengths == [2, 3]
+    got = prefill(model, [[1], [2]], prefix=[(1, 3), (0, 0)])  # all of a request, and none
+    disable_pcp(model)
+    check_close(got, stock_logits(model, [[3, 4, 5, 1], [2]])[3:])
