@@ -86,6 +86,40 @@ def test_more_than_one_block_of_rows(device, backend):
             assert_equal(a, b, "row")
 
 
+@pytest.mark.parametrize(("device", "backend"), [p for p in IMPLEMENTATIONS if p.id != "reference-cuda"])
+def test_one_long_request(device, backend):
+    """Four chunks, of which rank 1 of 2 has the second and the third; a GPU's are so long that offsets pass 2**32 bytes."""
+    chunk, block_size = (37, 16) if device == "cpu" else (2**28 + 5, 2**16)
+    tokens, rows, guard = 4 * chunk, 2 * chunk, torch.full((5,), GUARD)
+    blocks = -(-tokens // block_size)
+    table = torch.from_numpy(request_table(partition([tokens], world_size=2, rank=1)).reshape(-1)).to(device)
+    tables = torch.arange(blocks - 1, -1, -1, dtype=torch.int32, device=device)[None]
+    kinds = [(rows, torch.int32)] * 2 + [(tokens, torch.int32)] * 2 + [(tokens, torch.int64), (tokens, torch.int32)]
+    outputs = [torch.full((n + 5,), GUARD, dtype=kind, device=device) for n, kind in kinds]
+    call = torch.ops.pcp_mla.plan_expand if backend == "auto" else select("plan_expand", backend, device)
+    call(table, tables, *outputs, 1, 2, 1, rows, tokens, False, block_size, 1, 0, 1)
+
+    def slots(token):
+        return (blocks - 1 - token // block_size) * block_size + token % block_size
+
+    step = 50 if device == "cpu" else 2**26
+    for first in range(0, tokens, step):
+        n = torch.arange(first, min(first + step, tokens), device=device)
+        number = n // chunk
+        place = torch.where(number < 2, number * rows, (3 - number) * rows + chunk) + n % chunk
+        holder, row = n // rows, n % rows
+        held = torch.where(row < chunk, holder * chunk + row, (3 - holder) * chunk + row - chunk)
+        mine = held[holder == 1]
+        local = slice(max(0, first - rows), max(0, first - rows) + len(mine))
+        for got, wanted in zip(
+            [x[local] for x in outputs[:2]] + [x[first : first + len(n)] for x in outputs[2:]],
+            [mine, mine, place, place, slots(held), slots(n)],
+            strict=True,
+        ):
+            assert torch.equal(got.long(), wanted)
+    assert all(torch.equal(x[-5:].cpu().long(), guard) for x in outputs)
+
+
 @pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
 @pytest.mark.parametrize("workspace", [None, 60])
 def test_blocks_without_slots_and_rows_that_are_not_there(device, backend, workspace):
