@@ -85,7 +85,7 @@ def test_sequences_by_block_table(device, backend, seed):
     table[:2, :3] = torch.tensor([8, 0, 4])  # a shared prefix
     table[4, 1], table[3, 5] = -1, 9
     lengths = torch.tensor([10, 0, 13, 2, 6])
-    starts = torch.tensor([0, 3, 5, 19, 2]).int()
+    starts = torch.tensor([3, 3, 5, 19, 2]).int()
     ends = torch.tensor([0, *lengths.cumsum(0)]).int() + 2
     given = {"block_table": table.to(device), "cu_seqlens": ends.to(device)}
     for first in (starts, None):

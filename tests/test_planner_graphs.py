@@ -64,7 +64,19 @@ def test_two_call_ops_with_padded_counts(device, backend, batch, rank):
     meta = plan(make_planner(device, rank), batch)
     assert (meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv) == (48, 24, 160, 160)
     tensors = inputs(meta.device, 1)
-    assert_rows(two_calls(tensors, meta, backend), tensors, batch, meta)
+    rows, restored = two_calls(tensors, meta, backend)
+    assert_rows((rows, restored), tensors, batch, meta)
+    # Nothing comes from behind the tails, whose last rows belong to nobody here.
+    real = int(partition(*batch, world_size=2, rank=rank).chunk_lens[rank, :, 1].sum())
+    tails = torch.full((2 * 48, HEADS, WIDTHS[0]), torch.nan, dtype=torch.bfloat16, device=device)
+    tails[:real], tails[real:24] = rows.q_tail[:real], 0
+    lses = torch.ones(48, HEADS, device=device), torch.ones(2 * 48, HEADS, device=device)
+    lses[1][real:24] = 0
+    out = torch.zeros_like(tails[: 48 + 24]), torch.zeros(48 + 24, HEADS, device=device)
+    if backend != "reference":  # which leaves anything in these rows
+        pcp_fused_restore(rows.q_head, tails[:24], lses[0], lses[1][:24], meta, out=out, backend=backend)
+        assert same_bits(out[0][: meta.num_tokens], restored[0][: meta.num_tokens])
+        assert not any(x[meta.num_tokens :].any() for x in out)
 
 
 @pytest.mark.gpu
