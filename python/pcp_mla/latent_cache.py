@@ -114,7 +114,7 @@ def gather_latents(
         block_table, cu_seqlens, starts: in place of ``rows``, tokens of R sequences as engines describe them: row n of those from
             ``cu_seqlens[r]`` to ``cu_seqlens[r + 1] - 1`` is token ``starts[r] + n - cu_seqlens[r]`` of sequence r (without
             ``starts``: from its first), in block ``block_table[r, token // block_size]``. All int32: [R, blocks], [R + 1], [R].
-            Rows outside of all sequences, and tokens behind the last column of ``block_table``, become zeros.
+            Rows outside of all sequences, and tokens before the first or behind the last column of ``block_table``, become zeros.
         num_rows: n, with ``block_table`` and without ``out``.
         dtype: of the result, with ``scale`` and without ``out``: bf16 (by default), fp16 or fp32.
         out: [n, W] to write and return, any row stride. It must share no memory with the others.
