@@ -305,3 +305,20 @@ def test_offsets_past_two_to_the_31(backend):
     cache.zero_()
     write_latent_cache(apart, cache, slots, backend=backend)
     assert torch.equal(cache.view(-1, 576)[-100:], latents)
+
+
+@pytest.mark.gpu
+def test_rows_of_more_accesses_than_a_kernel_counts():
+    """Of one byte each, as an odd width wants."""
+    for width, fits in ((2**25 - 1, True), (2**25 + 1, False)):
+        cache = torch.zeros(2, width, dtype=torch.uint8, device="cuda")
+        row, slot = torch.randint(256, (1, width), device="cuda").byte(), torch.ones(1, dtype=torch.int64, device="cuda")
+        if fits:
+            write_latent_cache(row, cache, slot, backend="cuda")
+            assert torch.equal(gather_latents(cache, slot.int(), backend="cuda"), row)
+            continue
+        with pytest.raises(RuntimeError, match=r"write_latent_cache: a row must be smaller than 2\*\*25 accesses"):
+            write_latent_cache(row, cache, slot, backend="cuda")
+        with pytest.raises(RuntimeError, match=r"gather_latents: a row must be smaller than 2\*\*25 accesses"):
+            gather_latents(cache, slot.int(), backend="cuda")
+        assert not cache.any()

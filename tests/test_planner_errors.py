@@ -52,6 +52,11 @@ CASES = [
         ValueError,
         "block_tables must have at least 4 blocks of 4 for the 13 context and new tokens of request 0, got 3",
     ),
+    (
+        {"context_lens": [9, 10], "block_tables": TABLES[:, :3]},
+        ValueError,
+        "block_tables must have at least 4 blocks of 4 for the 13 context and new tokens of request 0, got 3",
+    ),
     ({"block_tables": TABLES[0]}, ValueError, r"block_tables must have 2 dimensions \[requests, blocks\], got 1"),
     ({"block_tables": TABLES.astype(float)}, TypeError, "block_tables must be integers, got float64"),
     ({"block_tables": torch.zeros(2, 8, dtype=torch.bool)}, TypeError, "block_tables must be integers, got bool"),
