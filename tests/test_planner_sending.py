@@ -140,7 +140,7 @@ STEPS = [
     ([30], [40], TABLES[2:], 30),
     ([], [], TABLES[:0], None),
     ([5, 6], [0, 0], None, None),
-    ([3, 3], [70, 9], TABLES.astype(np.int64), 50),
+    ([3, 3], [70, 9], TABLES.astype(np.int64), 80),
     ([0, 0], [0, 0], TABLES[:, :0], None),
 ]
 
