@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from pcp_mla import cp_lse_a2a, cp_lse_ag_out_rs
-from pcp_mla.exchange import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from pcp_mla.exchange import all_gather_rows, all_to_all_rows, group_rank, group_world_size, reduce_scatter_rows
 
-from . import timing
+from . import plain, timing
 
 HEADS = 128
 GPU_SHAPES = [(rows, dim) for dim in (512, 128) for rows in (1, 16, 64, 256)]
@@ -29,11 +29,32 @@ def torch_ag_out_rs(out: torch.Tensor, lse: torch.Tensor, group: Any) -> torch.T
 
 
 def torch_a2a(out: torch.Tensor, lse: torch.Tensor, group: Any) -> torch.Tensor:
-    world = dist.get_world_size(group)
+    world = group_world_size(group)
     outs = all_to_all_rows(out.unflatten(1, (world, -1)).transpose(0, 1).contiguous(), group)
     lses = all_to_all_rows(lse.unflatten(1, (world, -1)).transpose(0, 1).contiguous(), group)
     factors = torch.exp(lses - torch.logsumexp(lses, 0))
     return (outs * factors[..., None]).sum(0).to(out.dtype)
+
+
+def inputs(rows: int, dim: int, group: Any, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's output and LSE, and its share of the heads of all ranks' outputs merged, by the textbook."""
+    generator, world, rank = torch.Generator().manual_seed(7), group_world_size(group), group_rank(group)  # the same on every rank
+    outs = torch.randn(world, rows, HEADS, dim, generator=generator).bfloat16()
+    lses = torch.randn(world, rows, HEADS, generator=generator)
+    merged = (outs.double() * lses.double().softmax(0)[..., None]).sum(0)
+    return outs[rank].to(device), lses[rank].to(device), merged.unflatten(1, (world, -1))[:, rank].to(device)
+
+
+def make_calls(out: torch.Tensor, lse: torch.Tensor, wanted: torch.Tensor, group: Any) -> dict[str, dict[str, Callable[[], Any]]]:
+    """The paths of both ops, checked."""
+    ops = {
+        "cp_lse_a2a": {"ours": lambda: cp_lse_a2a(out, lse, group), "torch": lambda: torch_a2a(out, lse, group)},
+        "cp_lse_ag_out_rs": {"ours": lambda: cp_lse_ag_out_rs(out, lse, group), "torch": lambda: torch_ag_out_rs(out, lse, group)},
+    }
+    for op, calls in ops.items():
+        for name, call in calls.items():
+            plain.check_close(f"{op} of {name}", call(), wanted)
+    return ops
 
 
 def measure(group: Any, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -43,14 +64,10 @@ def measure(group: Any, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     results = []
     with torch.inference_mode():
         for rows, dim in shapes:
-            out = torch.randn(rows, HEADS, dim, device=device).bfloat16()
-            lse = torch.randn(rows, HEADS, device=device)
             elements = rows * HEADS * dim
-            for op, ours, theirs, per_element in (
-                ("cp_lse_a2a", cp_lse_a2a, torch_a2a, 2),
-                ("cp_lse_ag_out_rs", cp_lse_ag_out_rs, torch_ag_out_rs, 4),
-            ):
-                lse_bytes = rows * HEADS * 4 * (1 if op == "cp_lse_a2a" else world)
+            for op, calls in make_calls(*inputs(rows, dim, group, device), group).items():
+                per_element, lses = (2, 1) if op == "cp_lse_a2a" else (4, world)
+                lse_bytes = rows * HEADS * 4 * lses
                 result: dict[str, Any] = {
                     "op": op,
                     "rows": rows,
@@ -60,12 +77,6 @@ def measure(group: Any, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
                     "bytes": (elements * per_element + lse_bytes) * (world - 1) // world,
                     "flops": 2 * elements,
                 }
-                calls: dict[str, Callable[[], torch.Tensor]] = {
-                    "ours": lambda ours=ours, out=out, lse=lse: ours(out, lse, group),
-                    "torch": lambda theirs=theirs, out=out, lse=lse: theirs(out, lse, group),
-                }
-                got, wanted = (call() for call in calls.values())
-                torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
                 for name, call in calls.items():
                     result[name] = {"cpu_us": timing.cpu_us(call, 5, 20)}
                     if gpu:

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from pcp_mla import LatentExchange, PCPPlanner, write_latent_cache
+from pcp_mla.exchange import group_rank, group_world_size
 from pcp_mla.pipeline import MLADims
 from pcp_mla.seed_path import gather_part
 
-from . import peers, timing
+from . import peers, plain, timing
 
 DIMS = MLADims(16, 128, 64, 128, 512)
 BLOCK = 64
@@ -27,14 +28,17 @@ CPU_TOKENS = (512,)
 
 
 def paths(tokens: int, group: Any, device: str) -> dict[str, Callable[[], None]]:
-    """Both ways from a rank's latents to the cache, checked against each other."""
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    generator = torch.Generator().manual_seed(7)  # the same blocks on every rank
+    """Both ways from a rank's latents to the cache, checked."""
+    world, rank = group_world_size(group), group_rank(group)
+    generator = torch.Generator().manual_seed(7)  # the same blocks and latents on every rank
     table = torch.randperm(2 * tokens // BLOCK, generator=generator)[: tokens // BLOCK].int()[None].to(device)
     meta = PCPPlanner(1, tokens, world, rank, block_size=BLOCK, device=device).plan([tokens], [0], [True], table)
-    kv_c = torch.randn(meta.num_tokens, DIMS.kv_lora_rank, device=device).bfloat16()
-    k_pe = torch.randn(meta.num_tokens, DIMS.qk_rope_head_dim, device=device).bfloat16()
+    latents = torch.randn(tokens, DIMS.latent_dim, generator=generator).bfloat16().to(device)
+    mine = latents[plain.local_tokens([tokens], world, rank)[1].to(device)]
+    kv_c, k_pe = (part.contiguous() for part in mine.split([DIMS.kv_lora_rank, DIMS.qk_rope_head_dim], dim=1))
     caches = {name: torch.zeros(2 * tokens // BLOCK, BLOCK, DIMS.latent_dim, device=device).bfloat16() for name in ("ours", "seed")}
+    wanted = torch.zeros_like(caches["ours"])
+    wanted[table[0].long()] = latents.view(-1, BLOCK, DIMS.latent_dim)
     exchange = LatentExchange(group, meta.num_tokens_padded, DIMS, torch.bfloat16, device)
     restore, slots = meta.allgather_restore_idx, meta.slot_mapping
     assert slots is not None
@@ -51,11 +55,11 @@ def paths(tokens: int, group: Any, device: str) -> dict[str, Callable[[], None]]
         else:
             caches["seed"].view(-1, DIMS.latent_dim).index_copy_(0, in_order, torch.cat(restored, dim=1))
 
-    ours()
-    seed()
-    assert torch.equal(caches["ours"], caches["seed"]), "the caches differ"
-    assert caches["ours"].any()
-    return {"ours": ours, "seed": seed}
+    calls = {"ours": ours, "seed": seed}
+    for name, call in calls.items():
+        call()
+        plain.check_equal(f"the cache of {name}", caches[name], wanted)
+    return calls
 
 
 def measure(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:

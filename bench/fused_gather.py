@@ -15,7 +15,7 @@ import torch
 from pcp_mla import GatheredRows, PCPMetadata, pcp_fused_gather, pcp_fused_restore
 from pcp_mla.backends import availability
 
-from . import timing
+from . import plain, timing
 
 WIDTHS = (192, 192, 128)
 # Query lengths, heads.
@@ -29,7 +29,7 @@ def check(paths: Paths) -> None:
     wanted = paths["seed"]()
     for name, call in paths.items():
         for a, b in zip(call(), wanted, strict=True):
-            assert torch.equal(a, b), f"{name} differs from the seed"
+            plain.check_equal(name, a, b)
 
 
 def gather_paths(meta: PCPMetadata, heads: int, backends: list[str]) -> tuple[Paths, int]:

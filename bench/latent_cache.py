@@ -14,7 +14,7 @@ import torch
 from pcp_mla import gather_latents, write_latent_cache
 from pcp_mla.backends import availability
 
-from . import peers, timing
+from . import peers, plain, timing
 
 RANK, WIDTH, BLOCK = 512, 576, 64
 GPU_TOKENS = (512, 4096, 32768, 131072)
@@ -43,14 +43,16 @@ def make_paths(tokens: int, device: str, backends: list[str]) -> dict[str, Paths
         sequence = torch.zeros(tokens, dtype=torch.int32, device=device)
         write["vllm"] = lambda: vllm.concat_and_cache_mla(kv_c, k_pe, cache, slots, "auto", scale)
         gather["vllm"] = lambda: vllm.gather_and_maybe_dequant_cache(cache, out, table, ends, sequence, tokens, "auto", scale, None)
-    for name, call in write.items():  # a wrong result has no time
+    wanted = torch.zeros_like(flat)
+    wanted[slots] = latents
+    for name, call in write.items():
         cache.zero_()
         call()
-        assert torch.equal(flat[slots], latents), f"{name} writes something else"
+        plain.check_equal(f"the write by {name}", flat, wanted)
     for name, call in gather.items():
         out.zero_()
         call()
-        assert torch.equal(out, latents), f"{name} gathers something else"
+        plain.check_equal(f"the gather by {name}", out, latents)
     return {"write_latent_cache": write, "gather_latents": gather}
 
 

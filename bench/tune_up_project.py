@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from pcp_mla.pipeline import MLADims
 from pcp_mla.triton.kv_up_project import DEFAULT, kv_up_project, shape_class
 
-from . import timing
+from . import plain, timing
 
 FILE = Path(__file__).resolve().parent.parent / "python" / "pcp_mla" / "data" / "kv_up_project.json"
 TILES = {
@@ -32,17 +33,42 @@ def candidates(item: int) -> list[dict[str, int]]:
     return [DEFAULT] + [dict(zip(names, (*tile, *schedule), strict=True), GROUP=8) for tile, schedule in pairs]
 
 
+def make_call(tokens: int, dtype: torch.dtype, device: str) -> Callable[[dict[str, int]], Callable[[], None]]:
+    """What gives the kernel's call by a configuration, checked."""
+    latents = torch.randn(2 * tokens, DIMS.latent_dim, device=device).to(dtype)
+    rows = torch.randperm(2 * tokens, device=device)[:tokens].int()
+    weight = torch.randn(DIMS.num_heads * DIMS.expanded_dim, DIMS.kv_lora_rank, device=device).to(dtype)
+    k = torch.empty(tokens, DIMS.num_heads, DIMS.qk_head_dim, dtype=dtype, device=device)
+    v = torch.empty(tokens, DIMS.num_heads, DIMS.v_head_dim, dtype=dtype, device=device)
+    kv_c, k_pe = latents[rows.long()].split([DIMS.kv_lora_rank, DIMS.qk_rope_head_dim], dim=1)
+    expanded = (kv_c.double() @ weight.double().T).view(tokens, DIMS.num_heads, -1)
+    k_nope, wanted_v = expanded.split([DIMS.qk_nope_head_dim, DIMS.v_head_dim], dim=2)
+    wanted_k = torch.cat([k_nope, k_pe[:, None].expand(-1, DIMS.num_heads, -1)], dim=2)
+
+    def call_by(config: dict[str, int]) -> Callable[[], None]:
+        def call() -> None:
+            kv_up_project(latents, rows, weight, k, v, config)
+
+        for out in (k, v):
+            out.fill_(torch.nan)
+        call()
+        share = 2**-7 if dtype == torch.bfloat16 else 1e-5  # of float32, with no TF32 on the way
+        plain.check_close(f"K by {config}", k, wanted_k, share)
+        plain.check_close(f"V by {config}", v, wanted_v, share)
+        return call
+
+    return call_by
+
+
 def best(tokens: int, dtype: torch.dtype) -> tuple[dict[str, int], float]:
     """The fastest configuration at DIMS and its time in microseconds."""
-    latents = torch.randn(2 * tokens, DIMS.latent_dim, device="cuda").to(dtype)
-    rows = torch.randperm(2 * tokens, device="cuda")[:tokens].int()
-    weight = torch.randn(DIMS.num_heads * DIMS.expanded_dim, DIMS.kv_lora_rank, device="cuda").to(dtype)
-    k = torch.empty(tokens, DIMS.num_heads, DIMS.qk_head_dim, dtype=dtype, device="cuda")
-    v = torch.empty(tokens, DIMS.num_heads, DIMS.v_head_dim, dtype=dtype, device="cuda")
+    call_by = make_call(tokens, dtype, "cuda")
     times = []
     for config in candidates(dtype.itemsize):
         try:
-            time = timing.gpu_us(lambda config=config: kv_up_project(latents, rows, weight, k, v, config), 7)
+            time = timing.gpu_us(call_by(config), 7)
+        except plain.WrongResultError:
+            raise
         except Exception as error:  # more shared memory or registers than there are
             print(f"  {config}: {str(error).splitlines()[0][:80]}")
             continue

@@ -15,7 +15,7 @@ from pcp_mla import concat_k, kv_up_project
 from pcp_mla.backends import availability
 from pcp_mla.pipeline import MLADims
 
-from . import timing
+from . import plain, timing
 
 BLOCK = 64
 # Tokens, heads.
@@ -25,7 +25,7 @@ Paths = dict[str, Callable[[], Any]]
 
 
 def make_paths(tokens: int, dims: MLADims, device: str, backends: list[str]) -> dict[str, Paths]:
-    """The paths of both ops, checked: a wrong result has no time."""
+    """The paths of both ops, checked."""
     rank, nope, heads = dims.kv_lora_rank, dims.qk_nope_head_dim, dims.num_heads
     cache = torch.randn(2 * tokens, dims.latent_dim, device=device).bfloat16()
     blocks = torch.randperm(2 * tokens // BLOCK, device=device)[: tokens // BLOCK]
@@ -60,11 +60,11 @@ def make_paths(tokens: int, dims: MLADims, device: str, backends: list[str]) -> 
             k.fill_(torch.nan)
             v.fill_(torch.nan)
             for got, right in zip(call(), wanted, strict=True):
-                assert torch.allclose(got, right, rtol=2**-6, atol=2**-6), f"{name} differs from torch"
+                plain.check_close(f"the up-projection by {name}", got, right)
     wanted_k = copies().clone()
     for name, call in concat.items():
         k.fill_(torch.nan)
-        assert torch.equal(call(), wanted_k), f"{name} concatenates something else"
+        plain.check_equal(f"the concat by {name}", call(), wanted_k)
     return {"kv_up_project": project, "concat_k": concat}
 
 

@@ -1,0 +1,105 @@
+"""Times of the benchmarks are medians, without the warm-up and what is done between the calls: on a clock that calls advance."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from bench import timing
+
+HOURS = 3600.0
+
+
+class Clock:
+    """Seconds, and a call that takes the next of some durations."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+    def call(self, durations: list[float]) -> Callable[[], None]:
+        left = iter(durations)
+        return lambda: self.spend(next(left))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In place of the host's clock and of the GPU's, whose events, streams and graphs do nothing but look at it."""
+    clock = Clock()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = clock.now
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.time - self.time) * 1e3
+
+    class Graph:
+        def replay(self) -> None:
+            for seconds in self.captured:
+                clock.spend(seconds)
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        begin = clock.now
+        yield
+        graph.captured = [clock.now - begin]
+
+    empty = torch.empty
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(1, **options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    for name in ("_sleep", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: clock.spend(HOURS))
+    return clock
+
+
+def test_gpu_time_is_the_median(clock: Clock) -> None:
+    assert timing.gpu_us(clock.call([HOURS] * 3 + [5e-6, 1e-6, 90e-6, 3e-6, 4e-6]), repeats=5) == pytest.approx(4)
+
+
+def test_cpu_time_is_the_median_of_means(clock: Clock) -> None:
+    durations = [1e-6, 3e-6, 10e-6, 20e-6, 2e-6, 4e-6]  # means 2, 15, 3
+    assert timing.cpu_us(clock.call([HOURS] * 3 + durations), repeats=3, calls=2) == pytest.approx(3)
+
+
+def test_graph_time_is_of_one_call(clock: Clock) -> None:
+    assert timing.graph_us(clock.call([HOURS, 2e-6, 4e-6, 6e-6]), repeats=2, calls=3) == pytest.approx(4)
+
+
+def test_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("cpu_us", 7.0), ("gpu_us", 20.0), ("graph_us", 15.0), ("launches", 3)):
+        monkeypatch.setattr(timing, name, lambda *_, value=value, **__: value)
+    assert timing.measure(lambda: None, {"bytes": 30_000_000}) == {"cpu_us": 7.0}
+    result = {"bytes": 30_000_000, "copy_us": 10.0, "copy_gbps": 3000.0}
+    numbers = {"cpu_us": 7.0, "gpu_us": 20.0, "launches": 3, "share_of_copy": 0.5, "share_of_bandwidth": 0.5}
+    assert timing.measure(lambda: None, result) == numbers
+    assert timing.measure(lambda: None, result, graph=True) == numbers | {"graph_us": 15.0}
+
+
+def test_copies_count_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    randint, made = torch.randint, []
+    monkeypatch.setattr(torch, "randint", lambda *rest, device, **options: made.append(randint(*rest, **options)) or made[-1])
+    monkeypatch.setattr(timing, "gpu_us", lambda call, *_: call() is not None and 2.0)
+    assert timing.copy_gbps(1000) == pytest.approx(0.5)
+    assert made[0].nbytes == 500
