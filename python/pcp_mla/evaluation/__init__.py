@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     print(f", prefix caching {'on' if args.prefix_cache else 'off'}", flush=True)
     with _bar("stock", len(items), True) as bar:
         stock = list(stock_answers(model, items, bar.update))
-    largest = max(float(answer.logits.abs().max()) for answer in stock)
+    largest = max((float(answer.logits.abs().max()) for answer in stock if answer.tokens), default=0.0)
     share, words = rounding_share(layers, hidden, dtype)
     tolerance = share * largest
     compare = partial(score, stock=stock, items=items, tolerance=tolerance)
@@ -122,8 +122,14 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     overturned = max(s.largest_margin for s in scores)
     print(f"rounding moves a logit by at most {tolerance:.2g} = {words} x largest logit {largest:.1f}; answers may part where the")
     print(f"         stock model preferred its token by less than twice that (largest preference overturned: {overturned:.2g})")
-    failed = [f"{s.unexplained} at P = {s.run}" for s in scores if s.unexplained]
-    print(f"FAIL: answers differ by more: {', '.join(failed)}" if failed else "PASS: no answer differs by more than rounding")
+    differ = [f"{s.unexplained} at P = {s.run}" for s in scores if s.unexplained]
+    failed = [f"answers differ by more: {', '.join(differ)}"] if differ else []
+    if not scores[0].exact_match:
+        failed.append("the stock model solves no problem: that answers are the same shows nothing")
+    for reason in failed:
+        print(f"FAIL: {reason}")
+    if not failed:
+        print("PASS: no answer differs by more than rounding")
     if args.json is not None:
         facts = {"hardware": hardware, "torch": torch.__version__, "dtype": dtype_name(dtype), "problems": len(items)}
         facts |= {"chunk": args.chunk, "prefix_cache": args.prefix_cache, "tolerance": tolerance, "ranks": backends}
@@ -132,8 +138,8 @@ def _run(args: argparse.Namespace, model: Any) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the evaluation. Exit code 0: no answer differs from the stock model's by more than rounding explains; 1: some do, or a
-    rank failed; 2: bad input."""
+    """Run the evaluation. Exit code 0: no answer differs from the stock model's by more than rounding explains; 1: some do, or the
+    stock model has no right one, or a rank failed; 2: bad input."""
     try:
         check_arguments(args)
         model = load_model(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

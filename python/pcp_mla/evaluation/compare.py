@@ -21,7 +21,7 @@ class Score:
         logit_difference: largest, over the steps that chose from the same text.
         largest_margin: of the parted answers, by how much the stock model preferred its token where they part.
         unexplained: answers whose logits differ by more than rounding can move one, or that part where the margin is more than it
-            can move two.
+            can move two, or that end early.
     """
 
     run: str
@@ -35,7 +35,10 @@ class Score:
 
 
 def score(run: str, answers: list[Answer], stock: list[Answer], items: list[Item], tolerance: float) -> Score:
-    """Compare a run's answers with the stock model's: one Score."""
+    """Compare a run's answers with the stock model's: one Score. RuntimeError unless there is one for each item."""
+    if len(answers) != len(items):
+        who = "the stock model" if run == "stock" else f"the model at P = {run}"
+        raise RuntimeError(f"eval: {who} gave {len(answers)} answers to {len(items)} problems")
     right = [answer.is_right(item) for answer, item in zip(answers, items, strict=True)]
     share, count = sum(right) / len(items), len(items)
     result = Score(run, share, math.sqrt(share * (1 - share) / max(1, count - 1)), 0, 0, 0.0, 0.0, 0)
@@ -43,17 +46,21 @@ def score(run: str, answers: list[Answer], stock: list[Answer], items: list[Item
         pairs = zip(answer.tokens, wanted.tokens, strict=False)
         parting = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         steps = min(len(answer.tokens), len(wanted.tokens)) if parting is None else parting + 1
-        difference = (answer.logits[:steps] - wanted.logits[:steps]).abs().nan_to_num(nan=math.inf)
-        largest, margin = float(difference.max()), 0.0
+        difference = (answer.logits[:steps] - wanted.logits[:steps]).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        largest, margin = float(difference.max()) if difference.numel() else 0.0, 0.0
         result.logit_difference = max(result.logit_difference, largest)
         result.other_verdict += answer.is_right(item) != wanted.is_right(item)
+        # Rounding changes a token, and never leaves some out.
+        explained = parting is not None or len(answer.tokens) == len(wanted.tokens)
         if parting is None:
-            result.same_text += 1
+            result.same_text += explained
         else:
             row = wanted.logits[parting]
             margin = float(row[wanted.tokens[parting]] - row[answer.tokens[parting]])
             result.largest_margin = max(result.largest_margin, margin)
-        result.unexplained += not (largest <= tolerance and margin <= 2 * tolerance)
+        # With infinite logits the tolerance is infinite, too.
+        explained &= math.isfinite(largest) and largest <= tolerance and margin <= 2 * tolerance
+        result.unexplained += not explained
     return result
 
 
