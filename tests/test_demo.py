@@ -20,6 +20,7 @@ pytest.importorskip("transformers", minversion="5")
 from pcp_mla import demo
 from pcp_mla.demo import measure, models, outcome, ranks, report
 from pcp_mla.integrations import paged_cache
+from pcp_mla.integrations import transformers as integration
 from pcp_mla.launch import RankError
 from pcp_mla.planned import PlannedMetadata
 from pcp_mla.played import play
@@ -77,12 +78,87 @@ def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert line["comparison"]["continuation"] == written["continuation"]
     assert [str(line["seed_launches"]), str(line["our_launches"])] == row[7:9]
     assert line["seed_launches"] > line["our_launches"] > 5
+    assert line["layer_difference"] < line["layer_tolerance"] < 1e-4
 
 
 @pytest.mark.timeout(120)
-def test_several_world_sizes(played: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.run(arguments("--pcp", "1", "3", "--max-tokens", "40")) == 0
-    assert [row[:3] for row in table_rows(capsys.readouterr().out)] == [["1", "played", "40"], ["3", "played", "12 to 14"]]
+def test_only_what_differs_is_named(
+    played: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A softmax scale that is 1 % off at one P of three."""
+    right = integration.enable_pcp
+
+    def enable(model: Any, group: Any) -> None:
+        if group.world_size == 2:
+            for layer in model.model.layers:
+                layer.self_attn.scaling *= 1.01
+        right(model, group)
+
+    monkeypatch.setattr(integration, "enable_pcp", enable)
+    file = tmp_path / "result.json"
+    assert demo.run(arguments("--pcp", "1", "2", "3", "--max-tokens", "40", "--json", str(file))) == 1
+    out = capsys.readouterr().out
+    rows = table_rows(out)
+    assert [row[:3] for row in rows] == [["1", "played", "40"], ["2", "played", "20"], ["3", "played", "12 to 14"]]
+    assert [row[-1] for row in rows] == ["agrees", "DIFFERS", "agrees"]
+    assert "\nFAIL: logits beyond the tolerance, P = 2\n" in out
+    assert "PASS" not in out
+    result = json.loads(file.read_text())
+    assert result["agrees"] is False
+    assert [row["agrees"] for row in result["rows"]] == [True, False, True]
+    assert result["rows"][1]["comparison"]["logit_difference"] > 10 * result["tolerance"]["value"]
+
+
+@pytest.mark.timeout(120)
+def test_one_rank_that_differs_fails(played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = ranks.run_pcp
+
+    def moved(model: Any, group: Any, *rest: Any) -> outcome.Outcome:
+        result = right(model, group, *rest)
+        if group.rank == 1:
+            result.second_logits[2, 5] += 1e-3
+        return result
+
+    monkeypatch.setattr(ranks, "run_pcp", moved)
+    assert demo.run(arguments("--pcp", "2", "--max-tokens", "12")) == 1
+    out = capsys.readouterr().out
+    assert table_rows(out)[0][-1] == "DIFFERS"
+    assert "FAIL: logits beyond the tolerance, P = 2" in out
+
+
+@pytest.mark.timeout(120)
+def test_another_layer_than_the_seed_path_fails(
+    played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = measure.seed_layer
+
+    def wrong(*inputs: Any) -> torch.Tensor:
+        *rest, scale, cache = inputs
+        return right(*rest, scale * 1.01, cache)
+
+    monkeypatch.setattr(measure, "seed_layer", wrong)
+    assert demo.run(arguments("--pcp", "2", "--max-tokens", "12")) == 1
+    out = capsys.readouterr().out
+    assert [row[-1] for row in table_rows(out)] == ["DIFFERS"]
+    assert re.search(r"^FAIL: a layer's output differs from the seed path's by \S+, more than \S+, P = 2$", out, re.MULTILINE)
+    assert "beyond the tolerance" not in out
+    assert "PASS" not in out
+
+
+@pytest.mark.timeout(120)
+def test_a_model_that_says_nothing_fails(played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All logits are zero, under PCP as well."""
+
+    def silent(name: str) -> Any:
+        model = models.build_model(name)
+        torch.nn.init.zeros_(model.lm_head.weight)
+        return model
+
+    monkeypatch.setattr(demo, "build_model", silent)
+    assert demo.run(arguments("--pcp", "1", "--max-tokens", "8")) == 1
+    out = capsys.readouterr().out
+    assert "FAIL: the stock model's logits are all zero: that others are the same shows nothing" in out
+    assert "PASS" not in out
 
 
 @pytest.mark.timeout(120)
@@ -240,10 +316,66 @@ def test_nan_never_agrees() -> None:
     assert outcome.compare(stock, replace(stock, second_logits=nan)).second_difference == float("inf")
 
 
+def costs(difference: float = 0.0, tolerance: float = 1e-5) -> measure.LayerCosts:
+    return measure.LayerCosts(measure.LayerCost(5, 1.0), measure.LayerCost(9, 1.0), difference, tolerance)
+
+
+# Of four tokens; the tolerance is 0.1. What a rank of two has instead, and what is said of it.
+STOCK = outcome.Outcome(torch.eye(4) * 8, [0, 1, 2], torch.eye(4)[:3] * 8, torch.zeros(4, 2), torch.eye(4)[:2] * 8)
+LOGITS, TEXT = "logits beyond the tolerance, P = 2", "the continuation parts from the stock model's without a tie, P = 2"
+LAYER = "a layer's output differs from the seed path's by"
+JUDGED = [
+    ({}, {}, []),
+    ({"logits": STOCK.logits + 0.09}, {}, []),
+    ({"logits": STOCK.logits + 0.11}, {}, [LOGITS]),
+    ({"logits": STOCK.logits * 0}, {}, [LOGITS]),
+    ({"logits": STOCK.logits[:1]}, {}, [LOGITS]),
+    ({"logits": STOCK.logits[:0]}, {}, [LOGITS]),
+    ({"step_logits": STOCK.step_logits - 0.11}, {}, [LOGITS]),
+    ({"second_logits": STOCK.second_logits + 0.11}, {}, [LOGITS]),
+    ({"second_logits": STOCK.second_logits[:0]}, {}, [LOGITS]),
+    ({"second_logits": STOCK.second_logits + torch.inf}, {}, [LOGITS]),
+    ({"tokens": [0, 1, 3]}, {}, [TEXT]),
+    ({"tokens": [0, 1]}, {}, [TEXT]),
+    ({"tokens": []}, {}, [TEXT]),
+    ({"tokens": [], "step_logits": STOCK.step_logits[:0]}, {}, [LOGITS, TEXT]),
+    ({}, {"difference": 9e-6}, []),
+    ({}, {"difference": 1.1e-5}, [LAYER]),
+    ({}, {"difference": 2e-6, "tolerance": 1e-6}, [LAYER]),
+    ({}, {"difference": torch.inf, "tolerance": torch.inf}, [LAYER]),
+]
+
+
+@pytest.mark.parametrize(("changes", "layer", "reasons"), JUDGED)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_verdict(rank: int, changes: dict[str, Any], layer: dict[str, float], reasons: list[str]) -> None:
+    tolerance = report.Tolerance(0.1, "")
+    results = [ranks.RankResult(STOCK, costs(5e-6)), ranks.RankResult(STOCK, costs(5e-6))]
+    results[rank] = ranks.RankResult(replace(STOCK, **changes), costs(**layer))
+    row = report.make_row(STOCK, results, "gloo", [2, 2], tolerance)
+    said = report.failures([row], tolerance)
+    assert len(said) == len(reasons)
+    assert all(line.startswith(reason) for line, reason in zip(said, reasons, strict=True))
+    assert row.agrees == report.as_json({}, [row], tolerance)["agrees"] == (not reasons)
+    assert ("DIFFERS" in report.format_table([row], 3, False)) == bool(reasons)
+
+
+def test_infinite_logits_agree_with_nothing() -> None:
+    loud = replace(STOCK, logits=STOCK.logits + torch.inf)
+    tolerance = report.make_tolerance(loud, 1, 1, torch.float32)
+    assert not report.make_row(loud, [ranks.RankResult(loud, costs())], "gloo", [4], tolerance).agrees
+
+
+def test_tolerance() -> None:
+    stock = replace(STOCK, logits=torch.tensor([[1.0, -4.0]]))
+    assert report.make_tolerance(stock, 2, 8, torch.float32).value == pytest.approx(8 * 2**-23 * 4 * 4)
+    assert report.make_tolerance(stock, 2, 8, torch.bfloat16).value == pytest.approx(2**-7 * 20**0.5 * 4)
+
+
 def test_note_on_a_tie() -> None:
     def row(margin: float) -> report.PCPRow:
         comparison = outcome.Comparison(1e-5, 1e-5, 1.0, 3, margin, 0, [])
-        return report.PCPRow(2, "gloo", [4, 4], comparison, 9, 5, 1.0, 1.0, 0.0, 3, True)
+        return report.PCPRow(2, "gloo", [4, 4], comparison, 9, 5, 1.0, 1.0, 0.0, 0.0, 3, True, True, True)
 
     tolerance = report.Tolerance(1e-4, "")
     assert "a tie within the tolerance" in report.notes([row(1e-4)], tolerance)[0]

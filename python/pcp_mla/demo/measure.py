@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ..pipeline import MLADims, MLAPrefill
 from ..planner import PCPPlanner
 from ..played import PlayedGroup
 from ..seed_path import seed_layer
+from .outcome import largest_difference
+from .routing import rounding_share
 
 BLOCK_SIZE = 16
 WARM_UP = 2
@@ -34,11 +37,16 @@ class LayerCost:
 
 @dataclass
 class LayerCosts:
-    """Both ways through the layer, and the largest ``difference`` between their outputs."""
+    """Both ways through the layer, the largest ``difference`` between their outputs, and how far rounding may move these apart."""
 
     ours: LayerCost
     seed: LayerCost
     difference: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        return math.isfinite(self.difference) and self.difference <= self.tolerance
 
 
 class ReplayedGroup:
@@ -155,7 +163,10 @@ def measure_layers(
 
     ours = runner(make_ours)
     seed = runner(lambda end: lambda: seed_layer(q, kv_c, k_pe, kv_b_proj, meta, end, dims, softmax_scale, cache))
-    difference = (ours() - seed()).abs()
+    got, wanted = ours(), seed()
+    # Of a single layer, whose longest sums are the up-projection's.
+    tolerance = rounding_share(1, dims.kv_lora_rank, dtype)[0] * (float(wanted.abs().max()) if wanted.numel() else 0.0)
+    difference = largest_difference(got, wanted)
     times: dict[Callable[[], torch.Tensor], list[float]] = {ours: [], seed: []}
     for _ in range(WARM_UP + REPEATS):
         for run, taken in times.items():
@@ -165,5 +176,6 @@ def measure_layers(
     return LayerCosts(
         ours=LayerCost(count_launches(ours, device), median(times[ours][WARM_UP:])),
         seed=LayerCost(count_launches(seed, device), median(times[seed][WARM_UP:])),
-        difference=float(difference.max()) if difference.numel() else 0.0,
+        difference=difference,
+        tolerance=tolerance,
     )

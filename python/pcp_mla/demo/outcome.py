@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,23 +156,33 @@ def run_pcp(model: Any, group: Group, work: Work, stock: StockRouting) -> Outcom
     return Outcome(logits.cpu(), tokens, rows, experts.cpu(), second.cpu(), ties + more_ties)
 
 
+def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Infinite where the shapes differ or something is no number: neither must look like agreement."""
+    if ours.shape != theirs.shape:
+        return math.inf
+    return float((ours - theirs).abs().nan_to_num(nan=math.inf, posinf=math.inf).max()) if ours.numel() else 0.0
+
+
 def compare(stock: Outcome, other: Outcome) -> Comparison:
-    parts_at = next((i for i, (a, b) in enumerate(zip(stock.tokens, other.tokens, strict=True)) if a != b), None)
+    common = min(len(stock.tokens), len(other.tokens))
+    parts_at = next((i for i in range(common) if stock.tokens[i] != other.tokens[i]), None)
+    if parts_at is None and len(stock.tokens) != len(other.tokens):
+        parts_at = common
     # Past the parting the two continue different texts; the step where they part still has the same text before it.
     steps = len(stock.tokens) if parts_at is None else parts_at + 1
-    difference = torch.cat([other.logits - stock.logits, other.step_logits[:steps] - stock.step_logits[:steps]]).abs()
-    second = (other.second_logits - stock.second_logits).abs()
     margin = None
-    if parts_at is not None:
+    if parts_at is not None and parts_at < common:
         row = stock.step_logits[parts_at]
         margin = float(row[stock.tokens[parts_at]] - row[other.tokens[parts_at]])
+    same_shape = other.logits.shape == stock.logits.shape
     return Comparison(
-        # A NaN anywhere must not look like agreement.
-        logit_difference=float(difference.nan_to_num(nan=float("inf")).max()),
-        second_difference=float(second.nan_to_num(nan=float("inf")).max()),
-        same_argmax=float((other.logits.argmax(-1) == stock.logits.argmax(-1)).double().mean()),
+        logit_difference=max(
+            largest_difference(other.logits, stock.logits), largest_difference(other.step_logits[:steps], stock.step_logits[:steps])
+        ),
+        second_difference=largest_difference(other.second_logits, stock.second_logits),
+        same_argmax=float((other.logits.argmax(-1) == stock.logits.argmax(-1)).double().mean()) if same_shape else 0.0,
         parts_at=parts_at,
         parting_margin=margin,
-        expert_changes=int((other.experts != stock.experts).sum()),
+        expert_changes=int((other.experts != stock.experts).sum()) if same_shape else stock.experts.numel(),
         continuation=other.tokens,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ def make_tolerance(stock: Outcome, layers: int, hidden: int, dtype: torch.dtype)
 
 @dataclass
 class PCPRow:
-    """One line of the table. Launches and times are those of the rank with the most."""
+    """One line of the table. Launches and times are those of the rank with the most, what differs is of the rank furthest off."""
 
     pcp: int
     backend: str
@@ -38,15 +39,40 @@ class PCPRow:
     seed_milliseconds: float
     our_milliseconds: float
     layer_difference: float
+    layer_tolerance: float
     routing_ties: int
-    agrees: bool
+    logits_agree: bool
+    text_agrees: bool
+    layer_agrees: bool
+
+    @property
+    def agrees(self) -> bool:
+        return self.logits_agree and self.text_agrees and self.layer_agrees
+
+
+def _furthest(comparison: Comparison) -> float:
+    return max(comparison.logit_difference, comparison.second_difference)
+
+
+def _is_tie(comparison: Comparison, tolerance: Tolerance) -> bool:
+    """Whether rounding explains that the texts part."""
+    return comparison.parting_margin is not None and comparison.parting_margin <= 2 * tolerance.value
+
+
+def _logits_agree(comparison: Comparison, tolerance: Tolerance) -> bool:
+    # With infinite logits the tolerance is infinite, too.
+    return math.isfinite(_furthest(comparison)) and _furthest(comparison) <= tolerance.value
+
+
+def _text_agrees(comparison: Comparison, tolerance: Tolerance) -> bool:
+    return comparison.parts_at is None or _is_tie(comparison, tolerance)
 
 
 def make_row(stock: Outcome, results: list[RankResult], backend: str, tokens_per_rank: list[int], tolerance: Tolerance) -> PCPRow:
-    # Every rank holds all logits: the row shows the rank that is furthest off.
-    comparison = max(
-        (compare(stock, result.outcome) for result in results), key=lambda c: max(c.logit_difference, c.second_difference)
-    )
+    # Every rank holds all logits.
+    comparisons = [compare(stock, result.outcome) for result in results]
+    comparison = max(comparisons, key=lambda c: (not (_logits_agree(c, tolerance) and _text_agrees(c, tolerance)), _furthest(c)))
+    layer = max((result.costs for result in results), key=lambda costs: (not costs.agrees, costs.difference))
     return PCPRow(
         pcp=len(results),
         backend=backend,
@@ -56,9 +82,12 @@ def make_row(stock: Outcome, results: list[RankResult], backend: str, tokens_per
         our_launches=max(result.costs.ours.launches for result in results),
         seed_milliseconds=max(result.costs.seed.milliseconds for result in results),
         our_milliseconds=max(result.costs.ours.milliseconds for result in results),
-        layer_difference=max(result.costs.difference for result in results),
+        layer_difference=layer.difference,
+        layer_tolerance=layer.tolerance,
         routing_ties=sum(result.outcome.ties for result in results),
-        agrees=max(comparison.logit_difference, comparison.second_difference) <= tolerance.value,
+        logits_agree=_logits_agree(comparison, tolerance),
+        text_agrees=_text_agrees(comparison, tolerance),
+        layer_agrees=layer.agrees,
     )
 
 
@@ -100,7 +129,7 @@ def notes(rows: list[PCPRow], tolerance: Tolerance) -> list[str]:
     for row in rows:
         c = row.comparison
         if c.parts_at is not None and c.parting_margin is not None:
-            near = "a tie within the tolerance" if c.parting_margin <= 2 * tolerance.value else "no tie"
+            near = "a tie within the tolerance" if _is_tie(c, tolerance) else "no tie"
             lines.append(f"P={row.pcp}: at the parting the stock logits of the two tokens are {c.parting_margin:.2e} apart: {near}")
         if row.routing_ties:
             lines.append(f"P={row.pcp}: {row.routing_ties} routings were ties within rounding, broken as in the stock model")
@@ -111,5 +140,24 @@ def notes(rows: list[PCPRow], tolerance: Tolerance) -> list[str]:
     return lines
 
 
+def failures(rows: list[PCPRow], tolerance: Tolerance) -> list[str]:
+    """What is wrong and at which P; nothing if the model under PCP is the stock model."""
+    reasons = []
+    if not tolerance.value > 0:
+        reasons.append("the stock model's logits are all zero: that others are the same shows nothing")
+    for what, apart in (
+        ("logits beyond the tolerance", [str(row.pcp) for row in rows if not row.logits_agree]),
+        ("the continuation parts from the stock model's without a tie", [str(row.pcp) for row in rows if not row.text_agrees]),
+    ):
+        if apart:
+            reasons.append(f"{what}, P = {', '.join(apart)}")
+    for row in rows:
+        if not row.layer_agrees:
+            by = f"{row.layer_difference:.2e}, more than {row.layer_tolerance:.2e}"
+            reasons.append(f"a layer's output differs from the seed path's by {by}, P = {row.pcp}")
+    return reasons
+
+
 def as_json(facts: dict[str, Any], rows: list[PCPRow], tolerance: Tolerance) -> dict[str, Any]:
-    return {**facts, "tolerance": asdict(tolerance), "rows": [asdict(row) for row in rows], "agrees": all(r.agrees for r in rows)}
+    lines = [asdict(row) | {"agrees": row.agrees} for row in rows]
+    return {**facts, "tolerance": asdict(tolerance), "rows": lines, "agrees": not failures(rows, tolerance)}
