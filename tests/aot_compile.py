@@ -64,12 +64,19 @@ def numbers_of(kernel, pointers):
 
 
 def compile_for(capability, kernel, types, ones=False):
-    """Size of the binary, of a kernel whose pointers have these types; ``ones``: all sizes and strides are 1."""
+    """Size of the binary, of a kernel whose pointers have these types; ``ones``: all sizes and strides are 1.
+
+    It must be for this GPU, and multiply matrices by its tensor cores if the kernel is there for that.
+    """
     names = list(inspect.signature(kernel.fn).parameters)
     constants = (numbers_of(kernel, types) if ones else {}) | CONSTANTS[kernel]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, constexprs={(names.index(n),): value for n, value in constants.items()})
-    return len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
+    output = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
+    assert f".target sm_{capability}" in output["ptx"]
+    if kernel is kv_up_project_kernel and types["latents"] == "*bf16":
+        assert ("wgmma.mma_async" if capability >= 90 else "mma.sync") in output["ptx"]
+    return len(output["cubin"])
 
 
 def compile_attention(capability, data, listed, ones=False):
