@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from pcp_mla import demo
+from pcp_mla import MLADims, demo
 from pcp_mla.demo import measure, models, outcome, ranks, report
 from pcp_mla.integrations import paged_cache
 from pcp_mla.integrations import transformers as integration
@@ -416,6 +416,17 @@ def test_op_calls_count_work_only() -> None:
 def test_launches_count_kernels() -> None:
     x = torch.randn(1000, device="cuda")
     assert measure.count_launches(lambda: (x + 1).view(10, 100).mul_(2), x.device) == 2
+
+
+def test_times_are_medians_without_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, seed = [900.0, 900.0, 5.0, 1.0, 2.0, 90.0, 6.0, 3.0, 4.0], [900.0, 900.0, 17.0, 11.0, 12.0, 99.0, 13.0, 16.0, 15.0]
+    left = iter([time for pair in zip(ours, seed, strict=True) for time in pair])
+    monkeypatch.setattr(measure, "_milliseconds", lambda *_: next(left))
+    dims = MLADims(2, 16, 8, 16, 32)
+    costs = measure.measure_layers(8, torch.nn.Linear(32, 64, bias=False), dims, 0.2, None, torch.device("cpu"))
+    assert (costs.ours.milliseconds, costs.seed.milliseconds) == (4.0, 15.0)
+    assert costs.seed.launches > costs.ours.launches > 0
+    assert costs.agrees
 
 
 def test_replayed_group_gives_the_first_run_again() -> None:
