@@ -219,6 +219,10 @@ def test_score() -> None:
     assert (tight.unexplained, middle.unexplained, loose.unexplained) == (2, 1, 0)
     for text in ("#### <end>", "2 + 3 = 5. <end>", "", "2 + 3 = 5. <end> #### 5", "####"):
         assert not answer(text or "<pad>").is_right(items[0])
+    # The same logits, and the second best token: by a lead of 1.
+    second = Answer([*stock[0].tokens[:-2], encode("7")[0]], stock[0].logits)
+    for tolerance, unexplained in ((0.49, 1), (0.51, 0)):
+        assert score("2", [second, *stock[1:]], stock, items, tolerance).unexplained == unexplained
     infinite = [Answer(a.tokens, torch.full_like(a.logits, torch.inf)) for a in stock]
     assert score("2", infinite, stock, items, torch.inf).unexplained == 4
     short = Answer(stock[1].tokens[:-1], stock[1].logits[:-1])
