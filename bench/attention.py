@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pcp_mla import PCPMetadata, attention_backends, pcp_attention
+from pcp_mla import PCPMetadata, pcp_attention
+from pcp_mla.ops.attention import support
 
 from . import peers, plain, timing
 
@@ -80,7 +81,7 @@ def make_paths(meta: PCPMetadata, x: dict[str, torch.Tensor], device: str) -> Pa
         "triton prev": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, prev=nothing, **own),
     }
     for name in ("fa3", "fa2"):
-        if not attention_backends.missing(name, q.device):
+        if not support.missing(name, q.device):
             paths[name] = lambda name=name: pcp_attention(q, k, v, meta, **options, backend=name)
     check(paths, q, k, v, meta.world_size)
     return paths

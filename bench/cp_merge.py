@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pcp_mla import cp_lse_a2a, cp_lse_ag_out_rs
-from pcp_mla.exchange import all_gather_rows, all_to_all_rows, group_rank, group_world_size, reduce_scatter_rows
+from pcp_mla.groups import all_gather_rows, all_to_all_rows, group_rank, group_world_size, reduce_scatter_rows
 
 from . import plain, timing
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pcp_mla import GatheredRows, PCPMetadata, pcp_fused_gather, pcp_fused_restore
-from pcp_mla.backends import availability
+from pcp_mla.ops.registry import availability
 
 from . import plain, timing
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends
-from pcp_mla.exchange import all_gather_rows, group_rank, group_world_size
-from pcp_mla.graphs import PiecewiseGraph
+from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
+from pcp_mla.groups import all_gather_rows, group_rank, group_world_size
+from pcp_mla.layer.graphs import PiecewiseGraph
+from pcp_mla.ops.attention import support
 
 from . import peers, plain, timing
 from .seed import SeedPath
@@ -65,7 +66,7 @@ class Stack:
         self.hidden = torch.randn(tokens // world, HIDDEN, device=device, generator=random).bfloat16()
         self.exchange = LatentExchange(group, planner.max_local_tokens, DIMS, torch.bfloat16, device)
         self.layer = MLAPrefill(DIMS, width**-0.5, self.exchange)
-        backend = attention_backends.choose("auto", self.hidden.device, torch.bfloat16, width, DIMS.v_head_dim, False)
+        backend = support.choose("auto", self.hidden.device, torch.bfloat16, width, DIMS.v_head_dim, False)
         self.seed_path = SeedPath(plain.plan([tokens], [0], [True], table), group, DIMS, backend)
 
     def forward(self, attend: Callable[..., torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pcp_mla import gather_latents, write_latent_cache
-from pcp_mla.backends import availability
+from pcp_mla.ops.registry import availability
 
 from . import peers, plain, timing
 

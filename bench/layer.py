@@ -29,12 +29,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends, pipeline
-from pcp_mla.attention import run_rows
-from pcp_mla.attention_libraries import Rows
-from pcp_mla.latent_exchange import pack_latents
-from pcp_mla.launch import run_distributed
-from pcp_mla.seed_path import build_kv
+from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
+from pcp_mla.compare.seed_path import build_kv
+from pcp_mla.exchange.latents import pack_latents
+from pcp_mla.layer import prefill
+from pcp_mla.ops.attention import support
+from pcp_mla.ops.attention.call import run_rows
+from pcp_mla.ops.attention.libraries import Rows
+from pcp_mla.testing.launch import run_distributed
 
 from . import attention, peers, plain, timing
 from .seed import SeedPath
@@ -106,7 +108,7 @@ class Layer:
         self.gathered = gathered
         exchange = LatentExchange(group, planner.max_local_tokens, dims, torch.bfloat16, device)
         self.group = group
-        self.backend = attention_backends.choose("auto", self.q.device, torch.bfloat16, 192, 128, False)
+        self.backend = support.choose("auto", self.q.device, torch.bfloat16, 192, 128, False)
         self.layer = MLAPrefill(dims, SCALE, exchange if group is not None else Copied(exchange, gathered), self.backend)  # type: ignore[arg-type]
         # Virtual rows: every row's keys on their own.
         used = meta.partition.seqused_k
@@ -179,7 +181,7 @@ def stages_cpu_us(call: Callable[[], Any], repeats: int, calls: int) -> dict[str
     """Host time of each stage of our layer and of the checks around them, as :func:`timing.cpu_us` of the whole."""
     clocks = {name: _Clock() for name in ("exchange", "cache_write", "up_project", "attention")}
     samples = []
-    with mock.patch.dict(pipeline._STAGES, clocks):
+    with mock.patch.dict(prefill._STAGES, clocks):
         for _ in range(repeats):
             for clock in clocks.values():
                 clock.spent = 0.0

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # run as a file, this folder is on the path, not the
 
 from bench import plain, timing
 from pcp_mla import Partition, PCPPlanner, partition
-from pcp_mla.slots import PagedCache, slot_mapping
+from pcp_mla.plan.slots import PagedCache, slot_mapping
 
 BLOCK = 64
 CONTEXT = 4096  # of a decode

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from pcp_mla import MLADims
-from pcp_mla.attention import run_rows
-from pcp_mla.attention_libraries import Rows
-from pcp_mla.exchange import all_gather_rows
-from pcp_mla.seed_path import build_kv, gather_calls
+from pcp_mla.compare.seed_path import build_kv, gather_calls
+from pcp_mla.groups import all_gather_rows
+from pcp_mla.ops.attention.call import run_rows
+from pcp_mla.ops.attention.libraries import Rows
 
 from . import peers
 

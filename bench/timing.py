@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pcp_mla.demo.measure import count_launches
-from pcp_mla.launch import run_distributed
+from pcp_mla.testing.launch import run_distributed
 
 Call = Callable[[], Any]
 _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pcp_mla.plan.dims import MLADims
 
-from pcp_mla.pipeline import MLADims
 from pcp_mla.triton.kv_up_project import DEFAULT, kv_up_project, shape_class
 
 from . import plain, timing

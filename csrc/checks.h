@@ -1,5 +1,5 @@
 // Tensors as kernels see them, the checks that keep a kernel inside its memory, and allocation. For native ops these are the first
-// checks; python/pcp_mla/checks.py runs only after a refusal, to give it the documented type.
+// checks; python/pcp_mla/ops/checks.py runs only after a refusal, to give it the documented type.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/DeviceType.h>

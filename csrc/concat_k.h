@@ -1,4 +1,4 @@
-// concat_k: what the CPU and the CUDA kernel share. Definition: python/pcp_mla/reference/up_project.py.
+// concat_k: what the CPU and the CUDA kernel share. Definition: python/pcp_mla/reference/kv_up_project.py.
 #pragma once
 #include <torch/csrc/stable/library.h>
 

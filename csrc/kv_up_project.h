@@ -1,4 +1,4 @@
-// kv_up_project: tensors and sizes of a call. Definition: python/pcp_mla/reference/up_project.py.
+// kv_up_project: tensors and sizes of a call. Definition: python/pcp_mla/reference/kv_up_project.py.
 #pragma once
 #include <torch/csrc/stable/library.h>
 

@@ -1,4 +1,4 @@
-// Schemas of all ops. Kernels register themselves from cpu/ and cuda/; fake kernels are in python/pcp_mla/ops.py, which also
+// Schemas of all ops. Kernels register themselves from cpu/ and cuda/; fake kernels are in python/pcp_mla/ops/fused_gather.py, which also
 // defines these schemas where this library is not built. tests/test_schemas.py compares the two.
 #include <torch/csrc/stable/library.h>
 

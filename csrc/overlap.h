@@ -1,6 +1,6 @@
 // Whether two tensors share memory, by their addresses. Exact for slices of one buffer that lie at equal or nested distances (K and
 // V of one projection, kv_c and k_pe of one row); of others that reach into one another, yes. The same in Python:
-// python/pcp_mla/tensor_checks.py.
+// python/pcp_mla/checks.py.
 #pragma once
 #include <algorithm>
 #include <utility>

@@ -1,4 +1,4 @@
-// The row table of a step: five prefix sums over R requests (see Partition.row_table in python/pcp_mla/partition.py).
+// The row table of a step: five prefix sums over R requests (see Partition.row_table in python/pcp_mla/plan/partition.py).
 #pragma once
 #include <cstdint>
 

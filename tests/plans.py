@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from batches import batches
 from pcp_mla import PCPPlanner, partition
-from pcp_mla.slots import PagedCache, key_chunks, kv_rows, slot_mapping
+from pcp_mla.plan.slots import PagedCache, key_chunks, kv_rows, slot_mapping
 
 STEP_ARRAYS = ("row_table", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "logits_indices", "discard_request_mask")
 TOKEN_ARRAYS = ("local_token_indices", "positions", "allgather_restore_idx", "hidden_restore_idx")

@@ -25,7 +25,7 @@ from pcp_mla import (
     pcp_fused_restore,
     write_latent_cache,
 )
-from pcp_mla.tensor_checks import is_same_tensor, share_memory
+from pcp_mla.checks import is_same_tensor, share_memory
 
 everywhere = pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

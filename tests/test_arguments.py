@@ -25,8 +25,8 @@ from pcp_mla import (
     pcp_fused_restore,
     write_latent_cache,
 )
-from pcp_mla.launch import run_distributed
-from pcp_mla.slots import PagedCache, key_chunks
+from pcp_mla.plan.slots import PagedCache, key_chunks
+from pcp_mla.testing.launch import run_distributed
 
 SIZES = {"num_heads": 2, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 16}
 DIMS = MLADims(**SIZES)

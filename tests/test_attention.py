@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 
 from batches import batches, poison, same_bits
 from bench import peers
-from pcp_mla import PCPMetadata, PCPPlanner, attention_backends, pcp_attention
-from pcp_mla.attention import _by_two_calls
-from pcp_mla.row_attention import attend_row
+from pcp_mla import PCPMetadata, PCPPlanner, pcp_attention
+from pcp_mla.ops.attention import support
+from pcp_mla.ops.attention.call import _by_two_calls
+from pcp_mla.ops.attention.rows import attend_row
 
 peers.load_fa3()
 
@@ -46,8 +47,8 @@ BATCHES = {
 
 def available(device, backend, dtype=torch.bfloat16):
     """Skip where the library is missing or does not take the dtype."""
-    reason = attention_backends.missing(backend, torch.device(device, 0) if device == "cuda" else torch.device(device))
-    reason = reason or attention_backends.refusal(backend, dtype, NOPE + ROPE, V, False)
+    reason = support.missing(backend, torch.device(device, 0) if device == "cuda" else torch.device(device))
+    reason = reason or support.refusal(backend, dtype, NOPE + ROPE, V, False)
     if reason:
         pytest.skip(f"{backend}: {reason}")
 

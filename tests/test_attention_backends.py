@@ -6,19 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcp_mla import (
-    MLADims,
-    MLAPrefill,
-    PCPMetadata,
-    PCPPlanner,
-    attention,
-    attention_backends,
-    attention_libraries,
-    pcp_attention,
-    reference,
-)
-from pcp_mla.attention_backends import SUPPORT
-from pcp_mla.attention_libraries import arguments, of_function, of_op
+from pcp_mla import MLADims, MLAPrefill, PCPMetadata, PCPPlanner, pcp_attention, reference
+from pcp_mla.ops.attention import call, libraries, support
+from pcp_mla.ops.attention.libraries import arguments, of_function, of_op
+from pcp_mla.ops.attention.support import SUPPORT
 
 SCALE = 0.3
 LIBRARY = torch.library.Library("pcp_mla_test", "FRAGMENT")
@@ -103,8 +94,8 @@ def library(monkeypatch):
             found = of_function(fa4)
         else:
             found = replace(of_op(getattr(torch.ops.pcp_mla_test, name).default), flash2=name != "fa3")
-        monkeypatch.setattr(attention, "find", lambda backend: found)
-        monkeypatch.setattr(attention_backends, "missing", lambda backend, device: "")
+        monkeypatch.setattr(call, "find", lambda backend: found)
+        monkeypatch.setattr(support, "missing", lambda backend, device: "")
 
     return use
 
@@ -146,7 +137,7 @@ def test_what_a_library_cannot_reach_is_copied(library, name, monkeypatch):
     meta = batch()
     q, k, v = (x[: meta.num_kv_tokens].clone() for x in inputs(meta))
     wanted, seen = attend(q, k, v, meta, backend="fa2"), []
-    monkeypatch.setattr(attention_libraries, "arguments", lambda library, values: seen.append(values) or arguments(library, values))
+    monkeypatch.setattr(libraries, "arguments", lambda library, values: seen.append(values) or arguments(library, values))
     out = shifted(torch.zeros(len(q), 3, 16).bfloat16()), torch.empty(len(q), 3)
     got = attend(shifted(q), shifted(k), shifted(v), meta, backend="fa2", out=out)
     assert got[0] is out[0]
@@ -303,9 +294,9 @@ def test_a_library_that_cannot_be_called_is_refused_first(monkeypatch):
     """Before the gather for two calls, and in a layer before the exchange."""
     LIBRARY.define("demanding(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int magic) -> Tensor[]")
     found = of_op(torch.ops.pcp_mla_test.demanding.default)
-    monkeypatch.setattr(attention, "find", lambda backend: found)
-    monkeypatch.setattr(attention_backends, "missing", lambda backend, device: "")
-    monkeypatch.setattr(attention, "pcp_fused_gather", lambda *args: pytest.fail("gathered"))
+    monkeypatch.setattr(call, "find", lambda backend: found)
+    monkeypatch.setattr(support, "missing", lambda backend, device: "")
+    monkeypatch.setattr(call, "pcp_fused_gather", lambda *args: pytest.fail("gathered"))
     meta = batch()
     with pytest.raises(NotImplementedError, match="this version of the library"):
         attend(*inputs(meta), meta, backend="fa2")
@@ -350,7 +341,7 @@ def test_functions_of_python():
 
 
 def test_every_backend_has_a_reason_or_is_there():
-    reasons = attention_backends.availability()
+    reasons = support.availability()
     assert set(reasons) == set(SUPPORT)
     assert reasons["torch"] == ""
     if not torch.cuda.is_available():
@@ -368,13 +359,13 @@ def test_the_table_of_the_page_is_the_table_of_the_code():
 def test_a_loaded_library_is_found_without_imports(monkeypatch):
     """An engine has loaded its own; importing others would take seconds."""
     LIBRARY.define("fwd(Tensor q, Tensor k, Tensor v, Tensor? seqused_k) -> Tensor[]")
-    monkeypatch.setattr(attention_libraries, "_FA3", {"pcp_mla_elsewhere": "elsewhere", "pcp_mla_test": "here"})
-    monkeypatch.setattr(attention_libraries.importlib, "import_module", None)
-    found = attention_libraries.LIBRARIES["fa3"]()
+    monkeypatch.setattr(libraries, "_FA3", {"pcp_mla_elsewhere": "elsewhere", "pcp_mla_test": "here"})
+    monkeypatch.setattr(libraries.importlib, "import_module", None)
+    found = libraries.LIBRARIES["fa3"]()
     assert found.parameters == {"q": False, "k": False, "v": False, "seqused_k": True}
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(attention_libraries, "_FA3", {"pcp_mla_elsewhere": "elsewhere"})
+    monkeypatch.setattr(libraries, "_FA3", {"pcp_mla_elsewhere": "elsewhere"})
     words = "no library (elsewhere: No module named 'elsewhere'): pip install fa3-fwd"
-    assert attention_libraries.LIBRARIES["fa3"]() == words
+    assert libraries.LIBRARIES["fa3"]() == words

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pcp_mla import attention_backends, attention_libraries
-from pcp_mla.attention_backends import SUPPORT
-from pcp_mla.attention_libraries import of_function
+from pcp_mla.ops.attention import libraries, support
+from pcp_mla.ops.attention.libraries import of_function
+from pcp_mla.ops.attention.support import SUPPORT
 
 LIBRARY = of_function(lambda q, k, v: None)
 
@@ -32,32 +32,32 @@ DTYPES = {"fa3": HALVES, "fa4": HALVES, "fa2": HALVES, "triton": ALL - {torch.fl
 
 @pytest.mark.parametrize("name", SUPPORT)
 def test_what_a_backend_takes(name, monkeypatch):
-    monkeypatch.setattr(attention_backends, "find", lambda backend: "no library")
-    monkeypatch.setattr(attention_backends, "missing", lambda backend, device: "")
+    monkeypatch.setattr(support, "find", lambda backend: "no library")
+    monkeypatch.setattr(support, "missing", lambda backend, device: "")
     for widths in TAKEN[name]:
-        assert attention_backends.refusal(name, torch.bfloat16, *widths, False) == ""
+        assert support.refusal(name, torch.bfloat16, *widths, False) == ""
     for width, v_width in REFUSED[name]:
         words = f"widths {width} of q and {v_width} of v (it takes {SUPPORT[name].words})"
-        assert attention_backends.refusal(name, torch.bfloat16, width, v_width, False) == words
+        assert support.refusal(name, torch.bfloat16, width, v_width, False) == words
         with pytest.raises(NotImplementedError, match=f"widths {width} of q and {v_width} of v"):
-            attention_backends.choose(name, torch.device("cuda", 0), torch.bfloat16, width, v_width, False)
+            support.choose(name, torch.device("cuda", 0), torch.bfloat16, width, v_width, False)
     for dtype in [*ALL, torch.int32, torch.float8_e4m3fn]:
         wanted = "" if dtype in DTYPES[name] else f"dtype {str(dtype).removeprefix('torch.')}"
-        assert attention_backends.refusal(name, dtype, *TAKEN[name][-1], False) == wanted
+        assert support.refusal(name, dtype, *TAKEN[name][-1], False) == wanted
     listed = "" if name in ("triton", "torch") else "kv_rows"
-    assert attention_backends.refusal(name, torch.bfloat16, *TAKEN[name][-1], True) == listed
+    assert support.refusal(name, torch.bfloat16, *TAKEN[name][-1], True) == listed
 
 
 def test_a_library_that_is_built_for_one_dtype(monkeypatch):
     """fa3-fwd is; the others of FlashAttention 3 are for both."""
-    for namespace in attention_libraries._FA3:
+    for namespace in libraries._FA3:
         here = {namespace: LIBRARY}
-        monkeypatch.setattr(attention_libraries, "_op", lambda name, op, *modules, here=here: here.get(name, "none"))
-        found = attention_libraries.LIBRARIES["fa3"]()
+        monkeypatch.setattr(libraries, "_op", lambda name, op, *modules, here=here: here.get(name, "none"))
+        found = libraries.LIBRARIES["fa3"]()
         assert set(found.dtypes) == ({torch.bfloat16} if namespace == "fa3_fwd" else HALVES)
-        monkeypatch.setattr(attention_backends, "find", lambda backend, found=found: found)
+        monkeypatch.setattr(support, "find", lambda backend, found=found: found)
         wanted = "dtype float16" if namespace == "fa3_fwd" else ""
-        assert attention_backends.refusal("fa3", torch.float16, 192, 128, False) == wanted
+        assert support.refusal("fa3", torch.float16, 192, 128, False) == wanted
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,16 @@ def test_a_library_that_is_built_for_one_dtype(monkeypatch):
     ],
 )
 def test_what_auto_takes(missing, dtype, widths, listed, wanted, monkeypatch):
-    monkeypatch.setattr(attention_backends, "find", lambda backend: LIBRARY)
-    monkeypatch.setattr(attention_backends, "missing", lambda name, device: "gone" if name in missing.split() else "")
-    assert attention_backends.choose("auto", torch.device("cuda", 0), dtype, *widths, listed) == wanted
-    assert attention_backends.choose("auto", torch.device("cpu"), dtype, *widths, listed) == "torch"
+    monkeypatch.setattr(support, "find", lambda backend: LIBRARY)
+    monkeypatch.setattr(support, "missing", lambda name, device: "gone" if name in missing.split() else "")
+    assert support.choose("auto", torch.device("cuda", 0), dtype, *widths, listed) == wanted
+    assert support.choose("auto", torch.device("cpu"), dtype, *widths, listed) == "torch"
 
 
 def test_a_library_of_one_dtype_leaves_the_other_to_triton(monkeypatch):
-    monkeypatch.setattr(attention_backends, "find", lambda backend: replace(LIBRARY, dtypes=(torch.bfloat16,)))
-    monkeypatch.setattr(attention_backends, "missing", lambda name, device: "")
-    chosen = [
-        attention_backends.choose("auto", torch.device("cuda", 0), dtype, 192, 128, False) for dtype in (torch.bfloat16, torch.half)
-    ]
+    monkeypatch.setattr(support, "find", lambda backend: replace(LIBRARY, dtypes=(torch.bfloat16,)))
+    monkeypatch.setattr(support, "missing", lambda name, device: "")
+    chosen = [support.choose("auto", torch.device("cuda", 0), dtype, 192, 128, False) for dtype in (torch.bfloat16, torch.half)]
     assert chosen == ["fa3", "triton"]
 
 
@@ -101,10 +99,10 @@ GPUS = {"fa3": {9}, "fa4": {9, 10}, "fa2": {8, 9, 10, 12}, "triton": {8, 9, 10, 
 
 @pytest.mark.parametrize("major", range(7, 13))
 def test_gpus_of_each_backend(major, monkeypatch):
-    monkeypatch.setattr(attention_backends, "_capability", lambda device: major)
-    monkeypatch.setattr(attention_backends, "find", lambda backend: LIBRARY)
-    monkeypatch.setattr(attention_backends, "interpreted", lambda: False)
-    monkeypatch.setattr(attention_backends, "HAS_TRITON", True)
+    monkeypatch.setattr(support, "_capability", lambda device: major)
+    monkeypatch.setattr(support, "find", lambda backend: LIBRARY)
+    monkeypatch.setattr(support, "interpreted", lambda: False)
+    monkeypatch.setattr(support, "HAS_TRITON", True)
     for name, majors in GPUS.items():
-        reason = attention_backends.missing(name, torch.device("cuda", 0))
+        reason = support.missing(name, torch.device("cuda", 0))
         assert reason == "" if major in majors else reason.endswith(f"this GPU is sm_{major}x")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pcp_mla import PCPMetadata, PCPPlanner, pcp_attention
-from pcp_mla.slots import KeyChunk
+from pcp_mla.plan.slots import KeyChunk
 
 META = PCPMetadata.build([7, 2], [3, 0], [True, True], world_size=2, rank=0)
 T, N = META.num_tokens, META.num_kv_tokens

@@ -30,7 +30,7 @@ from bench import (
 )
 from bench.__main__ import main
 from pcp_mla import MLADims, PCPMetadata, PCPPlanner
-from pcp_mla.played import play
+from pcp_mla.testing.played import play
 
 DIMS = MLADims(2, 16, 8, 16, 32)
 META = PCPMetadata.build([5, 30], world_size=2, rank=1, device="cpu")

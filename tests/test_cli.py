@@ -1,6 +1,7 @@
 import pytest
 
-from pcp_mla import backends, cli, native
+from pcp_mla import cli
+from pcp_mla.ops import native, registry
 
 
 def test_env_prints_what_a_bug_report_needs(capsys):
@@ -12,7 +13,7 @@ def test_env_prints_what_a_bug_report_needs(capsys):
         assert f"{name:12} {reason or 'loaded'}" in text
     for op in ("fused_gather", "fused_restore"):
         block = text.split(f"pcp_{op}\n")[1].split("pcp_")[0]
-        for backend, reason in backends.availability(op).items():
+        for backend, reason in registry.availability(op).items():
             assert f"{backend:10} {'no: ' + reason if reason else 'yes'}" in block
 
 

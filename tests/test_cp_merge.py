@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from pcp_mla.cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
-from pcp_mla.launch import run_distributed
-from pcp_mla.merge import cp_correct_out
-from pcp_mla.played import play
+from pcp_mla.exchange.cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
+from pcp_mla.ops.merge_states import cp_correct_out
+from pcp_mla.testing.launch import run_distributed
+from pcp_mla.testing.played import play
 
 FUNCTIONS = {"ag_out_rs": cp_lse_ag_out_rs, "ag_out_ar": cp_lse_ag_out_ar, "a2a": cp_lse_a2a}
 TOKENS, HEADS, DIM, KEYS, INTERLEAVE = 7, 8, 10, 50, 3

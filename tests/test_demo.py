@@ -19,11 +19,11 @@ pytest.importorskip("transformers", minversion="5")
 
 from pcp_mla import MLADims, demo
 from pcp_mla.demo import measure, models, outcome, ranks, report
-from pcp_mla.integrations import paged_cache
-from pcp_mla.integrations import transformers as integration
-from pcp_mla.launch import RankError
-from pcp_mla.planned import PlannedMetadata
-from pcp_mla.played import play
+from pcp_mla.integrations.transformers import api as integration
+from pcp_mla.integrations.transformers import paged_cache
+from pcp_mla.planner.planned import PlannedMetadata
+from pcp_mla.testing.launch import RankError
+from pcp_mla.testing.played import play
 
 
 def arguments(*words: str) -> argparse.Namespace:

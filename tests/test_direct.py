@@ -8,7 +8,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batches import same_bits
-from pcp_mla import backends, cp_correct_out, merge_attn_states, merge_n_attn_states, native
+from pcp_mla import cp_correct_out, merge_attn_states, merge_n_attn_states
+from pcp_mla.ops import native, registry
 from test_merge_states import check
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +72,7 @@ def results(like, dtype=None):
 
 def test_a_gpu_with_this_torch_has_direct_calls():
     assert (native.direct is not None) == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    assert backends.direct() is native.direct
+    assert registry.direct() is native.direct
 
 
 @pytest.mark.skipif(native.direct is None, reason="this torch has no DLPack exchange interface")

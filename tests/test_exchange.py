@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pcp_mla.exchange import (
+from pcp_mla.groups import (
     all_gather_into,
     all_gather_rows,
     all_reduce_rows,
@@ -17,8 +17,8 @@ from pcp_mla.exchange import (
     group_world_size,
     reduce_scatter_rows,
 )
-from pcp_mla.launch import RankError, run_distributed
-from pcp_mla.played import PlayedGroup, play
+from pcp_mla.testing.launch import RankError, run_distributed
+from pcp_mla.testing.played import PlayedGroup, play
 
 # Played ranks.
 

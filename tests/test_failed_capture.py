@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pcp_mla.graphs import PiecewiseGraph
+from pcp_mla.layer.graphs import PiecewiseGraph
 
 
 class Machine:
@@ -135,7 +135,7 @@ def test_a_gpu_is_not_left_capturing(fail_behind_a_gap: bool) -> None:
 # In a process of its own: where CUDA itself refuses, torch captures nothing more.
 REFUSED = """
 import torch
-from pcp_mla.graphs import PiecewiseGraph
+from pcp_mla.layer.graphs import PiecewiseGraph
 
 x = torch.zeros(3, device="cuda")
 x + 1

@@ -13,11 +13,11 @@ import torch
 pytest.importorskip("transformers", minversion="5")
 
 from pcp_mla import LatentExchange, MLADims, PCPPlanner
-from pcp_mla.graphs import PiecewiseGraph
-from pcp_mla.integrations import captured
-from pcp_mla.integrations.transformers import capture_graphs, copy_sharing_weights, decode, enable_pcp, extend, prefill
-from pcp_mla.launch import run_distributed
-from pcp_mla.played import play
+from pcp_mla.integrations.transformers import captured
+from pcp_mla.integrations.transformers.api import capture_graphs, copy_sharing_weights, decode, enable_pcp, extend, prefill
+from pcp_mla.layer.graphs import PiecewiseGraph
+from pcp_mla.testing.launch import run_distributed
+from pcp_mla.testing.played import play
 from test_integration_transformers import build, check_close, prompts
 
 # (local tokens of the fullest rank, keys), (requests, keys).

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from pcp_mla import native
+from pcp_mla.ops import native
 
 # Everything by which torch wakes the driver, made to fail, before any module of the package is imported.
 SPY = """
@@ -95,8 +95,8 @@ def test_a_name_that_torch_has_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stages_are_marked_where_the_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcp_mla import pipeline
+    from pcp_mla.layer import prefill
 
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: pytest.fail(name))
-    with pipeline._stage("exchange", torch.zeros(1)):
+    with prefill._stage("exchange", torch.zeros(1)):
         pass

@@ -14,9 +14,9 @@ pytest.importorskip("transformers", minversion="5")
 
 from transformers import DynamicCache
 
-from pcp_mla.integrations.transformers import PCPCache, copy_sharing_weights, disable_pcp, enable_pcp, generate, prefill
-from pcp_mla.launch import run_distributed
-from pcp_mla.played import play
+from pcp_mla.integrations.transformers.api import PCPCache, copy_sharing_weights, disable_pcp, enable_pcp, generate, prefill
+from pcp_mla.testing.launch import run_distributed
+from pcp_mla.testing.played import play
 from test_integration_transformers import build, check_close, prompts
 
 LENGTHS = [13, 1, 30, 8]

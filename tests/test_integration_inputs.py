@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from pcp_mla.integrations import model_step
-from pcp_mla.integrations.caches import CACHE_WORD
-from pcp_mla.integrations.transformers import (
+from pcp_mla.integrations.transformers import model_step
+from pcp_mla.integrations.transformers.api import (
     capture_graphs,
     copy_sharing_weights,
     decode,
@@ -25,7 +24,8 @@ from pcp_mla.integrations.transformers import (
     greedy_steps,
     prefill,
 )
-from pcp_mla.played import play
+from pcp_mla.integrations.transformers.caches import CACHE_WORD
+from pcp_mla.testing.played import play
 from test_integration_forward import on_ranks
 from test_integration_transformers import build, check_close, prompts, stock_logits
 

@@ -17,9 +17,9 @@ pytest.importorskip("transformers", minversion="5")
 import transformers
 
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
-from pcp_mla.integrations.caches import CACHE_WORD
-from pcp_mla.integrations.transformers import copy_sharing_weights, decode, disable_pcp, enable_pcp, prefill
-from pcp_mla.played import play
+from pcp_mla.integrations.transformers.api import copy_sharing_weights, decode, disable_pcp, enable_pcp, prefill
+from pcp_mla.integrations.transformers.caches import CACHE_WORD
+from pcp_mla.testing.played import play
 from test_integration_transformers import build, check_close, prompts, stock_logits
 
 WIDTHS = {"num_attention_heads": 4, "num_key_value_heads": 4}

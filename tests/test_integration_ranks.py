@@ -18,10 +18,9 @@ pytest.importorskip("transformers", minversion="5")
 
 from transformers import DynamicCache
 
-from pcp_mla.exchange import group_rank
-from pcp_mla.integrations import model_step
-from pcp_mla.integrations.caches import CACHE_WORD
-from pcp_mla.integrations.transformers import (
+from pcp_mla.groups import group_rank
+from pcp_mla.integrations.transformers import model_step
+from pcp_mla.integrations.transformers.api import (
     copy_sharing_weights,
     decode,
     disable_pcp,
@@ -31,8 +30,9 @@ from pcp_mla.integrations.transformers import (
     greedy_steps,
     prefill,
 )
-from pcp_mla.launch import run_distributed
-from pcp_mla.played import play
+from pcp_mla.integrations.transformers.caches import CACHE_WORD
+from pcp_mla.testing.launch import run_distributed
+from pcp_mla.testing.played import play
 from test_integration_transformers import build, check_close, stock_logits
 
 Call = Callable[[Any, int], Any]

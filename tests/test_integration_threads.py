@@ -18,9 +18,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from transformers import DynamicCache
 
-from pcp_mla.integrations.caches import CACHE_WORD, PCPCache
-from pcp_mla.integrations.paged_cache import CachedRequests
-from pcp_mla.integrations.transformers import (
+from pcp_mla.integrations.transformers.api import (
     copy_sharing_weights,
     decode,
     disable_pcp,
@@ -30,7 +28,9 @@ from pcp_mla.integrations.transformers import (
     greedy_steps,
     prefill,
 )
-from pcp_mla.played import play
+from pcp_mla.integrations.transformers.caches import CACHE_WORD, PCPCache
+from pcp_mla.integrations.transformers.paged_cache import CachedRequests
+from pcp_mla.testing.played import play
 from test_integration_transformers import build, check_close, prompts, stock_logits, stock_text
 
 PROMPTS = [prompts([17])[0][i:] for i in range(3)]

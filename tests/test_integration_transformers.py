@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from pcp_mla import PCPPlanner
-from pcp_mla.integrations.transformers import copy_sharing_weights, decode, disable_pcp, enable_pcp, extend, generate, prefill
-from pcp_mla.launch import run_distributed
-from pcp_mla.played import play
+from pcp_mla.integrations.transformers.api import copy_sharing_weights, decode, disable_pcp, enable_pcp, extend, generate, prefill
+from pcp_mla.testing.launch import run_distributed
+from pcp_mla.testing.played import play
 
 VOCABULARY = 50
 YARN = {

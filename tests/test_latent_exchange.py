@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from pcp_mla.plan.dims import MLADims
 
 from batches import as_bytes, random_bytes, same_bits
 from pcp_mla import LatentExchange, PCPMetadata, PCPPlanner, gather_latents, write_latent_cache
-from pcp_mla.exchange import group_rank, group_world_size
-from pcp_mla.launch import run_distributed
-from pcp_mla.pipeline import MLADims
-from pcp_mla.played import play
+from pcp_mla.groups import group_rank, group_world_size
+from pcp_mla.testing.launch import run_distributed
+from pcp_mla.testing.played import play
 
 DIMS = MLADims(num_heads=2, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, kv_lora_rank=12)
 # A large step, then smaller ones, whose pads must not show what the first left; a rank may have no token.
@@ -80,7 +80,7 @@ def test_replicated_decodes_are_not_sent(planned, monkeypatch):
         planner = PCPPlanner(4, 40, 2, rank, block_size=8, **options)
         return planner.plan(lengths, context, prefills, tables, num_tokens_padded=padded)
 
-    monkeypatch.setattr("pcp_mla.latent_exchange.all_gather_into", no_collective)
+    monkeypatch.setattr("pcp_mla.exchange.latents.all_gather_into", no_collective)
 
     def run(group):
         exchange = LatentExchange(group, 40, DIMS, torch.float32)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from bench import peers
-from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, attention_backends
-from pcp_mla.exchange import group_rank, group_world_size
-from pcp_mla.played import play
+from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
+from pcp_mla.groups import group_rank, group_world_size
+from pcp_mla.ops.attention import support
+from pcp_mla.testing.played import play
 
 peers.load_fa3()
 
@@ -21,7 +22,7 @@ everywhere = pytest.mark.parametrize(("device", "backend"), [pytest.param("cpu",
 
 
 def available(device, backend):
-    reason = "" if backend == "auto" else attention_backends.missing(backend, torch.device(device, 0))
+    reason = "" if backend == "auto" else support.missing(backend, torch.device(device, 0))
     if device == "cuda" and reason:
         pytest.skip(f"{backend}: {reason}")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batches import same_bits
-from pcp_mla.merge import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
+from pcp_mla.ops.merge_states import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
 from test_merge_states import check, partial
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

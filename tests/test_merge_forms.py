@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pcp_mla.merge import cp_correct_out, merge_attn_states, merge_n_attn_states
+from pcp_mla.ops.merge_states import cp_correct_out, merge_attn_states, merge_n_attn_states
 
 F8 = torch.float8_e4m3fn
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

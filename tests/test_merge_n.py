@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batches import poison, same_bits
-from pcp_mla.merge import cp_correct_out, merge_attn_states, merge_n_attn_states
+from pcp_mla.ops.merge_states import cp_correct_out, merge_attn_states, merge_n_attn_states
 from test_merge_states import DTYPES, check, empties, everywhere, is_interpreted, partial
 
 

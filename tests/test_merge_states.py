@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import batches
 from batches import half_ulp, poison, same_bits
-from pcp_mla.merge import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
+from pcp_mla.ops.merge_states import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
 
 IMPLEMENTATIONS = [*batches.IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

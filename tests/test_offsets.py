@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import (
     PCPMetadata,
@@ -19,9 +20,8 @@ from pcp_mla import (
     pcp_attention,
     write_latent_cache,
 )
-from pcp_mla.backends import select
-from pcp_mla.pipeline import MLADims
-from pcp_mla.step_buffer import request_table
+from pcp_mla.ops.registry import select
+from pcp_mla.planner.step_buffer import request_table
 from test_up_project_choice import check, on_hopper
 
 everywhere = pytest.mark.parametrize(

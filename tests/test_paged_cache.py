@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pcp_mla.integrations.paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
-from pcp_mla.slots import PagedCache
+from pcp_mla.integrations.transformers.paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
+from pcp_mla.plan.slots import PagedCache
 
 
 class Model:

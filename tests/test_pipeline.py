@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pcp_mla.plan.dims import MLADims
 
-from pcp_mla import LatentExchange, MLAPrefill, PCPMetadata, PCPPlanner, pipeline, row_attention
-from pcp_mla.exchange import group_rank, group_world_size
-from pcp_mla.launch import run_distributed
-from pcp_mla.pipeline import MLADims
-from pcp_mla.played import play
-from pcp_mla.row_attention import attend_row
-from pcp_mla.seed_path import seed_cu_seqlens, seed_layer
-from pcp_mla.slots import PagedCache
+from pcp_mla import LatentExchange, MLAPrefill, PCPMetadata, PCPPlanner
+from pcp_mla.compare.seed_path import seed_cu_seqlens, seed_layer
+from pcp_mla.groups import group_rank, group_world_size
+from pcp_mla.layer import prefill
+from pcp_mla.ops.attention import rows
+from pcp_mla.ops.attention.rows import attend_row
+from pcp_mla.plan.slots import PagedCache
+from pcp_mla.testing.launch import run_distributed
+from pcp_mla.testing.played import play
 
 # No two widths alike, so that a width in the wrong place shows.
 DIMS = MLADims(num_heads=3, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=5, kv_lora_rank=7)
@@ -359,7 +361,7 @@ def test_row_at_any_address(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (4, 4), (4, 9)])
 def test_row_is_aligned_bottom_right(n: int, m: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # With equal scores a query's output is the mean of the values it sees: key i's value is i.
-    monkeypatch.setattr(row_attention, "_BLOCK", block)
+    monkeypatch.setattr(rows, "_BLOCK", block)
     row = torch.zeros(n, 1, 2), torch.zeros(m, 1, 2), torch.arange(float(m)).view(m, 1, 1)
     means = [(m - n + j) / 2 for j in range(n)]
     assert attend_row(*row, 1.0).flatten().tolist() == pytest.approx(means)
@@ -502,7 +504,7 @@ def test_a_module_that_does_not_take_any_number_of_rows() -> None:
 @pytest.mark.parametrize("native", [True, False])
 def test_latents_in_the_cache_itself(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused while they are where they were: a world of one sends nothing."""
-    monkeypatch.setattr(pipeline, "ALL_NATIVE", native and pipeline.ALL_NATIVE)
+    monkeypatch.setattr(prefill, "ALL_NATIVE", native and prefill.ALL_NATIVE)
     cache = torch.randn(2, BLOCK, 11)
     rows = cache.flatten(0, 1)[2:]
     layer = MLAPrefill(DIMS, SCALE, LatentExchange(None, 6, DIMS, torch.float32))

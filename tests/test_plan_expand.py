@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 
 from batches import IMPLEMENTATIONS
 from pcp_mla import partition
-from pcp_mla.backends import select
-from pcp_mla.slots import PagedCache, kv_rows, slot_mapping
-from pcp_mla.step_buffer import request_table
+from pcp_mla.ops.registry import select
+from pcp_mla.plan.slots import PagedCache, kv_rows, slot_mapping
+from pcp_mla.planner.step_buffer import request_table
 from plans import TOKEN_ARRAYS, assert_equal, batch_of, block_tables_of, cases, workspace_of
 
 GUARD = -99

@@ -6,7 +6,8 @@ import ctypes
 import pytest
 import torch
 
-from pcp_mla import PCPPlanner, native, partition
+from pcp_mla import PCPPlanner, partition
+from pcp_mla.ops import native
 from test_planner_sending import Submission, Transport
 
 

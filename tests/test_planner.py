@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcp_mla import PCPMetadata, PCPPlanner, native, partition
-from pcp_mla.slots import PagedCache, key_chunks, kv_rows, slot_mapping
-from pcp_mla.step_buffer import fill
+from pcp_mla import PCPMetadata, PCPPlanner, partition
+from pcp_mla.ops import native
+from pcp_mla.plan.slots import PagedCache, key_chunks, kv_rows, slot_mapping
+from pcp_mla.planner.step_buffer import fill
 from plans import (
     CAPACITY,
     STEP_ARRAYS,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pcp_mla import PCPPlanner
-from pcp_mla import planner as module
-from pcp_mla.consistency import FIELDS
-from pcp_mla.exchange import group_rank, group_world_size
-from pcp_mla.launch import run_distributed
-from pcp_mla.played import play
+from pcp_mla.groups import group_rank, group_world_size
+from pcp_mla.planner import planner as module
+from pcp_mla.planner.consistency import FIELDS
+from pcp_mla.testing.launch import run_distributed
+from pcp_mla.testing.played import play
 
 GOOD = {"query_lens": [9, 1, 4], "context_lens": [3, 8, 0], "is_prefill": [True, False, True]}
 OPTIONS = {"max_requests": 8, "max_tokens": 100}

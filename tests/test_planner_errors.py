@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pcp_mla import PCPPlanner, native
+from pcp_mla import PCPPlanner
+from pcp_mla.ops import native
 
 BASE = "PCPPlanner.plan: "
 NUMPY_ONLY = "not built: for this test"

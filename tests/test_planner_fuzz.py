@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pcp_mla import PCPPlanner, partition
-from pcp_mla.slots import PagedCache, key_chunks, kv_rows, slot_mapping
-from pcp_mla.step_buffer import fill
+from pcp_mla.plan.slots import PagedCache, key_chunks, kv_rows, slot_mapping
+from pcp_mla.planner.step_buffer import fill
 from plans import TOKEN_ARRAYS, assert_equal
 
 PLANNERS, BATCHES = 50, 200

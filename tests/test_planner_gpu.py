@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pcp_mla import PCPPlanner, native, partition
-from pcp_mla.slots import PagedCache, kv_rows
+from pcp_mla import PCPPlanner, partition
+from pcp_mla.ops import native
+from pcp_mla.plan.slots import PagedCache, kv_rows
 from plans import assert_equal, assert_plan
 
 pytestmark = pytest.mark.gpu

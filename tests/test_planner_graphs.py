@@ -6,7 +6,7 @@ import torch
 
 from batches import IMPLEMENTATIONS, random_bytes, same_bits
 from pcp_mla import PCPMetadata, PCPPlanner, partition, pcp_fused_gather, pcp_fused_restore
-from pcp_mla.slots import PagedCache
+from pcp_mla.plan.slots import PagedCache
 from plans import assert_plan
 from test_fused_gather import expected
 

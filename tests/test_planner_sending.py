@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pcp_mla import PCPPlanner, native, partition, staging
-from pcp_mla.slots import PagedCache
+from pcp_mla import PCPPlanner, partition
+from pcp_mla.ops import native
+from pcp_mla.plan.slots import PagedCache
+from pcp_mla.planner import staging
 from plans import assert_plan
 
 POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64

@@ -21,8 +21,8 @@ from pcp_mla import (
     pcp_fused_restore,
     write_latent_cache,
 )
-from pcp_mla.backends import select
-from pcp_mla.step_buffer import request_table
+from pcp_mla.ops.registry import select
+from pcp_mla.planner.step_buffer import request_table
 
 
 def numbers(*shape, start=0.0):

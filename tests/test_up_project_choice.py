@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from pcp_mla.plan.dims import MLADims
 
-from pcp_mla import kv_up_project, native, up_project
-from pcp_mla.pipeline import MLADims
+from pcp_mla import kv_up_project
+from pcp_mla.ops import kv_up_project, native
 
 PLAIN = MLADims(2, 64, 64, 64, 128)
 ROWS, BLOCK = 70, 5
@@ -109,7 +110,7 @@ def test_auto_takes(device, case, monkeypatch):
     wanted = CASES[case][3]
     if device == "cuda" and not HOPPER:
         wanted = "triton" if wanted == "cuda" else wanted
-    taken, stand_in = [], up_project.reference.kv_up_project
+    taken, stand_in = [], kv_up_project.reference.kv_up_project
 
     def noted(name, call):
         def run(*arguments):
@@ -119,17 +120,17 @@ def test_auto_takes(device, case, monkeypatch):
         return run
 
     if device == "cpu":
-        monkeypatch.setattr(up_project, "_is_hopper", lambda device: True)
-        monkeypatch.setattr(up_project, "HAS_TRITON", True)
+        monkeypatch.setattr(kv_up_project, "_is_hopper", lambda device: True)
+        monkeypatch.setattr(kv_up_project, "HAS_TRITON", True)
         monkeypatch.setitem(native.status, "_native_cuda", "")
-    wgmma, select = (stand_in, None) if device == "cpu" else (up_project._wgmma, up_project.select)
-    monkeypatch.setattr(up_project, "_wgmma", noted("cuda", wgmma))
+    wgmma, select = (stand_in, None) if device == "cpu" else (kv_up_project._wgmma, kv_up_project.select)
+    monkeypatch.setattr(kv_up_project, "_wgmma", noted("cuda", wgmma))
     monkeypatch.setattr(
-        up_project, "select", lambda op, name, kind: noted(name, stand_in if select is None else select(op, name, kind))
+        kv_up_project, "select", lambda op, name, kind: noted(name, stand_in if select is None else select(op, name, kind))
     )
-    monkeypatch.setattr(up_project.reference, "kv_up_project", noted("reference", stand_in))
+    monkeypatch.setattr(kv_up_project.reference, "kv_up_project", noted("reference", stand_in))
     dims, values, rows, factors, tensors = made(case, device)
-    up_project._on_cuda(*tensors)
+    kv_up_project._on_cuda(*tensors)
     assert taken == [wanted]
     check(dims, values, rows, factors, *tensors[3:])
     if device == "cuda":  # the function, results allocated and given
@@ -226,7 +227,7 @@ def test_the_native_op_refuses_what_does_not_fit(change, words):
 
 def test_every_reason_stands_alone(monkeypatch):
     """What makes a case odd is all that is odd about it: with it left out the kernel takes it."""
-    monkeypatch.setattr(up_project, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(kv_up_project, "_is_hopper", lambda device: True)
     for case, (changes, _, odd, wanted) in CASES.items():
         if wanted != "triton" or not odd or changes:
             continue
@@ -234,6 +235,6 @@ def test_every_reason_stands_alone(monkeypatch):
         *_, tensors = made(case, "cpu")
         given = dict(zip(("latents", "rows", "weight", "k", "v"), tensors, strict=True))
         del given["rows"]
-        assert not up_project._fits_wgmma(*given.values()), case
+        assert not kv_up_project._fits_wgmma(*given.values()), case
         given[name] = given[name].clone(memory_format=torch.contiguous_format)
-        assert up_project._fits_wgmma(*given.values()), case
+        assert kv_up_project._fits_wgmma(*given.values()), case

@@ -1,16 +1,17 @@
 """Prefill context parallelism for MLA models: fused kernels behind a thin layer. See the README for use."""
 
-from .attention import pcp_attention
-from .cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
-from .latent_cache import gather_latents, write_latent_cache
-from .latent_exchange import LatentExchange
-from .merge import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
-from .metadata import PCPMetadata
-from .ops import GatheredRows, pcp_fused_gather, pcp_fused_restore
-from .partition import Partition, partition
-from .pipeline import MLADims, MLAPrefill
-from .planner import PCPPlanner
-from .up_project import concat_k, kv_up_project
+from .exchange.cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
+from .exchange.latents import LatentExchange
+from .layer.prefill import MLAPrefill
+from .ops.attention.call import pcp_attention
+from .ops.fused_gather import GatheredRows, pcp_fused_gather, pcp_fused_restore
+from .ops.kv_up_project import concat_k, kv_up_project
+from .ops.latent_cache import gather_latents, write_latent_cache
+from .ops.merge_states import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
+from .plan.dims import MLADims
+from .plan.metadata import PCPMetadata
+from .plan.partition import Partition, partition
+from .planner.planner import PCPPlanner
 
 __version__ = "0.1.0"
 

@@ -1,141 +1,149 @@
-"""Every check of the ops' arguments, with the errors that their docstrings name.
-
-The native ops check their tensors too, in C++, where it costs next to nothing, but can only raise RuntimeError. So a call to a
-native op runs these checks only when it was refused, to say why with the documented type; all other implementations run them first.
-"""
+"""Checks of a single tensor that ops of all kinds have in common, with one wording."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 
-from .metadata import PCPMetadata
-from .tensor_checks import check_apart, check_last_dim, check_no_gradients, dtype_name
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dtype | None) -> None:
-    """Raise unless ``x`` is [tokens, heads, dim] as kernels take it, of ``dtype`` if given."""
+def check_tensor(op: str, name: str, x: Any, shape: Sequence[int | None], words: str, device: torch.device | None) -> None:
+    """Raise unless ``x`` is a tensor of this shape, None for any size, on the device if given."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != 3:
-        raise ValueError(f"{op}: {name} must have 3 dimensions [tokens, heads, dim], got {x.dim()}: {tuple(x.shape)}")
-    if x.shape[1] == 0 or x.shape[2] == 0:
-        raise ValueError(f"{op}: {name} must have at least one head and a width of at least 1, got {tuple(x.shape)}")
-    check_last_dim(op, name, x)
-    if x.element_size() > 8:
-        raise TypeError(f"{op}: {name} must have a dtype of at most 8 bytes, got {dtype_name(x.dtype)}")
-    if dtype is not None and x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must have dtype {dtype_name(dtype)} as the tensors before it, got {dtype_name(x.dtype)}")
-    if x.device != meta.device:
-        raise ValueError(f"{op}: {name} must be on {meta.device}, where the metadata is, got {x.device}")
-    check_no_gradients(op, name, x)
+    if x.dim() != len(shape):
+        raise ValueError(f"{op}: {name} must have {len(shape)} dimensions {words}, got {x.dim()}: {tuple(x.shape)}")
+    if any(wanted is not None and size != wanted for size, wanted in zip(x.shape, shape, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{op}: {name} must have shape {words} = ({wanted}), got {tuple(x.shape)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, as the tensors before it, got {x.device}")
 
 
-def check_meta(op: str, meta: Any) -> None:
-    if not isinstance(meta, PCPMetadata):
-        raise TypeError(f"{op}: meta must be a PCPMetadata, got {type(meta).__name__}")
+def check_last_dim(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise unless neighbours in the last dimension are neighbours in memory."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}")
 
 
-def check_output(op: str, name: str, x: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless ``x`` can be written as it is: this shape, dtype and device, contiguous."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.shape != tuple(shape):
-        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+def check_count(op: str, name: str, x: Any, least: int = 0) -> None:
+    """Raise unless ``x`` is an int of at least ``least``."""
+    if not isinstance(x, Integral) or isinstance(x, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {x!r}")
+    if x < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {x}")
+
+
+def check_no_gradients(op: str, name: str, x: torch.Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: {name} must not require gradients, there is no backward: call under torch.no_grad()")
+
+
+def check_not_expanded(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise unless what is written has a place of its own for each element."""
+    strides = x.stride()
+    if 0 in strides and x.numel() and any(size > 1 and stride == 0 for size, stride in zip(x.shape, strides, strict=True)):
+        raise ValueError(f"{op}: {name} must not be expanded, got strides {x.stride()} for {tuple(x.shape)}")
+
+
+def check_list(
+    op: str, name: str, x: Any, shape: Sequence[int | None], words: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise unless ``x`` is a contiguous tensor of these integers."""
+    check_tensor(op, name, x, shape, words, device)
     if x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must have dtype {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
-    if x.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+        raise TypeError(f"{op}: {name} must be {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
     if not x.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
-    check_no_gradients(op, name, x)
 
 
-def gathered_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: tuple[int, int, int, int]) -> list[tuple[int, ...]]:
-    """Shapes of the six outputs of ``fused_gather``. ``counts``: queries of heads, of tails, keys of heads, of tails."""
-    q_head, q_tail, kv_head, kv_tail = counts
-    rows = (q_head, kv_head, kv_head, q_tail, kv_tail, kv_tail)
-    return [(n, *x.shape[1:]) for n, x in zip(rows, (q, k, v, q, k, v), strict=True)]
+def _meet(x: list[tuple[int, int]], x_run: int, y: list[tuple[int, int]], y_run: int, apart: int) -> bool:
+    """Whether runs of bytes, repeated as (stride, size) say, largest stride first, meet where y's begin ``apart`` behind x's."""
+
+    def extent(repeats: list[tuple[int, int]], run: int) -> int:
+        return run + sum((size - 1) * stride for stride, size in repeats)
+
+    if apart >= extent(x, x_run) or -apart >= extent(y, y_run):
+        return False
+    if not x and not y:
+        return True
+    step = max(repeats[0][0] for repeats in (x, y) if repeats)
+    before = behind = 0
+    if x and x[0][0] == step:
+        before, x = x[0][1] - 1, x[1:]
+    if y and y[0][0] == step:
+        behind, y = y[0][1] - 1, y[1:]
+    # Repetitions whose difference is n are apart + n * step: only these n can meet.
+    first = max(-before, (-extent(y, y_run) - apart) // step + 1)
+    last = min(behind, (extent(x, x_run) - apart - 1) // step)
+    if last - first >= 4:  # distances of many kinds: not worth a closer look
+        return True
+    return any(_meet(x, x_run, y, y_run, apart + n * step) for n in range(first, last + 1))
 
 
-def check_gathered(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: tuple[int, int, int, int], out: Sequence[torch.Tensor]
-) -> None:
-    """Raise unless ``out`` are the six outputs of ``fused_gather`` for these inputs and row counts."""
-    names = ("q_head", "k_head", "v_head", "q_tail", "k_tail", "v_tail")
-    for name, x, shape in zip(names, out, gathered_shapes(q, k, v, counts), strict=True):
-        check_output("pcp_fused_gather", f"out.{name}", x, shape, q.dtype, q.device)
+def _repeats(x: torch.Tensor) -> list[tuple[int, int]]:
+    pairs = zip(x.stride(), x.shape, strict=True)
+    return sorted(((stride * x.element_size(), size) for stride, size in pairs if size > 1 and stride > 0), reverse=True)
 
 
-def check_gathered_apart(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_table: torch.Tensor, out: Mapping[str, torch.Tensor]
-) -> None:
-    """Raise unless each output of ``fused_gather`` has its memory to itself."""
-    others = {"q": q, "k": k, "v": v, "meta.row_table": row_table}
-    for name, x in out.items():
-        check_apart("pcp_fused_gather", f"out.{name}", x, others)
-        others[f"out.{name}"] = x
+def _bytes(x: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last; (0, 0) where there is no memory."""
+    try:
+        begin = x.data_ptr()
+    except RuntimeError:  # a tensor that only stands for one
+        return 0, 0
+    if begin == 0 or x.is_contiguous():
+        return begin, begin + (x.nbytes if begin else 0)
+    last = sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
+    return begin, begin + (last + 1) * x.element_size()
 
 
-def check_gather(q: Any, k: Any, v: Any, meta: Any) -> None:
-    """Raise unless the inputs of ``pcp_fused_gather`` fit each other and ``meta``."""
-    op = "pcp_fused_gather"
-    check_meta(op, meta)
-    check_ragged(op, "q", q, meta, None)
-    check_ragged(op, "k", k, meta, q.dtype)
-    check_ragged(op, "v", v, meta, q.dtype)
-    if q.shape[0] not in (meta.num_tokens, meta.num_tokens_padded):
-        wanted = f"{meta.num_tokens} local tokens of the metadata (or {meta.num_tokens_padded} with pads)"
-        raise ValueError(f"{op}: q must have the {wanted}, got {q.shape[0]}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != meta.num_kv_tokens:
-            raise ValueError(f"{op}: {name} must have the {meta.num_kv_tokens} rows of the metadata's key order, got {x.shape[0]}")
+def _reach(x: tuple[int, int], y: tuple[int, int]) -> bool:
+    return x[0] < y[1] and y[0] < x[1] and x[0] < x[1] and y[0] < y[1]
 
 
-def check_restored(
-    out_head: torch.Tensor, out_tail: torch.Tensor, lse_head: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None
-) -> None:
-    """Raise unless ``out`` and ``lse`` are outputs of ``fused_restore`` for these inputs."""
-    op, rows = "pcp_fused_restore", out_head.shape[0] + out_tail.shape[0]
-    check_output(op, "out[0]", out, (rows, *out_head.shape[1:]), out_head.dtype, out_head.device)
-    if lse_head is not None:
-        check_output(op, "out[1]", lse, (rows, out_head.shape[1]), torch.float32, out_head.device)
+def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether the two have bytes in common, by their addresses. Exact for slices of one buffer that lie at equal or nested
+    distances (K and V of one projection, kv_c and k_pe of one row); of others that reach into one another, yes. As
+    csrc/overlap.h."""
+    places = _bytes(x), _bytes(y)
+    if not _reach(*places):
+        return False
+    apart, strides, item = places[1][0] - places[0][0], x.stride(), x.element_size()
+    if len(strides) > 1 and strides == y.stride() and item == y.element_size() and strides[-1] == 1 and apart % item == 0:
+        # The usual case at once: columns of one buffer, each within a row.
+        row = max(strides[-2], 1)
+        column = apart // item % row
+        if x.shape[-1] <= column <= row - y.shape[-1] and all(stride % row == 0 for stride in strides[:-1]):
+            return False
+    return _meet(_repeats(x), item, _repeats(y), y.element_size(), apart)
 
 
-def check_restored_apart(
-    inputs: Mapping[str, torch.Tensor | None], row_table: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
-) -> None:
-    """Raise unless each output of ``fused_restore`` has its memory to itself."""
-    others = {**inputs, "meta.row_table": row_table}
-    check_apart("pcp_fused_restore", "out[0]", out, others)
-    check_apart("pcp_fused_restore", "out[1]", lse, {**others, "out[0]": out})
+def is_same_tensor(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether each element of the one is that of the other, in the same place."""
+    if x.dtype != y.dtype or x.shape != y.shape or x.data_ptr() != y.data_ptr():
+        return False
+    return all(size <= 1 or a == b for size, a, b in zip(x.shape, x.stride(), y.stride(), strict=True))
 
 
-def check_restore(out_head: Any, out_tail: Any, lse_head: Any, lse_tail: Any, meta: Any) -> None:
-    """Raise unless the inputs of ``pcp_fused_restore`` fit each other and ``meta``."""
-    op = "pcp_fused_restore"
-    check_meta(op, meta)
-    check_ragged(op, "out_head", out_head, meta, None)
-    check_ragged(op, "out_tail", out_tail, meta, out_head.dtype)
-    head, tail = tuple(out_head.shape), tuple(out_tail.shape)
-    if head[1:] != tail[1:]:
-        raise ValueError(f"{op}: out_tail must have the heads and width of out_head, {head[1:]}, got {tail[1:]}")
-    for name, given, rows in (("out_head", head[0], meta.num_head_tokens), ("out_tail", tail[0], meta.num_tail_tokens)):
-        if given != rows:
-            raise ValueError(f"{op}: {name} must have the {rows} rows of the metadata, got {given}")
-    if (lse_head is None) != (lse_tail is None):
-        raise ValueError(f"{op}: lse_head and lse_tail must both be given or both be None")
-    for name, lse, shape in (("lse_head", lse_head, head[:2]), ("lse_tail", lse_tail, tail[:2])):
-        if lse is None:
+def check_apart(op: str, name: str, written: Any, others: Mapping[str, Any], may_be: Mapping[str, Any] | None = None) -> None:
+    """Raise unless ``written`` shares no memory with the ``others``, and none with those of ``may_be`` unless it is that tensor.
+    What is no tensor is passed over."""
+    if not isinstance(written, torch.Tensor) or torch.compiler.is_compiling():  # under a compiler tensors have no addresses
+        return
+    place = _bytes(written)
+    for other_name, other in {**others, **(may_be or {})}.items():
+        if not isinstance(other, torch.Tensor) or not _reach(place, _bytes(other)) or not share_memory(written, other):
             continue
-        if not isinstance(lse, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(lse).__name__}")
-        if lse.dtype != torch.float32:
-            raise TypeError(f"{op}: {name} must be float32, got {dtype_name(lse.dtype)}")
-        if lse.shape != shape:
-            raise ValueError(f"{op}: {name} must have shape [tokens, heads] = {shape}, got {tuple(lse.shape)}")
-        if lse.device != meta.device:
-            raise ValueError(f"{op}: {name} must be on {meta.device}, got {lse.device}")
-        check_no_gradients(op, name, lse)
+        in_place = may_be is not None and other_name in may_be
+        if in_place and is_same_tensor(written, other):
+            continue
+        unless = f" unless it is {other_name} itself" if in_place else ""
+        distance = written.data_ptr() - other.data_ptr()
+        raise ValueError(f"{op}: {name} must not share memory with {other_name}{unless}, got addresses {distance:+d} bytes apart")

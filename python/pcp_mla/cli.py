@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from . import __version__, attention_backends, demo, evaluation, native
-from .backends import COMPOSED, SCHEMAS, availability, public_name
+from . import __version__, demo, evaluation
+from .ops import native
+from .ops.attention import support
+from .ops.registry import COMPOSED, SCHEMAS, availability, public_name
 
 
 def _version(package: str) -> str:
@@ -50,7 +52,7 @@ def print_env() -> int:
         print(f"{name:12} {reason or 'loaded'}")
     print()
     names = [op for op in SCHEMAS if not op.endswith("_out") and op not in COMPOSED.values()]
-    ops = {public_name(op): availability(op) for op in names} | {"pcp_attention": attention_backends.availability()}
+    ops = {public_name(op): availability(op) for op in names} | {"pcp_attention": support.availability()}
     for name, backends in ops.items():
         print(name)
         for backend, reason in backends.items():

@@ -17,35 +17,35 @@ CHANGES = (
     # The specification.
     Change(
         "tails are dealt in rank order",
-        "python/pcp_mla/partition.py",
+        "python/pcp_mla/plan/partition.py",
         "number = np.stack([ranks, 2 * world_size - 1 - ranks], axis=1)",
         "number = np.stack([ranks, world_size + ranks], axis=1)",
         "tests/test_partition.py::test_causal_work_of_a_long_request_is_even",
     ),
     Change(
         "a replicated decode is restored P times without pads",
-        "python/pcp_mla/partition.py",
+        "python/pcp_mla/plan/partition.py",
         'if self.layout == "unpadded" and self.decode_policy == "replicate":\n            lengths[~self.is_prefill, 1:] = 0',
         'if self.layout == "unpadded" and self.decode_policy == "replicate":\n            lengths[~self.is_prefill, 2:] = 0',
         "tests/test_partition.py::test_restore_of_partition_is_the_identity",
     ),
     Change(
         "a row sees one key too few",
-        "python/pcp_mla/partition.py",
+        "python/pcp_mla/plan/partition.py",
         "return np.where(lens > 0, used, 0).astype(np.int32).reshape(-1)",
         "return np.where(lens > 0, used - 1, 0).astype(np.int32).reshape(-1)",
         "tests/test_partition.py::test_rows_describe_causal_attention",
     ),
     Change(
         "another shard's tokens have slots here",
-        "python/pcp_mla/slots.py",
+        "python/pcp_mla/plan/slots.py",
         "mine = shard == self.dcp_rank",
         "mine = shard >= self.dcp_rank",
         "tests/test_planner.py::test_slots_one_token_at_a_time",
     ),
     Change(
         "a window of context is one row short",
-        "python/pcp_mla/slots.py",
+        "python/pcp_mla/plan/slots.py",
         "prefix = np.clip(context - first, 0, workspace_tokens)",
         "prefix = np.clip(context - first, 0, workspace_tokens - 1)",
         "tests/test_planner.py::test_key_chunks_cover_every_key_once",
@@ -118,7 +118,7 @@ CHANGES = (
     # The exchange.
     Change(
         "pads of a rank are sent as they are",
-        "python/pcp_mla/latent_exchange.py",
+        "python/pcp_mla/exchange/latents.py",
         "rows[tokens:].zero_()",
         "pass",
         "tests/test_latent_exchange.py::test_played_and_alone",

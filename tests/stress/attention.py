@@ -8,7 +8,7 @@ import torch
 
 from bench.peers import load_fa3
 from pcp_mla import pcp_attention
-from pcp_mla.attention_backends import LIBRARIES, availability, find, refusal
+from pcp_mla.ops.attention.support import LIBRARIES, availability, find, refusal
 from stress.compare import close
 from stress.draw import Draw
 from stress.families import DEVICE, Arguments, Family

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from pcp_mla.plan.dims import MLADims
 
 import pcp_mla
 from pcp_mla import LatentExchange
-from pcp_mla.pipeline import MLADims
-from pcp_mla.played import play
+from pcp_mla.testing.played import play
 from stress.compare import EPS32, close, same_bits
 from stress.draw import Draw
 from stress.families import DEVICE, Arguments, Family

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pcp_mla.backends import availability
+from pcp_mla.ops.registry import availability
 from stress.draw import Draw
 
 Arguments = dict[str, Any]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import LatentExchange, MLAPrefill
-from pcp_mla.pipeline import MLADims
-from pcp_mla.played import play
+from pcp_mla.testing.played import play
 from stress.attention import backends, can
 from stress.compare import EPS32, close, same_bits
 from stress.draw import Draw

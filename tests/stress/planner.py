@@ -8,8 +8,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from pcp_mla import PCPMetadata, PCPPlanner, native, plan_buffers
-from pcp_mla.backends import select
+from pcp_mla import PCPMetadata, PCPPlanner
+from pcp_mla.ops import native
+from pcp_mla.ops.registry import select
+from pcp_mla.planner import buffers
 from stress.draw import Draw
 from stress.expected import refused
 from stress.families import DEVICE, Arguments, Family, backends
@@ -83,9 +85,9 @@ BAD_NAMES = sorted(BAD)
 
 def check_planner(device, host, expander, split, cache, max_kv_tokens, steps) -> None:
     reason = {"_planner": "not wanted"} if host == "numpy" else {}
-    call = plan_buffers._plan_expand if expander == "auto" else select("plan_expand", expander, device)
+    call = buffers._plan_expand if expander == "auto" else select("plan_expand", expander, device)
     names = ("block_size", "dcp_world_size", "dcp_rank", "cp_interleave")
-    with patch.dict(native.status, reason), patch.object(plan_buffers, "_plan_expand", call):
+    with patch.dict(native.status, reason), patch.object(buffers, "_plan_expand", call):
         options = dict(zip(names, cache, strict=True)) | split | ROOM
         planner = PCPPlanner(**options, max_kv_tokens=max_kv_tokens, device=device)
         addresses: set[tuple[int, ...]] = set()

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..launch import RankError
-from ..partition import partition
+from ..plan.partition import partition
+from ..testing.launch import RankError
 from .models import MODELS, build_model
 from .outcome import Work, run_stock
 from .progress import Progress
@@ -70,7 +70,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[str, list[int]]:
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"demo: --json must be a file in a folder that exists, got {args.json}")
     # Needed by all that follows: say so before anything runs.
-    from ..integrations import transformers as _  # noqa: F401
+    from ..integrations.transformers import api as _  # noqa: F401
 
     return name, prompt
 

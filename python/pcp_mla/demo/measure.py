@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..exchange import Group, group_rank, group_world_size
-from ..latent_exchange import LatentExchange
-from ..pipeline import MLADims, MLAPrefill
-from ..planner import PCPPlanner
-from ..played import PlayedGroup
-from ..seed_path import seed_layer
+from ..compare.seed_path import seed_layer
+from ..exchange.latents import LatentExchange
+from ..groups import Group, group_rank, group_world_size
+from ..layer.prefill import MLAPrefill
+from ..plan.dims import MLADims
+from ..planner.planner import PCPPlanner
+from ..testing.played import PlayedGroup
 from .outcome import largest_difference
 from .routing import rounding_share
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..exchange import Group, all_gather_rows, group_rank, group_world_size
-from ..metadata import PCPMetadata
+from ..groups import Group, all_gather_rows, group_rank, group_world_size
+from ..plan.metadata import PCPMetadata
 from .models import bound_memory
 from .routing import RecordRouting, Routing, tie_share
 
@@ -96,7 +96,7 @@ def _sorted_experts(routing: Routing, tokens: int, device: torch.device) -> torc
 @torch.no_grad()
 def run_stock(model: Any, work: Work) -> tuple[Outcome, StockRouting]:
     """The model as it is, in one process, each prompt in one pass, with transformers' own cache for the continuation."""
-    from ..integrations.caches import CACHE_WORD
+    from ..integrations.transformers.caches import CACHE_WORD
 
     device = model.lm_head.weight.device
     bound_memory(model, len(work.prompt))
@@ -122,7 +122,7 @@ def _run_steps(
 
     Logits, experts and ties as in :class:`Outcome`, of the tokens that were not cached.
     """
-    from ..integrations.transformers import extend, prefill
+    from ..integrations.transformers.api import extend, prefill
 
     device = model.lm_head.weight.device
     tie = tie_share(model.config.num_hidden_layers, model.config.hidden_size, model.dtype)
@@ -147,7 +147,7 @@ def _run_steps(
 def run_pcp(model: Any, group: Group, work: Work, stock: StockRouting) -> Outcome:
     """The same under PCP; every rank gets the whole outcome. ``model`` is put under PCP and left so. Routing ties are broken as in
     ``stock``."""
-    from ..integrations.transformers import decode, enable_pcp
+    from ..integrations.transformers.api import decode, enable_pcp
 
     enable_pcp(model, group)
     logits, experts, ties = _run_steps(model, group, work.prompt, 0, work.chunk_tokens, stock.prompt)

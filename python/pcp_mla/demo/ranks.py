@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..exchange import Group
-from ..launch import run_distributed
-from ..played import play
+from ..groups import Group
+from ..testing.launch import run_distributed
+from ..testing.played import play
 from .measure import LayerCosts, measure_layers
 from .outcome import Outcome, StockRouting, Work, run_pcp
 
@@ -37,7 +37,7 @@ def choose_backend(world_size: int) -> str:
 
 
 def _run_rank(model: Any, group: Group, work: Work, stock: StockRouting) -> RankResult:
-    from ..integrations.deepseek import model_dims
+    from ..integrations.transformers.deepseek import model_dims
 
     outcome = run_pcp(model, group, work, stock)
     attention = model.model.layers[0].self_attn
@@ -61,12 +61,12 @@ def on_ranks(world_size: int, load: Callable[[torch.device], Any], fn: Callable[
     All must be picklable.
 
     Raises:
-        RankError, TimeoutError: as :func:`pcp_mla.launch.run_distributed`.
+        RankError, TimeoutError: as :func:`pcp_mla.testing.launch.run_distributed`.
     """
     backend = choose_backend(world_size)
     if backend != "played":
         return backend, run_distributed(world_size, _process_main, load, fn, *args, backend=backend, timeout=TIMEOUT)
-    from ..integrations.deepseek import copy_sharing_weights
+    from ..integrations.transformers.deepseek import copy_sharing_weights
 
     model = load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return backend, play(world_size, lambda group: fn(copy_sharing_weights(model), group, *args))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..tensor_checks import dtype_name
+from ..checks import dtype_name
 
 
 @dataclass

@@ -44,7 +44,7 @@ def plan_expand(
     dcp_rank: int,
     cp_interleave: int,
 ) -> None:
-    """Fill a step's per-token arrays from its request table (see :class:`pcp_mla.step_buffer.StepLayout`).
+    """Fill a step's per-token arrays from its request table (see :class:`pcp_mla.planner.step_buffer.StepLayout`).
 
     ``local_token_indices`` and ``positions`` [Np], ``allgather_restore_idx`` and ``hidden_restore_idx`` [P * Np] and, if there are
     block tables, ``slot_mapping`` [P * Np] are written up to these counts, pads as -1 (positions as 0); ``kv_rows`` up to

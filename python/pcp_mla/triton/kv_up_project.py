@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.up_project import UP_PROJECT_TILE
+from ..reference.kv_up_project import UP_PROJECT_TILE
 from .rows import check_counts
 
 DEFAULT = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3}

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends import interpreted
+from ..ops.registry import interpreted
 from .rows import check_counts
 
 TILE = 2048  # elements of a program: heads x width

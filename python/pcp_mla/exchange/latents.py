@@ -1,0 +1,138 @@
+"""The latents of all ranks by one packed collective, into a buffer at a fixed address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from ..checks import check_count, check_last_dim
+from ..groups import Group, all_gather_into, check_group, check_latents, group_rank, group_world_size
+from ..ops.checks import check_meta
+from ..plan.metadata import PCPMetadata
+
+if TYPE_CHECKING:
+    from ..plan.dims import MLADims
+
+
+def pack_latents(kv_c: torch.Tensor, k_pe: torch.Tensor, latents: torch.Tensor) -> None:
+    """[T, kv_lora_rank] and [T, rope] side by side into [T, W]: a key of one head."""
+    torch.ops.pcp_mla.concat_k.default(kv_c.unsqueeze(1), k_pe, latents.unsqueeze(1))
+
+
+def _call(collective: Callable[[], None]) -> None:
+    collective()
+
+
+class LatentExchange:
+    """Gives every rank of a context-parallel group the latents of all: rows of ``kv_lora_rank + qk_rope_head_dim`` numbers travel
+    in one ``all_gather_into_tensor``, where two of them and two restores were.
+
+    Args:
+        group: ONE flat ``torch.distributed`` group (see :func:`pcp_mla.flat_cp_group`), a :class:`PlayedGroup`, or None for a world
+            of one rank.
+        max_tokens: capacity, as local tokens of a rank with pads (``PCPPlanner.max_local_tokens``).
+        dims: of the layer: ``kv_lora_rank`` and ``qk_rope_head_dim``.
+        dtype: of the latents; types of one byte (float8) travel as bytes.
+        device: where the buffers are: P + 1 times ``max_tokens`` rows.
+
+    Attributes:
+        around: what makes the collective instead of a plain call, given it: :meth:`pcp_mla.layer.graphs.PiecewiseGraph.gap` while it
+            captures.
+
+    Raises:
+        ValueError, TypeError: ``max_tokens`` is negative, or an argument is of the wrong kind.
+    """
+
+    around: Callable[[Callable[[], None]], None] | None = None
+
+    def __init__(
+        self, group: Group, max_tokens: int, dims: MLADims, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.world_size = group_world_size(group, "LatentExchange")
+        self.rank = group_rank(group)
+        check_count("LatentExchange", "max_tokens", max_tokens)
+        if not hasattr(dims, "latent_dim"):
+            raise TypeError(f"LatentExchange: dims must be MLADims, got {type(dims).__name__}")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"LatentExchange: dtype must be a torch.dtype, got {type(dtype).__name__}")
+        self.group, self.max_tokens, self.kv_lora_rank = group, max_tokens, dims.kv_lora_rank
+        self.width = dims.kv_lora_rank + dims.qk_rope_head_dim
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
+            self._send = torch.empty(max_tokens, self.width, dtype=dtype, device=device)
+            self._gathered = torch.empty(
+                self.world_size * max_tokens if self.world_size > 1 else 0, self.width, dtype=dtype, device=device
+            )
+        # NCCL gathers in place: a rank packs its rows where they stay.
+        self._in_place = isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == "nccl"
+
+    def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
+        """One collective; none for a world of one, and none for a step of replicated decodes alone, which every rank has.
+
+        Latents that lie side by side already, ``kv_c`` and ``k_pe`` being slices of one [T, W], are sent as they are if this rank
+        has no pads; else they are packed.
+
+        Args:
+            kv_c: [T, kv_lora_rank] this rank's normed latents in local order; any row stride with a contiguous last dimension. Of a
+                padded plan also [Np, ...], pads anything.
+            k_pe: [T, qk_rope_head_dim] their rotated keys, likewise.
+            meta: the step, for this rank of the group.
+
+        Returns:
+            [P * Np, W], rank-major: what ``meta.slot_mapping`` and ``meta.allgather_restore_idx`` count in. Pads are zeros;
+            further copies of decodes, in which nothing counts, may be anything. It is a view of the exchange's buffer, valid until
+            the next call (in a world of one it may be the input).
+
+        Raises:
+            ValueError, TypeError: a tensor does not fit ``meta`` or the exchange; before the collective.
+            NotImplementedError: a tensor requires gradients.
+        """
+        op = "LatentExchange.all_gather"
+        check_meta(op, meta)
+        check_group(op, self.group, meta)
+        check_latents(op, kv_c, k_pe, meta)
+        tokens, padded = kv_c.shape[0], meta.num_tokens_padded
+        if padded > self.max_tokens:
+            raise ValueError(f"{op}: meta must have at most {self.max_tokens} tokens a rank (max_tokens), got {padded}")
+        if (kv_c.shape[1], k_pe.shape[1]) != (self.kv_lora_rank, self.width - self.kv_lora_rank):
+            wanted = f"{self.kv_lora_rank} and {self.width - self.kv_lora_rank}"
+            raise ValueError(f"{op}: kv_c and k_pe must be {wanted} wide, got {kv_c.shape[1]} and {k_pe.shape[1]}")
+        if kv_c.dtype != self._send.dtype:
+            raise TypeError(f"{op}: kv_c must be {self._send.dtype}, as the exchange, got {kv_c.dtype}")
+        check_last_dim(op, "kv_c", kv_c)
+        check_last_dim(op, "k_pe", k_pe)
+        gathered = self._gathered[: self.world_size * padded]
+        alone = self.world_size > 1 and meta.is_replicated  # what counts then is the place of rank 0's copy
+        rows = self._side_by_side(kv_c, k_pe) if tokens == padded and not alone else None
+        if rows is None:
+            in_place = alone or (self._in_place and self.world_size > 1)
+            rows = gathered[0 if alone else self.rank * padded :][:padded] if in_place else self._send[:padded]
+            if tokens:
+                pack_latents(kv_c, k_pe, rows[:tokens] if tokens < padded else rows)
+            if tokens < padded:
+                rows[tokens:].zero_()
+        if self.world_size == 1:
+            return rows
+        if alone:
+            return gathered
+        if rows.element_size() == 1:  # collectives know bytes, but not every float8
+            collective = partial(all_gather_into, gathered.view(torch.uint8), rows.view(torch.uint8), self.group)
+        else:
+            collective = partial(all_gather_into, gathered, rows, self.group)
+        (self.around or _call)(collective)
+        return gathered
+
+    def _side_by_side(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor | None:
+        """The two as one contiguous [T, W], if that is how they lie in memory."""
+        if torch.compiler.is_compiling():  # they have no addresses then
+            return None
+        row, item = self.width, kv_c.element_size()
+        strides = (row, 1)
+        if kv_c.stride() != strides or k_pe.stride() != strides or k_pe.data_ptr() != kv_c.data_ptr() + self.kv_lora_rank * item:
+            return None
+        if kv_c.untyped_storage().data_ptr() != k_pe.untyped_storage().data_ptr():
+            return None
+        return kv_c.as_strided((kv_c.shape[0], row), strides)

@@ -1,0 +1,114 @@
+"""The collectives of a context-parallel group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from .checks import check_no_gradients
+from .plan.metadata import PCPMetadata
+from .testing.played import RankHandle
+
+# torch 2.13 renamed these and warns of the old names; 2.10 has the old ones only.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# A torch.distributed process group, one rank's end of a played group, or None for a world of one rank.
+Group = dist.ProcessGroup | RankHandle | None
+
+
+def group_world_size(group: Group, op: str = "group_world_size") -> int:
+    """P. TypeError if ``group`` is none of the kinds."""
+    if group is None:
+        return 1
+    if isinstance(group, dist.ProcessGroup):
+        return dist.get_world_size(group)
+    if not isinstance(group, RankHandle):
+        raise TypeError(f"{op}: group must be a ProcessGroup, a PlayedGroup or None, got {type(group).__name__}")
+    return group.world_size
+
+
+def group_rank(group: Group) -> int:
+    if group is None:
+        return 0
+    return dist.get_rank(group) if isinstance(group, dist.ProcessGroup) else group.rank
+
+
+def check_group(op: str, group: Group, meta: PCPMetadata) -> None:
+    """Raise ValueError or TypeError unless ``meta`` was made for this rank of ``group``."""
+    size, rank = group_world_size(group, op), group_rank(group)
+    if (meta.world_size, meta.rank) != (size, rank):
+        raise ValueError(f"{op}: meta must be for rank {rank} of {size}, as the group, got rank {meta.rank} of {meta.world_size}")
+
+
+def all_gather_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[n, ...] of this rank, contiguous, to [P * n, ...] of all, rank-major: one collective, none for a world of one."""
+    if group is None:
+        return rows
+    if not isinstance(group, dist.ProcessGroup):
+        return group.all_gather(rows)
+    gathered = rows.new_empty(group_world_size(group) * rows.shape[0], *rows.shape[1:])
+    _all_gather_single(gathered, rows, group=group)
+    return gathered
+
+
+def all_gather_into(gathered: torch.Tensor, rows: torch.Tensor, group: Group) -> None:
+    """The same into a given tensor, contiguous; NCCL takes ``rows`` that are this rank's part of it."""
+    if isinstance(group, dist.ProcessGroup):
+        _all_gather_single(gathered, rows, group=group)
+    else:
+        gathered.copy_(all_gather_rows(rows, group))
+
+
+def reduce_scatter_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[P * n, ...] of every rank, contiguous, to [n, ...]: this rank's block of the sum over the ranks. One collective, none for a
+    world of one. A group that is not of torch.distributed adds in rank order."""
+    if group is None:
+        return rows
+    size = group_world_size(group)
+    if not isinstance(group, dist.ProcessGroup):
+        return group.all_gather(rows).unflatten(0, (size, size, -1))[:, group.rank].sum(0)
+    scattered = rows.new_empty(rows.shape[0] // size, *rows.shape[1:])
+    _reduce_scatter_single(scattered, rows, group=group)
+    return scattered
+
+
+def all_reduce_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[n, ...] of every rank, contiguous, to their sum, on every rank; it may take the place of ``rows``. Otherwise as
+    :func:`reduce_scatter_rows`."""
+    if group is None:
+        return rows
+    if not isinstance(group, dist.ProcessGroup):
+        return group.all_gather(rows).unflatten(0, (group.world_size, -1)).sum(0)
+    dist.all_reduce(rows, group=group)
+    return rows
+
+
+def all_to_all_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[P * n, ...] of this rank, contiguous, block r for rank r, to [P * n, ...], block r from rank r: one collective, none for a
+    world of one."""
+    if group is None:
+        return rows
+    if not isinstance(group, dist.ProcessGroup):
+        size = group.world_size
+        return group.all_gather(rows).unflatten(0, (size, size, -1))[:, group.rank].flatten(0, 1)
+    received = torch.empty_like(rows)
+    dist.all_to_all_single(received, rows, group=group)
+    return received
+
+
+def check_latents(op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> None:
+    """Raise ValueError or TypeError unless the two are this rank's latents of the step that ``meta`` describes."""
+    for name, tensor in (("kv_c", kv_c), ("k_pe", k_pe)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{op}: {name} must have 2 dimensions [tokens, width], got {tensor.dim()}")
+        if tensor.shape[0] not in (meta.num_tokens, meta.num_local_rows) or tensor.shape[0] != kv_c.shape[0]:
+            wanted = f"{meta.num_tokens} rows, one per local token of meta"
+            raise ValueError(f"{op}: {name} must have {wanted}, got {tensor.shape[0]}")
+        if tensor.device != meta.device:
+            raise ValueError(f"{op}: {name} must be on {meta.device}, as meta, got {tensor.device}")
+        check_no_gradients(op, name, tensor)
+    if kv_c.dtype != k_pe.dtype:
+        raise TypeError(f"{op}: k_pe must be {kv_c.dtype}, as kv_c, got {k_pe.dtype}")

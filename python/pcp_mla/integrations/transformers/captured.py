@@ -1,0 +1,126 @@
+"""Steps of a model under PCP in CUDA graphs, captured for some sizes and dispatched by the step's."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...exchange.latents import LatentExchange
+from ...groups import group_rank, group_world_size
+from ...layer.graphs import PiecewiseGraph
+from ...plan.metadata import PCPMetadata
+from ...planner.planner import PCPPlanner
+from .context import PCPContext
+from .model_step import local_tokens, run_modules
+from .paged_cache import BLOCK_SIZE
+from .steps import Batch, PCPStep
+
+
+@dataclass
+class _Capture:
+    """One size: what the graph reads and what it writes; without the graph once that is outdated."""
+
+    tokens: int
+    keys: int
+    ids: torch.Tensor
+    positions: torch.Tensor
+    hidden: torch.Tensor | None
+    graph: PiecewiseGraph | None
+
+
+class CapturedSteps:
+    """Prefill steps, in pieces between the layers' collectives; or decode steps, which have none, in one graph each.
+
+    Args:
+        model, context: a model under PCP, on a GPU.
+        decode: whether these are decode steps.
+        sizes: (local tokens of the fullest rank, keys of all requests with their context) that a graph has room for.
+        max_requests: that a graph has room for.
+
+    Attributes:
+        num_pieces: of each captured size: graphs, and collectives between them.
+    """
+
+    def __init__(self, model: Any, context: PCPContext, decode: bool, sizes: Sequence[tuple[int, int]], max_requests: int) -> None:
+        self._model, self._context, self._decode, self._max_requests = model, context, decode, max_requests
+        group = None if decode else context.group
+        world, cache = group_world_size(group), context.blocks.cache
+        tokens, keys = (max(column) for column in zip(*sizes, strict=True))
+        self._planner = PCPPlanner(
+            max_requests,
+            world * tokens,
+            world,
+            group_rank(group),
+            layout=context.layout,
+            block_size=BLOCK_SIZE,
+            device=cache.device,
+            max_kv_tokens=keys,
+            group=group,
+        )
+        self._cache = weakref.ref(cache)  # a graph that is outdated must not keep the cache that it was bound to
+        self._exchange = LatentExchange(group, tokens, context.dims, cache.dtype, cache.device)
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the others find its memory in the pool.
+        self._captures = [self._capture(pool, *size) for size in sorted(sizes, reverse=True)][::-1]
+        self.num_pieces = [capture.graph.num_pieces for capture in self._captures if capture.graph is not None]
+
+    def _plan(self, tokens: int, keys: int, batch: Batch) -> PCPMetadata:
+        self._context.in_collectives = not self._decode
+        return self._planner.plan(
+            batch.lengths,
+            batch.contexts,
+            [not self._decode] * len(batch.lengths),
+            batch.tables,
+            num_tokens_padded=tokens,
+            num_requests_padded=self._max_requests,
+            num_kv_tokens_padded=keys,
+        )
+
+    def _call(self, meta: PCPMetadata, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with self._context.running(PCPStep(meta, self._exchange, self._decode)):
+            return run_modules(self._model, ids, positions)
+
+    def _capture(self, pool: Any, tokens: int, keys: int) -> _Capture:
+        device = self._planner.device
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
+            ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=device) for _ in range(2))
+        # No requests: nothing is written to the cache.
+        meta = self._plan(tokens, keys, Batch([], [], np.zeros((0, 1), np.int32)))
+        graph = PiecewiseGraph(pool, device)
+        self._call(meta, ids, positions)
+        hidden = graph.capture(lambda: self._call(meta, ids, positions), [self._exchange])
+        self._context.in_collectives = False
+        return _Capture(tokens, keys, ids, positions, hidden, graph)
+
+    def run(self, batch: Batch, natural: torch.Tensor) -> tuple[PCPMetadata, torch.Tensor] | None:
+        """The step's plan and its last hidden states with pads [Np, hidden], valid until the next step; None if no graph has room
+        for it.
+
+        All ranks decide that alike. When a rank's cache grows may differ, so a step whose graph is bound to an earlier cache is run
+        call by call, padded as the graph is: its collectives are those of the other ranks.
+        """
+        count, planner = len(batch.lengths), self._planner
+        if count > self._max_requests or sum(batch.lengths) > planner.max_tokens:
+            return None
+        local = planner.largest_rank(batch.lengths, [not self._decode] * count)
+        pads = 2 * planner.world_size * count if planner.layout == "padded" else 0
+        keys = sum(batch.lengths) + sum(batch.contexts) + pads
+        fitting = (capture for capture in self._captures if capture.tokens >= local and capture.keys >= keys)
+        capture = next(fitting, None)
+        if capture is None:
+            return None
+        meta = self._plan(capture.tokens, capture.keys, batch)
+        for buffer, values in zip((capture.ids, capture.positions), local_tokens(meta, natural), strict=True):
+            buffer.copy_(values)
+        if self._context.blocks.cache is not self._cache():
+            for outdated in self._captures:  # their memory goes with them
+                outdated.graph = outdated.hidden = None
+        if capture.graph is None or capture.hidden is None:
+            return meta, self._call(meta, capture.ids, capture.positions)
+        capture.graph.replay()
+        return meta, capture.hidden

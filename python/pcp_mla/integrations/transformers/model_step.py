@@ -1,0 +1,145 @@
+"""A step of a model under PCP: what its modules compute, for the tokens of this rank."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...groups import Group, all_gather_rows
+from ...layer.prefill import MLAPrefill, plain_weight
+from ...plan.metadata import PCPMetadata
+from .context import PCPContext
+from .deepseek import project_inputs
+from .latent_attention import latent_attention
+from .paged_cache import CachedRequests
+from .steps import Batch
+
+
+def _exact(device_type: str) -> AbstractContextManager[None]:
+    """Without autocast, where everything has the cache's dtype already."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def attention_forward(
+    attention: Any,
+    context: PCPContext,
+    hidden_states: torch.Tensor,
+    position_embeddings: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """In place of the attention module's forward."""
+    step, dims = context.step, context.dims
+    if step is None:
+        raise ValueError("attention: the model is under PCP, call it as a whole, or prefill, extend, decode or generate")
+    rows, tokens = step.meta.num_local_rows, hidden_states.shape[1]
+    cache = context.blocks.cache[attention.layer_idx]
+    # Under autocast some of the three have another dtype than the weights.
+    q, kv_c, k_pe = (x[:rows].to(cache.dtype) for x in project_inputs(attention, hidden_states, position_embeddings, dims))
+    if q.shape[1] != dims.num_heads:  # tensor parallelism leaves a rank some of them
+        dims = replace(dims, num_heads=q.shape[1])
+    weight = plain_weight(attention.kv_b_proj) if step.is_decode else None
+    with _exact(cache.device.type):
+        if weight is not None:
+            latents = torch.cat([kv_c, k_pe], dim=1)
+            torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, None)
+            attended = latent_attention(q, weight, step.meta, cache, dims, attention.scaling)
+        else:
+            layer = MLAPrefill(dims, attention.scaling, step.exchange)
+            attended = layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, cache)
+    out = attended.flatten(1)
+    if rows < tokens:  # of a rank without tokens, see run_step
+        out = torch.cat([out, out.new_zeros(tokens - rows, out.shape[1])])
+    return attention.o_proj(out)[None], None
+
+
+def run_modules(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hidden states [T, hidden] of token ids and positions [T], behind the last norm."""
+    return model.model(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        # A four-dimensional mask is passed on as it is, and ours is not read: without it, positions that jump (head to tail,
+        # request to request) are taken for packed sequences and a [T, T] mask is built.
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        use_cache=False,
+        return_dict=True,
+    ).last_hidden_state[0]
+
+
+def local_tokens(meta: PCPMetadata, natural: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions in local order, of all new tokens in natural order and one more, which pads (index -1) take.
+
+    ``natural`` has a row of token ids and, where positions do not count a request's tokens, one of positions.
+    """
+    local = natural[:, meta.local_token_indices.long()]
+    return local[0], local[1] if len(local) > 1 else meta.positions.long()
+
+
+def _gather_rows(padded: torch.Tensor, group: Group, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What has rows [n] of all ranks' local rows [Np, hidden], by their numbers in the gathered order, and where. Few rows are
+    exchanged alone: each rank lays out what it has at each one's local row, and the owner's is taken. No rows are no collective."""
+    count = rows.shape[0]
+    if group is None or count == 0 or count >= padded.shape[0]:
+        return all_gather_rows(padded, group) if count else padded, rows
+    rows = rows.long()
+    owners = rows.div(padded.shape[0], rounding_mode="floor")
+    places = owners * count + torch.arange(count, device=rows.device)
+    return all_gather_rows(padded.index_select(0, rows % padded.shape[0]), group), places
+
+
+def run_step(
+    model: Any,
+    context: PCPContext,
+    requests: CachedRequests,
+    tokens: list[list[int]],
+    decode: bool = False,
+    *,
+    positions: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run new tokens of every request and add them to ``requests``: last hidden states [new tokens, hidden] in natural order.
+
+    Args:
+        positions: int64 [new tokens] on the CPU, in natural order, where they do not count each request's tokens.
+        rows: int64 [n] on the CPU, which of the new tokens' hidden states are wanted, by default all; no others are exchanged.
+    """
+    device = context.blocks.cache.device
+    lengths = [len(new) for new in tokens]
+    if not sum(lengths):
+        raise ValueError("step: requests must hold at least one token, got none")
+    context.blocks.reserve(requests, lengths)
+    natural = torch.tensor([[*(token for new in tokens for token in new), 0]])
+    if positions is not None:
+        natural = torch.cat([natural, torch.nn.functional.pad(positions, (0, 1))[None]])
+    natural = natural.to(device)
+    batch = Batch.of(lengths, requests)
+    captured = context.captured_decodes if decode else context.captured
+    fitting = captured.run(batch, natural) if captured is not None else None
+    if fitting is not None:
+        meta, padded = fitting
+    else:
+        planner = context.decode_planner if decode else context.planner
+        planner.make_room(batch)
+        context.in_collectives = not decode
+        step = planner.plan(batch, decode)
+        meta = step.meta
+        ids, positions = local_tokens(meta, natural)
+        if not meta.num_tokens:
+            # Modules of the model fail on no tokens at all; the attention leaves this one out.
+            ids, positions = natural[0, -1:], natural.new_zeros(1)
+        with context.running(step):
+            hidden = run_modules(model, ids, positions)[: meta.num_tokens]
+        padded = hidden.new_zeros(meta.num_tokens_padded, hidden.shape[1])
+        padded[: meta.num_tokens] = hidden
+    order = meta.hidden_restore_idx[: sum(lengths)]
+    if rows is not None:
+        order = order.index_select(0, rows.to(device))
+    gathered, places = _gather_rows(padded, None if decode else context.group, order)
+    context.in_collectives = False
+    restored = gathered.index_select(0, places)
+    requests.lengths = [old + new for old, new in zip(requests.lengths, lengths, strict=True)]
+    if context.comparison is not None:
+        requests.history = [hash((old, *new)) for old, new in zip(requests.history, tokens, strict=True)]
+    return restored

@@ -1,0 +1,64 @@
+"""The plan of a step over a paged cache, and the exchange that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ...exchange.latents import LatentExchange
+from ...groups import Group, group_rank, group_world_size
+from ...plan.dims import MLADims
+from ...plan.metadata import PCPMetadata
+from ...planner.planner import PCPPlanner
+from .paged_cache import BLOCK_SIZE, CachedRequests
+
+
+@dataclass
+class PCPStep:
+    """A running step: its plan, the exchange of its latents, and whether it is a decode step, each request having one token."""
+
+    meta: PCPMetadata
+    exchange: LatentExchange
+    is_decode: bool
+
+
+class Batch(NamedTuple):
+    """The requests of a step that have new tokens; the others' cached tokens would be expanded for nobody."""
+
+    lengths: list[int]
+    contexts: list[int]
+    tables: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], cached: CachedRequests) -> Batch:
+        busy = [i for i, length in enumerate(lengths) if length]
+        return cls([lengths[i] for i in busy], [cached.lengths[i] for i in busy], cached.block_tables()[busy])
+
+
+class StepPlanner:
+    """Plans the steps of one rank of a group, once a step for all layers. Planner and exchange are made anew for a larger step."""
+
+    def __init__(self, group: Group, layout: str, dims: MLADims, dtype: torch.dtype, device: torch.device) -> None:
+        self.group, self._layout, self._dims, self._dtype, self._device = group, layout, dims, dtype, device
+        self._make(0, 0)
+
+    def _make(self, max_requests: int, max_tokens: int) -> None:
+        world, rank = group_world_size(self.group), group_rank(self.group)
+        sizes = max_requests, max_tokens, world, rank
+        self._planner = PCPPlanner(*sizes, layout=self._layout, block_size=BLOCK_SIZE, device=self._device, group=self.group)
+        self._exchange = LatentExchange(self.group, self._planner.max_local_tokens, self._dims, self._dtype, self._device)
+
+    def make_room(self, batch: Batch) -> None:
+        """For the plan of such a step."""
+        planner, tokens = self._planner, sum(batch.lengths)
+        if len(batch.lengths) > planner.max_requests or tokens > planner.max_tokens:
+            self._make(max(len(batch.lengths), planner.max_requests), max(tokens, planner.max_tokens))
+
+    def plan(self, batch: Batch, decode: bool) -> PCPStep:
+        """A step that there is room for, over a cache that has the blocks already. Valid until the next one."""
+        meta = self._planner.plan(batch.lengths, batch.contexts, [not decode] * len(batch.lengths), batch.tables)
+        return PCPStep(meta, self._exchange, decode)

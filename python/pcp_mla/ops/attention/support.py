@@ -1,0 +1,141 @@
+"""The backends of pcp_attention: what each can do, and which one does a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...checks import dtype_name
+from ..registry import HAS_TRITON, interpreted
+from .libraries import BF16_FP16, LIBRARIES, Library, find
+
+FLOATS = (*BF16_FP16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a backend can do. All give LSEs, and merge ``prev``: those that have no kernel for it in a launch of its own.
+
+    Attributes:
+        dtypes: of q, K and V.
+        widths: whether it takes q and K, and V, of these widths; ``words`` says which.
+        kv_rows: whether keys may be listed.
+        k_pe: whether K may come in two parts; else they are concatenated first, in a launch of its own.
+        capabilities: major compute capabilities of the GPUs that it runs on; None: any device.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    widths: Callable[[int, int], bool]
+    words: str
+    kv_rows: bool
+    k_pe: bool
+    capabilities: tuple[int, ...] | None
+
+
+SUPPORT = {
+    "fa3": Support(
+        BF16_FP16,
+        lambda d, dv: d % 8 == 0 and dv % 8 == 0 and (d == dv <= 256 or (128 < d <= 192 and 96 < dv <= 128)),
+        "equal ones up to 256, or q up to 192 and v up to 128",
+        kv_rows=False,
+        k_pe=False,
+        capabilities=(9,),
+    ),
+    "fa4": Support(
+        BF16_FP16,
+        lambda d, dv: (d == dv <= 128 and d % 8 == 0) or (d, dv) == (192, 128),
+        "equal ones up to 128, or q 192 and v 128",
+        kv_rows=False,
+        k_pe=False,
+        capabilities=(9, 10),
+    ),
+    "fa2": Support(
+        BF16_FP16,
+        lambda d, dv: dv <= d <= 256 and d % 8 == 0,
+        "q up to 256, v padded to it",
+        kv_rows=False,
+        k_pe=False,
+        capabilities=(8, 9, 10, 12),
+    ),
+    "triton": Support(
+        FLOATS,
+        lambda d, dv: d <= 576 and dv <= 512,
+        "q up to 576, v up to 512",
+        kv_rows=True,
+        k_pe=True,
+        capabilities=(8, 9, 10, 12),
+    ),
+    "torch": Support((*FLOATS, torch.float64), lambda d, dv: True, "any", kv_rows=True, k_pe=True, capabilities=None),
+}
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def missing(name: str, device: torch.device) -> str:
+    """Why the backend cannot be used on this device; the empty string where it can."""
+    support = SUPPORT[name]
+    if name == "triton" and not HAS_TRITON:
+        return "triton is not installed: pip install triton"
+    if support.capabilities is not None and not (name == "triton" and interpreted()):
+        if device.type != "cuda":
+            return f"it needs tensors on a CUDA device, got {device}"
+        if _capability(device) not in support.capabilities:
+            wanted = ", ".join(f"sm_{major}x" for major in support.capabilities)
+            return f"it is for {wanted}, this GPU is sm_{_capability(device)}x"
+    found = find(name) if name in LIBRARIES else ""
+    return found if isinstance(found, str) else ""
+
+
+def availability() -> dict[str, str]:
+    """Every backend with the reason why it cannot be used here; the empty string where it can."""
+    if not torch.cuda.is_available():
+        none = {name: "no CUDA GPU is visible to torch" for name, support in SUPPORT.items() if support.capabilities is not None}
+        return none | {"torch": ""} | ({"triton": ""} if HAS_TRITON and interpreted() else {})
+    return {name: missing(name, torch.device("cuda", torch.cuda.current_device())) for name in SUPPORT}
+
+
+def refusal(name: str, dtype: torch.dtype, width: int, v_width: int, listed: bool) -> str:
+    """What the backend does not support of this; the empty string if it does it all."""
+    support = SUPPORT[name]
+    found = find(name) if name in LIBRARIES else ""
+    dtypes = found.dtypes if isinstance(found, Library) else support.dtypes
+    if dtype not in dtypes:
+        return f"dtype {dtype_name(dtype)}"
+    if not support.widths(width, v_width):
+        return f"widths {width} of q and {v_width} of v (it takes {support.words})"
+    return "kv_rows" if listed and not support.kv_rows else ""
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, width: int, v_width: int, listed: bool) -> str:
+    """The backend that does this: the named one, or with ``auto`` the fastest that there is.
+
+    Raises:
+        ValueError: no such backend.
+        NotImplementedError: it does not support this; the message names those that do.
+        RuntimeError: it is not available here; the message says why and what is.
+    """
+    if backend == "auto":
+        if device.type != "cuda":
+            return "torch"
+        fits = (width, v_width) == (192, 128) and not listed and not missing("fa3", device)
+        for name in ("fa3", "triton") if fits else ("triton",):
+            if not missing(name, device) and not refusal(name, dtype, width, v_width, listed):
+                return name
+        return "torch"
+    if backend not in SUPPORT:
+        raise ValueError(f"pcp_attention: backend must be one of auto, {', '.join(SUPPORT)}, got {backend!r}")
+    refused = refusal(backend, dtype, width, v_width, listed)
+    if refused:
+        able = ", ".join(name for name in SUPPORT if not refusal(name, dtype, width, v_width, listed))
+        raise NotImplementedError(f"pcp_attention: backend {backend!r} does not support {refused}; these do: {able}")
+    reason = missing(backend, device)
+    if reason:
+        usable = ", ".join(name for name in SUPPORT if not missing(name, device))
+        raise RuntimeError(f"pcp_attention: backend {backend!r} is not available: {reason}; available here: {usable}")
+    return backend

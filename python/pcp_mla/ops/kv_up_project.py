@@ -1,0 +1,281 @@
+"""From latents to K and V: the up-projection that gathers, multiplies and concatenates in one launch, and the concat alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import reference
+from ..checks import check_apart, check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
+from ..reference.kv_up_project import UP_PROJECT_TILE, zero_tail
+from . import native
+from .kv_up_project_checks import check_expanded
+from .latent_cache import gather_latents
+from .registry import ALL_NATIVE, HAS_TRITON, fake_in_place, register, register_composed, select
+
+if TYPE_CHECKING:
+    from ..plan.dims import MLADims
+
+__all__ = ["UP_PROJECT_TILE", "concat_k", "kv_up_project"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _fits_wgmma(latents: torch.Tensor, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor) -> bool:
+    """Whether csrc/cuda/kv_up_project.cu takes these tensors; its own checks say why not."""
+    rank, rope = weight.shape[1], latents.shape[-1] - weight.shape[1]
+    widths = rank % 64 == 0 and rank <= 512 and (k_out.shape[2] - rope) % 64 == 0 and v_out.shape[2] % 64 == 0
+    if not (widths and rope % 8 == 0 and rope <= 64 and weight.dtype in _DTYPES[:2] and _is_hopper(weight.device)):
+        return False
+    strides, addresses = latents.stride(0) | latents.stride(-2) | weight.stride(0), latents.data_ptr() | weight.data_ptr()
+    for out in (k_out, v_out):
+        strides |= out.stride(0) | out.stride(1)
+        addresses |= out.data_ptr()
+    return strides % 8 == 0 and addresses % 16 == 0
+
+
+def _on_cuda(
+    latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor
+) -> None:
+    """The CUDA kernel if it takes these tensors, else Triton's (at a few hundred rows some 3 us faster, which is not looked at)."""
+    if not native.status["_native_cuda"] and _fits_wgmma(latents, weight, k_out, v_out):
+        _wgmma(latents, rows, weight, k_out, v_out)
+    elif HAS_TRITON and weight.dtype in _DTYPES:
+        select("kv_up_project", "triton", "cuda")(latents, rows, weight, k_out, v_out)
+    else:
+        reference.kv_up_project(latents, rows, weight, k_out, v_out)
+
+
+_up_project = register_composed("kv_up_project", fake_in_place, cpu=reference.kv_up_project, cuda=_on_cuda)
+_wgmma = torch.ops.pcp_mla.kv_up_project_wgmma.default
+_concat = register("concat_k", fake_in_place)
+
+
+def _check_input(op: str, name: str, x: torch.Tensor) -> None:
+    check_last_dim(op, name, x)
+    check_no_gradients(op, name, x)
+
+
+def _check_out(
+    op: str, name: str, out: Any, rows: int, shape: tuple[int, int], like: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    check_tensor(op, name, out, (None, *shape), "[rows, heads, dim]", like.device)
+    if out.shape[0] < rows:
+        raise ValueError(f"{op}: {name} must have at least {rows} rows, got {out.shape[0]}")
+    if out.dtype != (dtype or like.dtype):
+        raise TypeError(f"{op}: {name} must be {dtype_name(dtype or like.dtype)}, got {dtype_name(out.dtype)}")
+    _check_input(op, name, out)
+    check_not_expanded(op, name, out)
+
+
+def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | None = None, backend: str = "auto") -> torch.Tensor:
+    """K from its two parts in one launch, for engines whose ``kv_b_proj`` is a module of its own (quantised, say).
+
+    Args:
+        k_nope: [N, H, nope], any strides with a contiguous last dimension: a slice of the projection's output as it is.
+        k_pe: [N, rope] or [N, 1, rope] rotated keys that all heads share.
+        out: [N, H, nope + rope] to write and return, any strides with a contiguous last dimension. It must share no
+            memory with the inputs.
+        backend: as :func:`pcp_fused_gather`.
+
+    One dtype for all, of at most 8 bytes: nothing is computed.
+
+    Returns:
+        [N, H, nope + rope].
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others; before anything is written.
+        NotImplementedError: a tensor requires gradients.
+        RuntimeError: the named backend is not available.
+    """
+    op = "concat_k"
+    check_tensor(op, "k_nope", k_nope, (None, None, None), "[tokens, heads, nope]", None)
+    if isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3 and k_pe.shape[1] == 1:
+        k_pe = k_pe[:, 0]
+    check_tensor(op, "k_pe", k_pe, (len(k_nope), None), "[tokens, rope]", k_nope.device)
+    shape = (k_nope.shape[1], k_nope.shape[2] + k_pe.shape[1])
+    if 0 in (*k_nope.shape[1:], k_pe.shape[1]):
+        raise ValueError(f"{op}: k_nope and k_pe must have heads and widths of at least 1, got {shape}")
+    if k_pe.dtype != k_nope.dtype:
+        raise TypeError(f"{op}: k_pe must be {dtype_name(k_nope.dtype)} as k_nope, got {dtype_name(k_pe.dtype)}")
+    if k_nope.element_size() > 8:
+        raise TypeError(f"{op}: k_nope must have a dtype of at most 8 bytes, got {dtype_name(k_nope.dtype)}")
+    _check_input(op, "k_nope", k_nope)
+    _check_input(op, "k_pe", k_pe)
+    if out is None:
+        out = k_nope.new_empty(len(k_nope), *shape)
+    else:
+        _check_out(op, "out", out, len(k_nope), shape, k_nope)
+        if len(out) != len(k_nope):
+            raise ValueError(f"{op}: out must have {len(k_nope)} rows, got {len(out)}")
+    others = {"k_nope": k_nope, "k_pe": k_pe}
+    if backend != "auto" or not ALL_NATIVE:
+        check_apart(op, "out", out, others)
+    call = _concat if backend == "auto" else select(op, backend, k_nope.device.type)
+    try:
+        call(k_nope, k_pe, out)
+    except RuntimeError:
+        check_apart(op, "out", out, others)
+        raise
+    return out
+
+
+def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
+    """Raise unless these are latents of ``dims`` and rows of them; how many."""
+    if not hasattr(dims, "latent_dim"):
+        raise TypeError(f"{op}: dims must be MLADims, got {type(dims).__name__}")
+    if not isinstance(latents, torch.Tensor):
+        raise TypeError(f"{op}: latents must be a torch.Tensor, got {type(latents).__name__}")
+    if latents.dim() not in (2, 3) or latents.shape[-1] != dims.latent_dim:
+        wanted = f"[rows, {dims.latent_dim}] or [num_blocks, block_size, {dims.latent_dim}]"
+        raise ValueError(f"{op}: latents must be {wanted}, got {tuple(latents.shape)}")
+    _check_input(op, "latents", latents)
+    if rows is None:
+        return latents.shape[:-1].numel()
+    check_list(op, "rows", rows, (None,), "[rows]", torch.int32, latents.device)
+    return len(rows)
+
+
+def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, scale: Any) -> None:
+    shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
+    check_tensor(op, "weight", weight, shape, "[heads * (nope + v), kv_lora_rank]", latents.device)
+    if weight.dtype not in _DTYPES and weight.dtype != torch.float64:
+        raise NotImplementedError(
+            f"{op}: weight must be bfloat16, float16 or float32, got {dtype_name(weight.dtype)}; pass linear="
+        )
+    if scale is None and latents.dtype != weight.dtype:
+        raise TypeError(
+            f"{op}: latents must be {dtype_name(weight.dtype)} as weight, or come with a scale, got {dtype_name(latents.dtype)}"
+        )
+    _check_input(op, "weight", weight)
+
+
+def _check_outs(
+    op: str, k_out: Any, v_out: Any, count: int, dims: MLADims, inputs: Mapping[str, Any], latents: torch.Tensor, dtype: torch.dtype
+) -> None:
+    for name, out, width in (("k_out", k_out, dims.qk_head_dim), ("v_out", v_out, dims.v_head_dim)):
+        if out is not None:
+            _check_out(op, name, out, count, (dims.num_heads, width), latents, dtype)
+    if k_out is not None and v_out is not None and len(k_out) != len(v_out):
+        raise ValueError(f"{op}: v_out must have the {len(k_out)} rows of k_out, got {len(v_out)}")
+    if k_out is not None or v_out is not None:
+        check_apart(op, "k_out", k_out, inputs)
+        check_apart(op, "v_out", v_out, {**inputs, "k_out": k_out})
+
+
+def _through_module(
+    latents: torch.Tensor,
+    linear: Callable[[torch.Tensor], torch.Tensor],
+    dims: MLADims,
+    k_out: torch.Tensor | None,
+    v_out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contiguous latents [N, W] through the engine's module; results as ``kv_up_project`` gives them."""
+    count, op = len(latents), "kv_up_project"
+    kv_c, k_pe = latents.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)
+    expanded = check_expanded(op, "linear's result", linear(kv_c), count, dims, latents)
+    k_nope, v = expanded.view(count, dims.num_heads, dims.expanded_dim).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=2)
+    room = next((len(out) for out in (k_out, v_out) if out is not None), count)
+    if k_out is None and room == count:
+        k_out = concat_k(k_nope, k_pe)
+    else:
+        k_out = k_nope.new_empty(room, dims.num_heads, dims.qk_head_dim) if k_out is None else k_out
+        concat_k(k_nope, k_pe, out=k_out[:count])
+    if v_out is None and room == count:
+        v_out = v
+    else:
+        v_out = v.new_empty(room, dims.num_heads, dims.v_head_dim) if v_out is None else v_out
+        v_out[:count] = v
+    for out in (k_out, v_out):
+        zero_tail(out, count)
+    return k_out, v_out
+
+
+def _project(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if latents.is_cuda and not torch.compiler.is_compiling():  # past the dispatcher, which costs more than the launch
+        _on_cuda(latents, rows, weight, k, v)
+    else:
+        _up_project(latents, rows, weight, k, v)
+
+
+def expand(latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`kv_up_project` for arguments that are known to fit."""
+    k = latents.new_empty(rows.shape[0], dims.num_heads, dims.qk_head_dim)
+    v = latents.new_empty(rows.shape[0], dims.num_heads, dims.v_head_dim)
+    _project(latents, rows, weight, k, v)
+    return k, v
+
+
+def kv_up_project(
+    latents: torch.Tensor,
+    rows: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    dims: MLADims,
+    *,
+    linear: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scale: torch.Tensor | None = None,
+    k_out: torch.Tensor | None = None,
+    v_out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of all heads from latents anywhere: gather, ``kv_b_proj`` and the concat with ``k_pe`` in one launch.
+
+    Args:
+        latents: [S, W] or a paged cache [num_blocks, block_size, W], W = ``dims.latent_dim``: ``kv_c``, then ``k_pe``; any strides
+            with a contiguous last dimension.
+        rows: int32 [N] row (slot) of each key: the planner's ``kv_rows`` with the cache, or ``meta.allgather_restore_idx`` with the
+            rank-major result of an exchange. A row outside of the latents (-1) gives zeros. None: all rows in their order.
+        weight: [H * (nope + v), kv_lora_rank] of ``kv_b_proj``, in the layout of ``nn.Linear``; without bias.
+        dims: of the layer.
+        linear: in place of ``weight``, the module itself (one that is quantised, or has adapters): gather, module and
+            :func:`concat_k` are then launches of their own.
+        scale: float32 of one element: ``latents`` are float8_e4m3fn, and are gathered with it in a launch of its own.
+        k_out, v_out: [M, H, nope + rope] and [M, H, v] with M >= N, to write and return; any strides with a contiguous last
+            dimension. Rows from N to the next multiple of :data:`UP_PROJECT_TILE` (128) are zeroed, further ones are not touched.
+            One that is not given has the rows of the other. They must share no memory with the inputs or each other.
+        backend: ``auto`` (on Hopper the CUDA kernel if widths are multiples of 64, else Triton), ``cuda``, ``triton`` or
+            ``reference``.
+
+    All of bf16, fp16 or fp32 (``reference``: also fp64), one dtype; products are summed in float32 and rounded once.
+
+    Returns:
+        K [N, H, nope + rope] and V [N, H, v], or ``k_out`` and ``v_out``. With ``linear``, V may be a view.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit ``dims`` or the others; before anything is written.
+        NotImplementedError: a dtype that the kernels have not, or an input that requires gradients.
+        RuntimeError: the named backend is not available, or does not support these widths.
+    """
+    op = "kv_up_project"
+    if (weight is None) == (linear is None):
+        raise ValueError(f"{op}: weight or linear must be given, and not both")
+    if linear is not None and not callable(linear):
+        raise TypeError(f"{op}: linear must be callable, got {type(linear).__name__}")
+    count = _check_latents(op, latents, rows, dims)
+    if weight is not None:
+        _check_weight(op, weight, latents, dims, scale)
+    given = next((x.dtype for x in (weight, k_out, v_out) if isinstance(x, torch.Tensor)), torch.bfloat16)
+    dtype = latents.dtype if scale is None else given
+    inputs = {"latents": latents, "rows": rows, "weight": weight, "scale": scale}
+    _check_outs(op, k_out, v_out, count, dims, inputs, latents, dtype)
+    if linear is not None or scale is not None:
+        if rows is None:
+            rows = torch.arange(count, dtype=torch.int32, device=latents.device)
+        latents, rows = gather_latents(latents, rows, scale=scale, dtype=dtype if scale is not None else None), None
+    if linear is not None:
+        return _through_module(latents, linear, dims, k_out, v_out)
+    assert weight is not None
+    room = next((len(out) for out in (k_out, v_out) if out is not None), count)
+    k = latents.new_empty(room, dims.num_heads, dims.qk_head_dim) if k_out is None else k_out
+    v = latents.new_empty(room, dims.num_heads, dims.v_head_dim) if v_out is None else v_out
+    call = _project if backend == "auto" else select(op, backend, latents.device.type)
+    call(latents, rows, weight, k, v)
+    return k, v

@@ -1,0 +1,212 @@
+"""Which implementation of an op runs: registration with torch's dispatcher, and a choice by name."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import reference
+from . import native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+# The schemas of csrc/ops.cpp, for an installation without native libraries.
+SCHEMAS = {
+    "fused_gather": (
+        "(Tensor q, Tensor k, Tensor v, Tensor row_table, SymInt num_head_tokens, SymInt num_tail_tokens, "
+        "SymInt num_head_kv, SymInt num_tail_kv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "fused_gather_out": (
+        "(Tensor q, Tensor k, Tensor v, Tensor row_table, SymInt num_head_tokens, SymInt num_tail_tokens, "
+        "SymInt num_head_kv, SymInt num_tail_kv, Tensor(a!) q_head, Tensor(b!) k_head, Tensor(c!) v_head, Tensor(d!) q_tail, "
+        "Tensor(e!) k_tail, Tensor(f!) v_tail) -> ()"
+    ),
+    "fused_restore": (
+        "(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table) -> (Tensor, Tensor)"
+    ),
+    "fused_restore_out": (
+        "(Tensor out_head, Tensor out_tail, Tensor? lse_head, Tensor? lse_tail, Tensor row_table, Tensor(a!) out, "
+        "Tensor(b!)? lse) -> ()"
+    ),
+    "plan_expand": (
+        "(Tensor request_table, Tensor? block_tables, Tensor(a!) local_token_indices, Tensor(b!) positions, "
+        "Tensor(c!) allgather_restore_idx, Tensor(d!) hidden_restore_idx, Tensor(e!) slot_mapping, Tensor(f!) kv_rows, "
+        "SymInt num_requests, SymInt world_size, SymInt rank, SymInt num_tokens_padded, SymInt num_kv_rows, bool split, "
+        "SymInt block_size, SymInt dcp_world_size, SymInt dcp_rank, SymInt cp_interleave) -> ()"
+    ),
+    "merge_attn_states": (
+        "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor? scale, bool base2) -> (Tensor, Tensor)"
+    ),
+    "merge_attn_states_out": (
+        "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor? scale, Tensor? row_op, Tensor? cu_seqlens, "
+        "Tensor? out_rows, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) -> ()"
+    ),
+    "merge_n_attn_states": "(Tensor[] outs, Tensor[] lses, Tensor? scale, bool base2) -> (Tensor, Tensor)",
+    "merge_n_attn_states_out": (
+        "(Tensor[] outs, Tensor[] lses, Tensor? scale, bool base2, Tensor(a!) out, Tensor(b!)? lse_out) -> ()"
+    ),
+    "write_latent_cache": "(Tensor latents, Tensor(a!) cache, Tensor slot_mapping, Tensor? scale) -> ()",
+    "gather_latents": (
+        "(Tensor cache, Tensor? rows, Tensor? block_table, Tensor? cu_seqlens, Tensor? starts, Tensor? scale, Tensor(a!) out) -> ()"
+    ),
+    "concat_k": "(Tensor k_nope, Tensor k_pe, Tensor(a!) out) -> ()",
+    "kv_up_project": "(Tensor latents, Tensor? rows, Tensor weight, Tensor(a!) k_out, Tensor(b!) v_out) -> ()",
+    "kv_up_project_wgmma": "(Tensor latents, Tensor? rows, Tensor weight, Tensor(a!) k_out, Tensor(b!) v_out) -> ()",
+    "cp_correct_out": (
+        "(Tensor out, Tensor lses, Tensor? seqused_k, SymInt rank, bool base2, Tensor(a!) corrected, Tensor(b!)? lse_out) -> ()"
+    ),
+}
+
+# Ops of which csrc/ knows nothing: their kernels are Python, and so is their choice of a backend.
+PYTHON_SCHEMAS = {
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? k_pe, Tensor? kv_rows, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqused_k, "
+        "Tensor? prev_out, Tensor? prev_lse, float softmax_scale, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()"
+    ),
+}
+
+# The files of an op, where they have not its name: ops that share their kernels are one family.
+FAMILIES = {
+    "merge_attn_states": "merge_states",
+    "merge_n_attn_states": "merge_states",
+    "cp_correct_out": "merge_states",
+    "write_latent_cache": "latent_cache",
+    "gather_latents": "latent_cache",
+    "concat_k": "concat_k",
+    "kv_up_project": "kv_up_project",
+    "kv_up_project_wgmma": "kv_up_project",
+}
+
+# Ops that have no kernel in C++ for the CPU, where torch's is as good, and on CUDA choose between Triton and the op named here.
+COMPOSED = {"kv_up_project": "kv_up_project_wgmma"}
+
+
+def family(op: str) -> str:
+    """The stem of the op's files in csrc/cpu, csrc/cuda and triton."""
+    return FAMILIES.get(op) or FAMILIES.get(op.removesuffix("_out")) or op.removesuffix("_out")
+
+
+def public_name(op: str) -> str:
+    """What users call an op by, and its errors."""
+    name = op if op in FAMILIES else op.removesuffix("_out")
+    return name if name in FAMILIES else f"pcp_{name}"
+
+
+# Whether "auto" means a native kernel on every device that this torch has.
+ALL_NATIVE = not native.status["_native"] and not (torch.version.cuda and native.status["_native_cuda"])
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+_library = torch.library.Library("pcp_mla", "FRAGMENT")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_form(op: str) -> Callable[..., Any]:
+    """The Triton implementation, imported when it is first called: importing Triton takes longer than all the rest."""
+
+    @functools.cache
+    def implementation() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"pcp_mla.triton.{family(op)}"), op)
+
+    def call(*args: Any) -> Any:
+        # Triton launches on the current device, whatever its arguments' device is.
+        with torch.cuda.device_of(args[0][0] if isinstance(args[0], list | tuple) else args[0]):
+            return implementation()(*args)
+
+    return call
+
+
+def direct() -> Any:
+    """The calls past the dispatcher, None under a compiler.
+
+    In eager inference the dispatcher costs more host time than the launch of a small kernel. Each function of the module returns
+    False where it cannot do the work, or where gradients or a mode could want to see the op, and has done nothing then.
+    """
+    return None if torch.compiler.is_compiling() else native.direct
+
+
+def availability(op: str) -> dict[str, str]:
+    """Every backend of ``op`` with the reason why it cannot be used here; the empty string where it can."""
+    gpu = "" if torch.cuda.is_available() else "no CUDA GPU is visible to torch"
+    if not HAS_TRITON:
+        triton = "triton is not installed: pip install triton"
+    elif interpreted():
+        triton = ""
+    else:
+        triton = gpu
+    return {
+        "cuda": native.status["_native_cuda"] or gpu,
+        "triton": triton,
+        "cpu": "it has no C++ kernel, reference is what runs"
+        if op in (*COMPOSED, *COMPOSED.values())
+        else native.status["_native"],
+        "reference": "",
+    }
+
+
+def fake_in_place(*args: Any) -> None:
+    """The fake kernel of ops that write into given tensors: they return nothing."""
+    if len({x.device for x in args if isinstance(x, torch.Tensor)}) > 1:
+        raise RuntimeError("pcp_mla: all tensors must be on one device")
+
+
+def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``op`` where the native library has not, fill in kernels that are not built, and return the op to call."""
+    if native.status["_native"]:
+        _library.define(op + SCHEMAS[op])
+        _library.impl(op, getattr(reference, op), "CPU")
+    if native.status["_native_cuda"]:
+        _library.impl(op, triton_form(op) if HAS_TRITON else getattr(reference, op), "CUDA")
+    torch.library.register_fake(f"pcp_mla::{op}", fake, lib=_library)
+    return getattr(torch.ops.pcp_mla, op).default
+
+
+def register_composed(
+    op: str, fake: Callable[..., Any], *, cpu: Callable[..., Any], cuda: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an op of :data:`COMPOSED` or :data:`PYTHON_SCHEMAS`, whose implementations are Python functions, and return the op
+    to call."""
+    for name in (op, COMPOSED[op]) if op in COMPOSED else (op,):
+        if name in PYTHON_SCHEMAS or native.status["_native"]:
+            _library.define(name + (PYTHON_SCHEMAS.get(name) or SCHEMAS[name]))
+        torch.library.register_fake(f"pcp_mla::{name}", fake, lib=_library)
+    _library.impl(op, cpu, "CPU")
+    _library.impl(op, cuda, "CUDA")
+    return getattr(torch.ops.pcp_mla, op).default
+
+
+def select(op: str, backend: str, device_type: str) -> Callable[..., Any]:
+    """The implementation of ``op`` that ``backend`` names, for tensors on such a device.
+
+    Raises:
+        ValueError: no such backend, or it does not run on this kind of device.
+        RuntimeError: it is not available here; the message says why and what is.
+    """
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"{public_name(op)}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    return _selected(op, backend, device_type)
+
+
+@functools.cache
+def _selected(op: str, backend: str, device_type: str) -> Callable[..., Any]:
+    if backend == "reference":
+        return getattr(reference, op)
+    name = public_name(op)
+    reasons = availability(op)
+    if reasons[backend]:
+        usable = ", ".join(other for other, reason in reasons.items() if not reason)
+        raise RuntimeError(f"{name}: backend {backend!r} is not available: {reasons[backend]}; available here: {usable}")
+    on_any = backend == "triton" and interpreted()
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device_type != wanted and not on_any:
+        raise ValueError(f"{name}: backend {backend!r} needs tensors on a {wanted} device, got {device_type}")
+    return triton_form(op) if backend == "triton" else getattr(torch.ops.pcp_mla, COMPOSED.get(op, op)).default

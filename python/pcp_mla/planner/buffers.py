@@ -1,0 +1,107 @@
+"""A planner's tensors: where a plan lies on the device, and how its per-token arrays get there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ops.registry import register
+from ..plan.slots import PagedCache
+from .step_buffer import StepLayout
+
+_plan_expand = register("plan_expand", lambda *args: None)
+
+
+class PlanBuffers:
+    """What plans are written to, and all that a metadata keeps alive: it knows its buffers, they know neither it nor the planner.
+
+    Attributes:
+        plan: number of the plan that they hold, from 1 on.
+        tables: on a CPU [max_requests, blocks], the block numbers as they were when they were planned; None elsewhere, where a plan
+            is expanded at once.
+    """
+
+    def __init__(
+        self,
+        layout: StepLayout,
+        max_local_tokens: int,
+        max_kv_tokens: int,
+        cache: PagedCache,
+        split: tuple[int, int, str, str],
+        device: torch.device | str,
+    ) -> None:
+        self.world_size, self.rank, self.layout, self.decode_policy = split
+        self.step_layout, self.cache = layout, cache
+        self._cache_numbers = (cache.block_size, cache.dcp_world_size, cache.dcp_rank, cache.cp_interleave)
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
+            self.step = torch.zeros(layout.size, dtype=torch.int32, device=device)
+            self.device = self.step.device
+
+            def empty(count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+                return torch.empty(count, dtype=dtype, device=self.device)
+
+            gathered = self.world_size * max_local_tokens
+            self.local_token_indices = empty(max_local_tokens)
+            self.positions = empty(max_local_tokens)
+            self.allgather_restore_idx = empty(gathered)
+            self.hidden_restore_idx = empty(gathered)
+            self.slot_mapping = empty(gathered, torch.int64)
+            self.kv_rows = empty(max(0, max_kv_tokens))
+            self.request_table = self.step[layout.offsets["request_table"] : layout.offsets["chunks"]]
+        self.kv_address = self.kv_rows.data_ptr()
+        self.tables: torch.Tensor | None = None
+        self.plan = 0
+        self.tokens_expanded = self.keys_expanded = False
+        self._counts = (0, 0, 0, False)
+
+    def hold(self, counts: dict[str, Any], tables: torch.Tensor | None) -> None:
+        """From now on they hold the plan of these counts (:data:`pcp_mla.planner.host.COUNTS`): nothing is expanded yet."""
+        self.plan += 1
+        self.tables = tables
+        self.tokens_expanded = self.keys_expanded = False
+        split = len(counts["chunk_max_seqlens"]) > 1
+        self._counts = (counts["num_requests"], counts["num_tokens_padded"], counts["num_kv_tokens"], split)
+
+    def make_room(self, keys: int) -> None:
+        """Let ``kv_rows`` be at least so long, at another address if it was not."""
+        if self.kv_rows.shape[0] < keys:
+            with torch.inference_mode(False):
+                self.kv_rows = torch.empty(2 * keys, dtype=torch.int32, device=self.device)
+            self.kv_address = self.kv_rows.data_ptr()
+
+    def expand(self, tables: torch.Tensor | None, tokens: bool, keys: bool) -> None:
+        """Fill the plan's per-token arrays, its key rows, or both: one launch."""
+        requests, rows, kv_rows, split = self._counts
+        _plan_expand(
+            self.request_table,
+            tables,
+            self.local_token_indices,
+            self.positions,
+            self.allgather_restore_idx,
+            self.hidden_restore_idx,
+            self.slot_mapping,
+            self.kv_rows,
+            requests,
+            self.world_size,
+            self.rank,
+            rows if tokens else 0,
+            kv_rows if keys else 0,
+            split,
+            *self._cache_numbers,
+        )
+        self.tokens_expanded |= tokens
+        self.keys_expanded |= keys
+
+    def expanded_tokens(self, name: str) -> torch.Tensor:
+        """A per-token array, filled."""
+        if not self.tokens_expanded:
+            self.expand(self.tables, tokens=True, keys=False)
+        return getattr(self, name)
+
+    def expanded_keys(self) -> torch.Tensor:
+        """``kv_rows``, filled."""
+        if not self.keys_expanded:
+            self.make_room(self._counts[2])
+            self.expand(self.tables, tokens=False, keys=True)
+        return self.kv_rows
