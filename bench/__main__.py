@@ -27,7 +27,7 @@ BENCHMARKS = (
     "layer",
     "merge_states",
     "planner",
-    "up_project",
+    "kv_up_project",
 )
 HERE = Path(__file__).resolve().parent
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import LatentExchange, PCPPlanner, write_latent_cache
 from pcp_mla.compare.seed_path import gather_part
 from pcp_mla.groups import group_rank, group_world_size
+from pcp_mla.plan.dims import MLADims
 
 from . import peers, plain, timing
 

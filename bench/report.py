@@ -173,7 +173,7 @@ def lines() -> Iterator[str]:
     )
     yield from section(
         "Up-projection and concat",
-        "up_project_h100",
+        "kv_up_project_h100",
         UP_PROJECT,
         "op | T | heads | GPU µs, GEMM / torch / ours / Triton | ours in GEMMs | share | CPU µs, torch / ours",
         lambda r: [

@@ -350,10 +350,10 @@ def test_every_backend_has_a_reason_or_is_there():
 
 def test_the_table_of_the_page_is_the_table_of_the_code():
     page = (Path(__file__).parent.parent / "docs" / "attention.md").read_text()
-    for name, support in SUPPORT.items():
+    for name, supported in SUPPORT.items():
         cells = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |")).split("|")
-        assert support.words in cells[3]
-        assert ("yes" in cells[4], "yes" in cells[5]) == (support.kv_rows, support.k_pe)
+        assert supported.words in cells[3]
+        assert ("yes" in cells[4], "yes" in cells[5]) == (supported.kv_rows, supported.k_pe)
 
 
 def test_a_loaded_library_is_found_without_imports(monkeypatch):

@@ -16,7 +16,7 @@ CUDA_LIBRARY = ROOT / "python" / "pcp_mla" / "_native_cuda.so"
 
 PURE_PYTHON = """
 import torch, pcp_mla
-from pcp_mla import native
+from pcp_mla.ops import native
 assert native.status["_native"].startswith("not built"), native.status
 meta = pcp_mla.PCPMetadata.build([9, 4], world_size=2, rank=0)
 q, kv = torch.randn(meta.num_tokens, 2, 8), torch.randn(meta.num_kv_tokens, 2, 8)
@@ -36,7 +36,7 @@ else:
 
 NATIVE = """
 import pcp_mla
-from pcp_mla import native
+from pcp_mla.ops import native
 assert native.status["_native"] == "", native.status
 assert native.status["_native_cuda"] != ""
 assert native.status["_planner"] == ""

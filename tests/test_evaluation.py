@@ -20,7 +20,7 @@ from pcp_mla.evaluation import MODEL, load_model
 from pcp_mla.evaluation.answers import Answer, stock_answers
 from pcp_mla.evaluation.compare import score, table
 from pcp_mla.evaluation.problems import VOCABULARY, Item, encode, evaluation_items
-from pcp_mla.integrations.transformers import api as integration
+from pcp_mla.integrations import transformers as integration
 from test_integration_transformers import build
 
 

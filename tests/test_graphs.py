@@ -13,8 +13,7 @@ import torch
 pytest.importorskip("transformers", minversion="5")
 
 from pcp_mla import LatentExchange, MLADims, PCPPlanner
-from pcp_mla.integrations.transformers import captured
-from pcp_mla.integrations.transformers.api import capture_graphs, copy_sharing_weights, decode, enable_pcp, extend, prefill
+from pcp_mla.integrations.transformers import capture_graphs, captured, copy_sharing_weights, decode, enable_pcp, extend, prefill
 from pcp_mla.layer.graphs import PiecewiseGraph
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play

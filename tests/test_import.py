@@ -23,7 +23,7 @@ for name in ("_cuda_getDeviceCount", "_cuda_init"):
 import pcp_mla
 packages = ("pcp_mla.demo", "pcp_mla.evaluation", "pcp_mla.integrations")  # these import transformers, which may ask for itself
 names = [m.name for m in pkgutil.walk_packages(pcp_mla.__path__, "pcp_mla.") if not m.name.startswith(("pcp_mla._", *packages))]
-assert "pcp_mla.pipeline" in names and "pcp_mla.triton.attention_kernel" in names, names
+assert "pcp_mla.layer.prefill" in names and "pcp_mla.triton.attention_kernel" in names, names
 for name in names:
     if not name.startswith("pcp_mla.triton") or importlib.util.find_spec("triton"):
         importlib.import_module(name)
@@ -55,7 +55,7 @@ def broken(*args):
 torch.ops.load_library = broken
 importlib.import_module = lambda name, *rest: broken() if name in ("pcp_mla._planner", "pcp_mla._direct") else find(name, *rest)
 import pcp_mla
-from pcp_mla import native
+from pcp_mla.ops import native
 assert all(native.status[name].startswith("did not load: ") for name in ("_native", "_planner")), native.status
 assert native.status["_native_cuda"] and native.direct is None, native.status
 meta = pcp_mla.PCPPlanner(2, 9, 2, 0).plan([9])

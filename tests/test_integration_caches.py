@@ -16,7 +16,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from pcp_mla.integrations.transformers.api import PCPCache, copy_sharing_weights, disable_pcp, enable_pcp
+from pcp_mla.integrations.transformers import PCPCache, copy_sharing_weights, disable_pcp, enable_pcp
 from pcp_mla.integrations.transformers.caches import CACHE_WORD
 from test_integration_forward import PAD, on_ranks, padded
 from test_integration_transformers import build, check_close, prompts

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from transformers import DynamicCache
 
-from pcp_mla.integrations.transformers.api import PCPCache, copy_sharing_weights, disable_pcp, enable_pcp, generate, prefill
+from pcp_mla.integrations.transformers import PCPCache, copy_sharing_weights, disable_pcp, enable_pcp, generate, prefill
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
 from test_integration_transformers import build, check_close, prompts

@@ -12,8 +12,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from pcp_mla.integrations.transformers import model_step
-from pcp_mla.integrations.transformers.api import (
+from pcp_mla.integrations.transformers import (
     capture_graphs,
     copy_sharing_weights,
     decode,
@@ -22,6 +21,7 @@ from pcp_mla.integrations.transformers.api import (
     extend,
     generate,
     greedy_steps,
+    model_step,
     prefill,
 )
 from pcp_mla.integrations.transformers.caches import CACHE_WORD

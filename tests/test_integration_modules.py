@@ -17,7 +17,7 @@ pytest.importorskip("transformers", minversion="5")
 import transformers
 
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
-from pcp_mla.integrations.transformers.api import copy_sharing_weights, decode, disable_pcp, enable_pcp, prefill
+from pcp_mla.integrations.transformers import copy_sharing_weights, decode, disable_pcp, enable_pcp, prefill
 from pcp_mla.integrations.transformers.caches import CACHE_WORD
 from pcp_mla.testing.played import play
 from test_integration_transformers import build, check_close, prompts, stock_logits

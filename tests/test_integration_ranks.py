@@ -19,8 +19,7 @@ pytest.importorskip("transformers", minversion="5")
 from transformers import DynamicCache
 
 from pcp_mla.groups import group_rank
-from pcp_mla.integrations.transformers import model_step
-from pcp_mla.integrations.transformers.api import (
+from pcp_mla.integrations.transformers import (
     copy_sharing_weights,
     decode,
     disable_pcp,
@@ -28,6 +27,7 @@ from pcp_mla.integrations.transformers.api import (
     extend,
     generate,
     greedy_steps,
+    model_step,
     prefill,
 )
 from pcp_mla.integrations.transformers.caches import CACHE_WORD

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from pcp_mla.integrations.transformers.api import decode, enable_pcp, extend, generate, prefill
+from pcp_mla.integrations.transformers import decode, enable_pcp, extend, generate, prefill
 from pcp_mla.testing.launch import run_distributed
 from test_integration_transformers import build, check_close, prompts, stock_logits, stock_text
 

@@ -18,7 +18,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from transformers import DynamicCache
 
-from pcp_mla.integrations.transformers.api import (
+from pcp_mla.integrations.transformers import (
     copy_sharing_weights,
     decode,
     disable_pcp,

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from pcp_mla import PCPPlanner
-from pcp_mla.integrations.transformers.api import copy_sharing_weights, decode, disable_pcp, enable_pcp, extend, generate, prefill
+from pcp_mla.integrations.transformers import copy_sharing_weights, decode, disable_pcp, enable_pcp, extend, generate, prefill
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from pcp_mla.plan.dims import MLADims
 
 from batches import as_bytes, random_bytes, same_bits
 from pcp_mla import LatentExchange, PCPMetadata, PCPPlanner, gather_latents, write_latent_cache
 from pcp_mla.groups import group_rank, group_world_size
+from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
 

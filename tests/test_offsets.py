@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import (
     PCPMetadata,
@@ -21,6 +20,7 @@ from pcp_mla import (
     write_latent_cache,
 )
 from pcp_mla.ops.registry import select
+from pcp_mla.plan.dims import MLADims
 from pcp_mla.planner.step_buffer import request_table
 from test_up_project_choice import check, on_hopper
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import LatentExchange, MLAPrefill, PCPMetadata, PCPPlanner
 from pcp_mla.compare.seed_path import seed_cu_seqlens, seed_layer
@@ -19,6 +18,7 @@ from pcp_mla.groups import group_rank, group_world_size
 from pcp_mla.layer import prefill
 from pcp_mla.ops.attention import rows
 from pcp_mla.ops.attention.rows import attend_row
+from pcp_mla.plan.dims import MLADims
 from pcp_mla.plan.slots import PagedCache
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play

@@ -1,4 +1,4 @@
-"""The op definitions of the native library and of a pure Python installation must not drift apart."""
+"""Every op has its schema, its kernels and its files, under one word."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,11 @@ import torch
 import pcp_mla
 from pcp_mla import reference
 from pcp_mla.ops import native, registry
+from pcp_mla.ops.schemas import PYTHON_SCHEMAS, SCHEMAS
 
-CSRC = Path(__file__).parent.parent / "csrc"
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+PACKAGE = Path(pcp_mla.__file__).parent
 
 
 def test_native_libraries():
@@ -22,31 +25,54 @@ def test_native_libraries():
         assert native.status["_native_cuda"] == ""
 
 
-@pytest.mark.parametrize("op", [*registry.SCHEMAS, *registry.PYTHON_SCHEMAS])
-def test_python_and_native_schemas_are_equal(op):
-    registered = str(getattr(torch.ops.pcp_mla, op).default._schema)
-    assert registered == f"pcp_mla::{op}{(registry.SCHEMAS | registry.PYTHON_SCHEMAS)[op]}"
+@pytest.mark.parametrize("op", [*SCHEMAS, *PYTHON_SCHEMAS])
+def test_schema_and_kernels(op):
+    """torch spells a schema as the table does, so none of it is read in another way than it was meant; all devices have a kernel."""
+    assert str(getattr(torch.ops.pcp_mla, op).default._schema) == f"pcp_mla::{op}{(SCHEMAS | PYTHON_SCHEMAS)[op]}"
+    only_cuda = op in registry.COMPOSED.values()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pcp_mla::{op}", "CPU") != only_cuda
+    if not only_cuda or native.status["_native_cuda"] == "":
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pcp_mla::{op}", "CUDA")
+
+
+def registered(folder):
+    """Ops that the sources of a folder have kernels for, by file."""
+    return {
+        path.stem: set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
+        for path in sorted((CSRC / folder).glob("*.c*"))
+        if path.suffix in (".cpp", ".cu")
+    }
+
+
+def test_kernels_are_of_ops_that_are_there():
+    cpu, cuda = registered("cpu"), registered("cuda")
+    composed = {*registry.COMPOSED, *registry.COMPOSED.values()}
+    assert set().union(*cpu.values()) == set(SCHEMAS) - composed
+    assert set().union(*cuda.values()) == set(SCHEMAS) - set(registry.COMPOSED)
+    for files in (cpu, cuda):
+        assert all(stem == registry.family(op) for stem, ops in files.items() for op in ops)
 
 
 # Ops that users call through an object or by another op, not by a function of their own.
 INTERNAL = {"plan_expand", *registry.COMPOSED.values()}
 
 
-def test_every_op_has_all_its_parts():
-    defined = set(re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "ops.cpp").read_text()))
-    assert defined == set(registry.SCHEMAS)
-    for op in (*(defined - set(registry.COMPOSED.values())), *registry.PYTHON_SCHEMAS):
-        assert callable(getattr(reference, op))
-    for op in (name for name in defined if name.removesuffix("_out") not in defined):
+def test_one_word_an_op():
+    """An op's files have one stem in every room and folder."""
+    for op in (name for name in SCHEMAS if name.removesuffix("_out") not in set(SCHEMAS) - {name}):
         name, stem = op if op in registry.FAMILIES else f"pcp_{op}", registry.family(op)
         assert callable(getattr(pcp_mla, name, None)) == (op not in INTERNAL)
         composed = op in (*registry.COMPOSED, *registry.COMPOSED.values())
         for path in (
             *(() if composed else (CSRC / "cpu" / f"{stem}.cpp",)),
             CSRC / "cuda" / f"{stem}.cu",
-            Path(pcp_mla.__file__).parent / "triton" / f"{stem}.py",
+            CSRC / f"{stem}.h",
+            *(PACKAGE / room / f"{stem}.py" for room in ("ops", "reference", "triton")),
+            TESTS / f"test_{stem}.py",
         ):
             assert path.exists(), path
+        if op not in registry.COMPOSED.values():
+            assert callable(getattr(reference, op))
         reasons = registry.availability(op)
         assert set(reasons) == set(registry.BACKENDS)
         assert reasons["reference"] == ""

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import kv_up_project
 from pcp_mla.ops import kv_up_project, native
+from pcp_mla.plan.dims import MLADims
 
 PLAIN = MLADims(2, 64, 64, 64, 128)
 ROWS, BLOCK = 70, 5

@@ -4,8 +4,10 @@ from .exchange.cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, f
 from .exchange.latents import LatentExchange
 from .layer.prefill import MLAPrefill
 from .ops.attention.call import pcp_attention
-from .ops.fused_gather import GatheredRows, pcp_fused_gather, pcp_fused_restore
-from .ops.kv_up_project import concat_k, kv_up_project
+from .ops.concat_k import concat_k
+from .ops.fused_gather import GatheredRows, pcp_fused_gather
+from .ops.fused_restore import pcp_fused_restore
+from .ops.kv_up_project import kv_up_project
 from .ops.latent_cache import gather_latents, write_latent_cache
 from .ops.merge_states import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
 from .plan.dims import MLADims

@@ -1,3 +1,5 @@
+"""``python -m pcp_mla``."""
+
 import sys
 
 from .cli import main

@@ -63,6 +63,21 @@ def check_list(
         raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
 
 
+def check_output(op: str, name: str, x: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless ``x`` can be written as it is: this shape, dtype and device, contiguous."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.shape != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: {name} must have dtype {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
+    if x.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
+    check_no_gradients(op, name, x)
+
+
 def _meet(x: list[tuple[int, int]], x_run: int, y: list[tuple[int, int]], y_run: int, apart: int) -> bool:
     """Whether runs of bytes, repeated as (stride, size) say, largest stride first, meet where y's begin ``apart`` behind x's."""
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.distributed as dist
 
 from .checks import check_no_gradients
 from .plan.metadata import PCPMetadata
-from .testing.played import RankHandle
 
 # torch 2.13 renamed these and warns of the old names; 2.10 has the old ones only.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@runtime_checkable
+class RankHandle(Protocol):
+    """One rank's end of a group that is not a ``torch.distributed`` process group."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[n, ...] of this rank to [P * n, ...] of all, rank-major."""
+
 
 # A torch.distributed process group, one rank's end of a played group, or None for a world of one rank.
 Group = dist.ProcessGroup | RankHandle | None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from pcp_mla.plan.dims import MLADims
 
 import pcp_mla
 from pcp_mla import LatentExchange
+from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.played import play
 from stress.compare import EPS32, close, same_bits
 from stress.draw import Draw

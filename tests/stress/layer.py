@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import LatentExchange, MLAPrefill
+from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.played import play
 from stress.attention import backends, can
 from stress.compare import EPS32, close, same_bits

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from pcp_mla.plan.dims import MLADims
 
 import pcp_mla
 from pcp_mla import GatheredRows, PCPMetadata
+from pcp_mla.plan.dims import MLADims
 from stress.draw import Draw
 from stress.expected import refused
 from stress.families import DEVICE, Arguments, Family, backends

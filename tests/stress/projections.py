@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import kv_up_project
+from pcp_mla.plan.dims import MLADims
 from stress.compare import EPS32, close, same_bits
 from stress.draw import Draw
 from stress.families import DEVICE, Arguments, Family, backends

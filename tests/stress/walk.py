@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from pcp_mla.integrations.transformers.api import copy_sharing_weights, decode, disable_pcp, enable_pcp, extend, generate, prefill
+from pcp_mla.integrations.transformers import copy_sharing_weights, decode, disable_pcp, enable_pcp, extend, generate, prefill
 from pcp_mla.testing.played import play
 from stress.draw import Draw
 from stress.families import Arguments, Family

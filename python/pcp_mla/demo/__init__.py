@@ -70,7 +70,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[str, list[int]]:
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"demo: --json must be a file in a folder that exists, got {args.json}")
     # Needed by all that follows: say so before anything runs.
-    from ..integrations.transformers import api as _  # noqa: F401
+    from ..integrations import transformers as _  # noqa: F401
 
     return name, prompt
 

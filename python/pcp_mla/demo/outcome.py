@@ -122,7 +122,7 @@ def _run_steps(
 
     Logits, experts and ties as in :class:`Outcome`, of the tokens that were not cached.
     """
-    from ..integrations.transformers.api import extend, prefill
+    from ..integrations.transformers import extend, prefill
 
     device = model.lm_head.weight.device
     tie = tie_share(model.config.num_hidden_layers, model.config.hidden_size, model.dtype)
@@ -147,7 +147,7 @@ def _run_steps(
 def run_pcp(model: Any, group: Group, work: Work, stock: StockRouting) -> Outcome:
     """The same under PCP; every rank gets the whole outcome. ``model`` is put under PCP and left so. Routing ties are broken as in
     ``stock``."""
-    from ..integrations.transformers.api import decode, enable_pcp
+    from ..integrations.transformers import decode, enable_pcp
 
     enable_pcp(model, group)
     logits, experts, ties = _run_steps(model, group, work.prompt, 0, work.chunk_tokens, stock.prompt)

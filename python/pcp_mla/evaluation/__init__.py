@@ -47,7 +47,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"eval: --json must be a file in a folder that exists, got {args.json}")
     # Needed by all that follows: say so before anything runs.
-    from ..integrations.transformers import api as _  # noqa: F401
+    from ..integrations import transformers as _  # noqa: F401
 
 
 def load_model(folder: Path, device: torch.device) -> Any:
@@ -72,7 +72,7 @@ def _bar(what: str, count: int, shown: bool) -> Any:
 
 def _answers_of_rank(model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool) -> list[Answer]:
     """A rank's answers; their logits are rank 0's alone to bring."""
-    from ..integrations.transformers.api import capture_graphs, enable_pcp
+    from ..integrations.transformers import capture_graphs, enable_pcp
 
     enable_pcp(model, group)
     if model.lm_head.weight.is_cuda:

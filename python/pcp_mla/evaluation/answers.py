@@ -70,7 +70,7 @@ def pcp_answers(
 ) -> Iterator[Answer]:
     """Of a model under PCP, on every rank. With ``prefix_cache`` the solved problems of a prompt are prefilled as a request of
     their own, and the question as another that finds them in the cache."""
-    from ..integrations.transformers.api import greedy_steps, prefill
+    from ..integrations.transformers import greedy_steps, prefill
 
     for batch in _batches(items):
         prompts, prefix = [item.prompt_ids for item in batch], None

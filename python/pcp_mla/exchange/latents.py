@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from ..checks import check_count, check_last_dim
 from ..groups import Group, all_gather_into, check_group, check_latents, group_rank, group_world_size
-from ..ops.checks import check_meta
-from ..plan.metadata import PCPMetadata
-
-if TYPE_CHECKING:
-    from ..plan.dims import MLADims
+from ..plan.dims import MLADims
+from ..plan.metadata import PCPMetadata, check_meta
 
 
 def pack_latents(kv_c: torch.Tensor, k_pe: torch.Tensor, latents: torch.Tensor) -> None:
@@ -40,8 +36,7 @@ class LatentExchange:
         device: where the buffers are: P + 1 times ``max_tokens`` rows.
 
     Attributes:
-        around: what makes the collective instead of a plain call, given it: :meth:`pcp_mla.layer.graphs.PiecewiseGraph.gap` while it
-            captures.
+        around: what makes the collective instead of a plain call, given it: :meth:`PiecewiseGraph.gap` while it captures.
 
     Raises:
         ValueError, TypeError: ``max_tokens`` is negative, or an argument is of the wrong kind.

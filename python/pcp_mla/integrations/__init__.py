@@ -1,1 +1,1 @@
-"""pcp_mla inside other libraries, one file each. Importing this package imports none of them."""
+"""Models and engines that run on the layer, one room each. From outside: what each room exports."""

@@ -13,49 +13,16 @@ from functools import partial
 import torch
 from torch.nn.modules import module as _modules
 
-from ..checks import check_apart, check_count, check_last_dim, check_no_gradients, check_not_expanded
+from ..checks import check_apart, check_last_dim, check_no_gradients, check_not_expanded
 from ..exchange.latents import LatentExchange
 from ..ops.attention.call import attend, check_library, choose
 from ..ops.attention.checks import check_scale
-from ..ops.checks import check_meta
 from ..ops.kv_up_project import expand, kv_up_project
 from ..ops.kv_up_project_checks import check_projection
 from ..ops.registry import ALL_NATIVE
-from ..plan.metadata import PCPMetadata
+from ..plan.dims import MLADims
+from ..plan.metadata import PCPMetadata, check_meta
 from ..plan.slots import KeyChunk
-
-
-@dataclass(frozen=True)
-class MLADims:
-    """Widths of an MLA layer: q and k are ``qk_head_dim`` wide, v ``v_head_dim``, a latent ``kv_lora_rank + qk_rope_head_dim``.
-
-    Raises:
-        ValueError, TypeError: one of them is not an int of at least 1, ``qk_rope_head_dim`` of at least 0.
-    """
-
-    num_heads: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    kv_lora_rank: int
-
-    def __post_init__(self) -> None:
-        for name in ("num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"):
-            check_count("MLADims", name, getattr(self, name), 0 if name == "qk_rope_head_dim" else 1)
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def expanded_dim(self) -> int:
-        """Of a head in ``kv_b_proj``'s output."""
-        return self.qk_nope_head_dim + self.v_head_dim
-
-    @property
-    def latent_dim(self) -> int:
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
 
 KVProjection = torch.nn.Module | torch.Tensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -1,22 +1,17 @@
-"""The public ops: check, call, name the outputs."""
+"""pcp_fused_gather: check, call, name the outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from ..plan.metadata import PCPMetadata
-from .checks import (
-    check_gather,
-    check_gathered,
-    check_gathered_apart,
-    check_restore,
-    check_restored,
-    check_restored_apart,
-    gathered_shapes,
-)
-from .registry import ALL_NATIVE, register, select
+from ..checks import check_apart
+from ..plan.metadata import PCPMetadata, check_meta
+from ..reference.fused_gather import check_gathered, gathered_shapes
+from .checks import check_ragged
+from .registry import ALL_NATIVE, fake_in_place, register, select
 
 
 class GatheredRows(NamedTuple):
@@ -44,12 +39,8 @@ def _fused_gather_fake(
     return tuple(q.new_empty(shape) for shape in shapes)
 
 
-def _out_fake(*args: Any) -> None:
-    """Ops that write into given tensors return nothing."""
-
-
 _fused_gather = register("fused_gather", _fused_gather_fake)
-_fused_gather_out = register("fused_gather_out", _out_fake)
+_fused_gather_out = register("fused_gather_out", fake_in_place)
 
 
 def pcp_fused_gather(
@@ -93,7 +84,7 @@ def pcp_fused_gather(
         raise TypeError(f"pcp_fused_gather: out must be GatheredRows, got {type(out).__name__}")
     native = backend == "auto" and ALL_NATIVE
     if not (native and _gather_rows_fit(q, k, v, meta, out)):
-        _check_gather(q, k, v, meta, out)
+        _check(q, k, v, meta, out)
     counts = (meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv)
     try:
         if out is None:
@@ -103,15 +94,15 @@ def pcp_fused_gather(
         call(q, k, v, meta.row_table, *counts, *out)
         return out
     except RuntimeError:
-        _check_gather(q, k, v, meta, out)
+        _check(q, k, v, meta, out)
         raise
 
 
-def _check_gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata, out: GatheredRows | None) -> None:
-    check_gather(q, k, v, meta)
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata, out: GatheredRows | None) -> None:
+    _check_inputs(q, k, v, meta)
     if out is not None:
         check_gathered(q, k, v, (meta.num_head_tokens, meta.num_tail_tokens, meta.num_head_kv, meta.num_tail_kv), out)
-        check_gathered_apart(q, k, v, meta.row_table, out._asdict())
+        _check_apart(q, k, v, meta.row_table, out._asdict())
 
 
 def _gather_rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMetadata, out: GatheredRows | None) -> bool:
@@ -126,103 +117,26 @@ def _gather_rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PC
         return False
 
 
-def _fused_restore_fake(
-    out_head: torch.Tensor,
-    out_tail: torch.Tensor,
-    lse_head: torch.Tensor | None,
-    lse_tail: torch.Tensor | None,
-    row_table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = out_head.shape[0] + out_tail.shape[0]
-    lse_shape = (0,) if lse_head is None else (tokens, out_head.shape[1])
-    return out_head.new_empty(tokens, *out_head.shape[1:]), out_head.new_empty(lse_shape, dtype=torch.float32)
+def _check_inputs(q: Any, k: Any, v: Any, meta: Any) -> None:
+    """Raise unless the inputs of ``pcp_fused_gather`` fit each other and ``meta``."""
+    op = "pcp_fused_gather"
+    check_meta(op, meta)
+    check_ragged(op, "q", q, meta, None)
+    check_ragged(op, "k", k, meta, q.dtype)
+    check_ragged(op, "v", v, meta, q.dtype)
+    if q.shape[0] not in (meta.num_tokens, meta.num_tokens_padded):
+        wanted = f"{meta.num_tokens} local tokens of the metadata (or {meta.num_tokens_padded} with pads)"
+        raise ValueError(f"{op}: q must have the {wanted}, got {q.shape[0]}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != meta.num_kv_tokens:
+            raise ValueError(f"{op}: {name} must have the {meta.num_kv_tokens} rows of the metadata's key order, got {x.shape[0]}")
 
 
-_fused_restore = register("fused_restore", _fused_restore_fake)
-_fused_restore_out = register("fused_restore_out", _out_fake)
-
-
-def pcp_fused_restore(
-    out_head: torch.Tensor,
-    out_tail: torch.Tensor,
-    lse_head: torch.Tensor | None,
-    lse_tail: torch.Tensor | None,
-    meta: PCPMetadata,
-    *,
-    out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Put the outputs of two attention calls back in local order, with their LSEs: one launch. The way back of
-    :func:`pcp_fused_gather`; equal to ``torch.cat([out_head, out_tail])[meta.output_restore_idx]``.
-
-    Args:
-        out_head: [num_head_tokens, H, Dv], any row and head strides with a contiguous last dimension.
-        out_tail: [num_tail_tokens, H, Dv], the same dtype.
-        lse_head, lse_tail: float32 [num_head_tokens, H] and [num_tail_tokens, H], any strides (FlashAttention's [H, tokens] is
-            passed as ``lse.T``), or both None.
-        out: tensors to write and return, out and lse (None without LSEs), contiguous; they must share no memory with the inputs,
-            the metadata or each other.
-        meta, backend: as for :func:`pcp_fused_gather`. Dtypes of the outputs likewise.
-
-    Returns:
-        out [T, H, Dv] and lse [T, H], both contiguous; lse is None if none was given. With the metadata of a padded plan,
-        [Np, ...]: rows from T on are undefined.
-
-    Raises:
-        ValueError, TypeError: an argument does not fit the metadata or the others; before any launch.
-        NotImplementedError: an input or an output requires gradients.
-        RuntimeError: the named backend is not available.
-    """
-    if out is not None and (not isinstance(out, tuple) or len(out) != 2 or (lse_head is None) != (out[1] is None)):
-        raise TypeError("pcp_fused_restore: out must be a pair of a tensor and an LSE, the latter None where no LSE is given")
-    native = backend == "auto" and ALL_NATIVE
-    if not (native and _restore_rows_fit(out_head, out_tail, lse_head, lse_tail, meta, out)):
-        _check_restore(out_head, out_tail, lse_head, lse_tail, meta, out)
-    try:
-        if out is None:
-            call = _fused_restore if backend == "auto" else select("fused_restore", backend, out_head.device.type)
-            restored, restored_lse = call(out_head, out_tail, lse_head, lse_tail, meta.row_table)
-            if len(restored) > meta.num_tokens_padded:  # counts of a padded plan are limits of heads and of tails, not of both
-                restored, restored_lse = restored[: meta.num_tokens_padded], restored_lse[: meta.num_tokens_padded]
-            return restored, None if lse_head is None else restored_lse
-        call = _fused_restore_out if backend == "auto" else select("fused_restore_out", backend, out_head.device.type)
-        call(out_head, out_tail, lse_head, lse_tail, meta.row_table, *out)
-        return out
-    except RuntimeError:
-        _check_restore(out_head, out_tail, lse_head, lse_tail, meta, out)
-        raise
-
-
-def _check_restore(
-    out_head: torch.Tensor,
-    out_tail: torch.Tensor,
-    lse_head: torch.Tensor | None,
-    lse_tail: torch.Tensor | None,
-    meta: PCPMetadata,
-    out: tuple[torch.Tensor, torch.Tensor | None] | None,
+def _check_apart(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_table: torch.Tensor, out: Mapping[str, torch.Tensor]
 ) -> None:
-    check_restore(out_head, out_tail, lse_head, lse_tail, meta)
-    if out is not None:
-        check_restored(out_head, out_tail, lse_head, *out)
-        inputs = {"out_head": out_head, "out_tail": out_tail, "lse_head": lse_head, "lse_tail": lse_tail}
-        check_restored_apart(inputs, meta.row_table, *out)
-
-
-def _restore_rows_fit(
-    out_head: torch.Tensor,
-    out_tail: torch.Tensor,
-    lse_head: torch.Tensor | None,
-    lse_tail: torch.Tensor | None,
-    meta: PCPMetadata,
-    out: tuple[torch.Tensor, torch.Tensor | None] | None,
-) -> bool:
-    try:
-        tensors = (out_head, out_tail, lse_head, lse_tail, *(out or ()))
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return False
-        same_device = out_head.device == out_tail.device == meta.device
-        if lse_head is not None and lse_tail is not None:
-            same_device = same_device and lse_head.device == lse_tail.device == meta.device
-        return same_device and out_head.shape[0] == meta.num_head_tokens and out_tail.shape[0] == meta.num_tail_tokens
-    except (AttributeError, IndexError):
-        return False
+    """Raise unless each output of ``fused_gather`` has its memory to itself."""
+    others = {"q": q, "k": k, "v": v, "meta.row_table": row_table}
+    for name, x in out.items():
+        check_apart("pcp_fused_gather", f"out.{name}", x, others)
+        others[f"out.{name}"] = x

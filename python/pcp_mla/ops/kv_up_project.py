@@ -1,25 +1,23 @@
-"""From latents to K and V: the up-projection that gathers, multiplies and concatenates in one launch, and the concat alone."""
+"""From latents to K and V: the up-projection that gathers, multiplies and concatenates in one launch."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .. import reference
-from ..checks import check_apart, check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
-from ..reference.kv_up_project import UP_PROJECT_TILE, zero_tail
+from ..checks import check_apart, check_list, check_tensor, dtype_name
+from ..plan.dims import MLADims
+from ..reference.kv_up_project import zero_tail
 from . import native
+from .checks import check_input, check_out
+from .concat_k import concat_k
 from .kv_up_project_checks import check_expanded
 from .latent_cache import gather_latents
-from .registry import ALL_NATIVE, HAS_TRITON, fake_in_place, register, register_composed, select
-
-if TYPE_CHECKING:
-    from ..plan.dims import MLADims
-
-__all__ = ["UP_PROJECT_TILE", "concat_k", "kv_up_project"]
+from .registry import HAS_TRITON, fake_in_place, register_composed, select
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -56,76 +54,6 @@ def _on_cuda(
 
 _up_project = register_composed("kv_up_project", fake_in_place, cpu=reference.kv_up_project, cuda=_on_cuda)
 _wgmma = torch.ops.pcp_mla.kv_up_project_wgmma.default
-_concat = register("concat_k", fake_in_place)
-
-
-def _check_input(op: str, name: str, x: torch.Tensor) -> None:
-    check_last_dim(op, name, x)
-    check_no_gradients(op, name, x)
-
-
-def _check_out(
-    op: str, name: str, out: Any, rows: int, shape: tuple[int, int], like: torch.Tensor, dtype: torch.dtype | None = None
-) -> None:
-    check_tensor(op, name, out, (None, *shape), "[rows, heads, dim]", like.device)
-    if out.shape[0] < rows:
-        raise ValueError(f"{op}: {name} must have at least {rows} rows, got {out.shape[0]}")
-    if out.dtype != (dtype or like.dtype):
-        raise TypeError(f"{op}: {name} must be {dtype_name(dtype or like.dtype)}, got {dtype_name(out.dtype)}")
-    _check_input(op, name, out)
-    check_not_expanded(op, name, out)
-
-
-def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | None = None, backend: str = "auto") -> torch.Tensor:
-    """K from its two parts in one launch, for engines whose ``kv_b_proj`` is a module of its own (quantised, say).
-
-    Args:
-        k_nope: [N, H, nope], any strides with a contiguous last dimension: a slice of the projection's output as it is.
-        k_pe: [N, rope] or [N, 1, rope] rotated keys that all heads share.
-        out: [N, H, nope + rope] to write and return, any strides with a contiguous last dimension. It must share no
-            memory with the inputs.
-        backend: as :func:`pcp_fused_gather`.
-
-    One dtype for all, of at most 8 bytes: nothing is computed.
-
-    Returns:
-        [N, H, nope + rope].
-
-    Raises:
-        ValueError, TypeError: an argument does not fit the others; before anything is written.
-        NotImplementedError: a tensor requires gradients.
-        RuntimeError: the named backend is not available.
-    """
-    op = "concat_k"
-    check_tensor(op, "k_nope", k_nope, (None, None, None), "[tokens, heads, nope]", None)
-    if isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3 and k_pe.shape[1] == 1:
-        k_pe = k_pe[:, 0]
-    check_tensor(op, "k_pe", k_pe, (len(k_nope), None), "[tokens, rope]", k_nope.device)
-    shape = (k_nope.shape[1], k_nope.shape[2] + k_pe.shape[1])
-    if 0 in (*k_nope.shape[1:], k_pe.shape[1]):
-        raise ValueError(f"{op}: k_nope and k_pe must have heads and widths of at least 1, got {shape}")
-    if k_pe.dtype != k_nope.dtype:
-        raise TypeError(f"{op}: k_pe must be {dtype_name(k_nope.dtype)} as k_nope, got {dtype_name(k_pe.dtype)}")
-    if k_nope.element_size() > 8:
-        raise TypeError(f"{op}: k_nope must have a dtype of at most 8 bytes, got {dtype_name(k_nope.dtype)}")
-    _check_input(op, "k_nope", k_nope)
-    _check_input(op, "k_pe", k_pe)
-    if out is None:
-        out = k_nope.new_empty(len(k_nope), *shape)
-    else:
-        _check_out(op, "out", out, len(k_nope), shape, k_nope)
-        if len(out) != len(k_nope):
-            raise ValueError(f"{op}: out must have {len(k_nope)} rows, got {len(out)}")
-    others = {"k_nope": k_nope, "k_pe": k_pe}
-    if backend != "auto" or not ALL_NATIVE:
-        check_apart(op, "out", out, others)
-    call = _concat if backend == "auto" else select(op, backend, k_nope.device.type)
-    try:
-        call(k_nope, k_pe, out)
-    except RuntimeError:
-        check_apart(op, "out", out, others)
-        raise
-    return out
 
 
 def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
@@ -137,7 +65,7 @@ def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
     if latents.dim() not in (2, 3) or latents.shape[-1] != dims.latent_dim:
         wanted = f"[rows, {dims.latent_dim}] or [num_blocks, block_size, {dims.latent_dim}]"
         raise ValueError(f"{op}: latents must be {wanted}, got {tuple(latents.shape)}")
-    _check_input(op, "latents", latents)
+    check_input(op, "latents", latents)
     if rows is None:
         return latents.shape[:-1].numel()
     check_list(op, "rows", rows, (None,), "[rows]", torch.int32, latents.device)
@@ -155,7 +83,7 @@ def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, sc
         raise TypeError(
             f"{op}: latents must be {dtype_name(weight.dtype)} as weight, or come with a scale, got {dtype_name(latents.dtype)}"
         )
-    _check_input(op, "weight", weight)
+    check_input(op, "weight", weight)
 
 
 def _check_outs(
@@ -163,7 +91,7 @@ def _check_outs(
 ) -> None:
     for name, out, width in (("k_out", k_out, dims.qk_head_dim), ("v_out", v_out, dims.v_head_dim)):
         if out is not None:
-            _check_out(op, name, out, count, (dims.num_heads, width), latents, dtype)
+            check_out(op, name, out, count, (dims.num_heads, width), latents, dtype)
     if k_out is not None and v_out is not None and len(k_out) != len(v_out):
         raise ValueError(f"{op}: v_out must have the {len(k_out)} rows of k_out, got {len(v_out)}")
     if k_out is not None or v_out is not None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ..checks import check_last_dim, check_tensor, dtype_name
-
-if TYPE_CHECKING:
-    from ..plan.dims import MLADims
+from ..plan.dims import MLADims
 
 _Tried = tuple[int, int, torch.dtype, torch.device]
 _tried: WeakKeyDictionary[torch.nn.Module, _Tried] = WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""Loads the native libraries beside this file, and says why one did not load."""
+"""Loads the native libraries, which lie in the package's folder, and says why one did not load."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 LIBRARIES = ("_native", "_native_cuda")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def _load(name: str, prerequisite: str) -> str:
-    if prerequisite:
-        return prerequisite
-    path = Path(__file__).with_name(f"{name}.so")
+def _load(name: str) -> str:
+    path = _PACKAGE / f"{name}.so"
     if not path.exists():
         return f"not built ({path.name} is not in {path.parent})"
     try:
@@ -26,11 +25,10 @@ def _load(name: str, prerequisite: str) -> str:
 
 
 # Library name to the reason why it is missing; the empty string where it is loaded.
-status = {"_native": _load("_native", "")}
-status["_native_cuda"] = _load(
-    "_native_cuda",
-    "needs _native, which is missing" if status["_native"] else "" if torch.version.cuda else "this torch is a build without CUDA",
-)
+status = {
+    "_native": _load("_native"),
+    "_native_cuda": _load("_native_cuda") if torch.version.cuda else "this torch is a build without CUDA",
+}
 
 
 def _module(name: str) -> Any:
@@ -52,7 +50,7 @@ planner = _module("_planner")
 
 def _exported(name: str) -> int:
     """Address of a table that the CUDA library exports to the modules."""
-    find = getattr(ctypes.CDLL(str(Path(__file__).with_name("_native_cuda.so"))), name)
+    find = getattr(ctypes.CDLL(str(_PACKAGE / "_native_cuda.so")), name)
     find.restype = ctypes.c_void_p
     return find()
 

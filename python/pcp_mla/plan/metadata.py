@@ -219,3 +219,8 @@ class PCPMetadata:
     def padded_slot_mapping(self, slot_mapping: Any) -> torch.Tensor:
         """[sum(padded_lens)] int64 on the device; see :meth:`Partition.padded_slot_mapping`."""
         return self._put(self.partition.padded_slot_mapping(slot_mapping))
+
+
+def check_meta(op: str, meta: Any) -> None:
+    if not isinstance(meta, PCPMetadata):
+        raise TypeError(f"{op}: meta must be a PCPMetadata, got {type(meta).__name__}")

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from ..ops.registry import register
+from ..ops.plan_expand import plan_expand
 from ..plan.slots import PagedCache
 from .step_buffer import StepLayout
-
-_plan_expand = register("plan_expand", lambda *args: None)
 
 
 class PlanBuffers:
@@ -73,7 +71,7 @@ class PlanBuffers:
     def expand(self, tables: torch.Tensor | None, tokens: bool, keys: bool) -> None:
         """Fill the plan's per-token arrays, its key rows, or both: one launch."""
         requests, rows, kv_rows, split = self._counts
-        _plan_expand(
+        plan_expand(
             self.request_table,
             tables,
             self.local_token_indices,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +13,6 @@ from ..plan.partition import Partition, partition
 from ..plan.slots import PagedCache, key_chunks
 from .block_tables import read_entries
 from .step_buffer import StepLayout, fill
-
-if TYPE_CHECKING:
-    from .planner import PCPPlanner
 
 _OP = "PCPPlanner.plan"
 
@@ -39,26 +37,43 @@ COUNTS = (
 )
 
 
-def make_host_plan(planner: PCPPlanner, max_context_chunks: int) -> Any:
-    """The host part for ``planner``."""
+@dataclass(frozen=True)
+class HostConfig:
+    """What a planner was made for: its capacities, with ``max_kv_tokens`` -1 for any number, its place, and where a plan lies."""
+
+    max_requests: int
+    max_tokens: int
+    max_local_tokens: int
+    max_kv_tokens: int
+    max_context_chunks: int
+    world_size: int
+    rank: int
+    layout: str
+    decode_policy: str
+    cache: PagedCache
+    step_layout: StepLayout
+
+
+def make_host_plan(config: HostConfig) -> Any:
+    """The host part of a planner."""
     if native.status["_planner"]:
-        return NumpyHostPlan(planner, max_context_chunks)
+        return NumpyHostPlan(config)
     numbers = {
-        "max_requests": planner.max_requests,
-        "max_tokens": planner.max_tokens,
-        "max_local_tokens": planner.max_local_tokens,
-        "max_kv_tokens": planner.max_kv_tokens,
-        "max_context_chunks": max_context_chunks,
-        "world_size": planner.world_size,
-        "rank": planner.rank,
-        "padded": planner.layout == "padded",
-        "round_robin": planner.decode_policy == "round_robin",
-        "block_size": planner.cache.block_size,
-        "dcp_world_size": planner.cache.dcp_world_size,
-        "dcp_rank": planner.cache.dcp_rank,
-        "cp_interleave": planner.cache.cp_interleave,
+        "max_requests": config.max_requests,
+        "max_tokens": config.max_tokens,
+        "max_local_tokens": config.max_local_tokens,
+        "max_kv_tokens": config.max_kv_tokens,
+        "max_context_chunks": config.max_context_chunks,
+        "world_size": config.world_size,
+        "rank": config.rank,
+        "padded": config.layout == "padded",
+        "round_robin": config.decode_policy == "round_robin",
+        "block_size": config.cache.block_size,
+        "dcp_world_size": config.cache.dcp_world_size,
+        "dcp_rank": config.cache.dcp_rank,
+        "cp_interleave": config.cache.cp_interleave,
     }
-    return native.planner.Planner(numbers, planner.step_layout.offsets, COUNTS)
+    return native.planner.Planner(numbers, config.step_layout.offsets, COUNTS)
 
 
 def _optional_size(name: str, value: Any) -> int | None:
@@ -78,17 +93,16 @@ def _optional_size(name: str, value: Any) -> int | None:
 class NumpyHostPlan:
     """Fills the step buffer from :func:`pcp_mla.partition`. Arguments, results and errors as the native planner's."""
 
-    def __init__(self, planner: PCPPlanner, max_context_chunks: int) -> None:
-        self._max_requests, self._max_tokens = planner.max_requests, planner.max_tokens
-        self._max_local_tokens, self._max_kv_tokens = planner.max_local_tokens, planner.max_kv_tokens
-        self._max_context_chunks = max_context_chunks
-        self._cache: PagedCache = planner.cache
-        self._layout: StepLayout = planner.step_layout
+    def __init__(self, config: HostConfig) -> None:
+        self._max_requests, self._max_tokens = config.max_requests, config.max_tokens
+        self._max_local_tokens, self._max_kv_tokens = config.max_local_tokens, config.max_kv_tokens
+        self._max_context_chunks = config.max_context_chunks
+        self._cache, self._layout = config.cache, config.step_layout
         self._split: dict[str, Any] = {
-            "world_size": planner.world_size,
-            "rank": planner.rank,
-            "layout": planner.layout,
-            "decode_policy": planner.decode_policy,
+            "world_size": config.world_size,
+            "rank": config.rank,
+            "layout": config.layout,
+            "decode_policy": config.decode_policy,
         }
 
     def _partition(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,7 @@ import torch
 from ..plan.metadata import PCPMetadata
 from ..plan.partition import Partition, partition
 from ..plan.slots import KeyChunk, PagedCache
-
-if TYPE_CHECKING:
-    from .buffers import PlanBuffers
+from .buffers import PlanBuffers
 
 
 class PlannedMetadata(PCPMetadata):

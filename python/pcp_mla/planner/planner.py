@@ -15,7 +15,7 @@ from ..plan.slots import PagedCache
 from .block_tables import KeptTables, check_tables
 from .buffers import PlanBuffers
 from .consistency import Comparison, digests
-from .host import make_host_plan
+from .host import HostConfig, make_host_plan
 from .planned import PlannedMetadata
 from .staging import Staging
 from .step_buffer import StepLayout
@@ -99,7 +99,21 @@ class PCPPlanner:
         max_chunks = _checked_int("max_context_chunks", max_context_chunks, 0) + 1
 
         self.step_layout = StepLayout.build(self.max_requests, self.world_size, max_chunks)
-        self._host = make_host_plan(self, max_chunks - 1)
+        self._host = make_host_plan(
+            HostConfig(
+                self.max_requests,
+                self.max_tokens,
+                self.max_local_tokens,
+                self.max_kv_tokens,
+                max_chunks - 1,
+                self.world_size,
+                self.rank,
+                self.layout,
+                self.decode_policy,
+                self.cache,
+                self.step_layout,
+            )
+        )
         split = (self.world_size, self.rank, self.layout, self.decode_policy)
         self._buffers = PlanBuffers(self.step_layout, self.max_local_tokens, self.max_kv_tokens, self.cache, split, device)
         self.step, self.device = self._buffers.step, self._buffers.device

@@ -4,8 +4,10 @@ Works in any dtype on any device. Nothing here is fast; on a GPU it synchronises
 """
 
 from .attention import attention
-from .fused_gather import fused_gather, fused_gather_out, fused_restore, fused_restore_out
-from .kv_up_project import concat_k, kv_up_project
+from .concat_k import concat_k
+from .fused_gather import fused_gather, fused_gather_out
+from .fused_restore import fused_restore, fused_restore_out
+from .kv_up_project import kv_up_project
 from .latent_cache import gather_latents, write_latent_cache
 from .merge_states import cp_correct_out, merge_attn_states, merge_attn_states_out, merge_n_attn_states, merge_n_attn_states_out
 from .plan_expand import plan_expand

@@ -1,10 +1,12 @@
-"""pcp_fused_gather and pcp_fused_restore."""
+"""pcp_fused_gather."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ..ops.checks import check_gathered, check_restored
+from ..checks import check_output
 
 
 def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -13,7 +15,7 @@ def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()), device=starts.device)
 
 
-def _local_rows(row_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def local_rows(row_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Local rows of all heads and of all tails: a request's head lies in front of its tail."""
     q_head, q_tail = row_table[0].long(), row_table[1].long()
     heads = _ranges(q_head[:-1] + q_tail[:-1], q_head.diff())
@@ -28,6 +30,22 @@ def _first_rows(x: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tenso
     return out
 
 
+def gathered_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: tuple[int, int, int, int]) -> list[tuple[int, ...]]:
+    """Shapes of the six outputs of ``fused_gather``. ``counts``: queries of heads, of tails, keys of heads, of tails."""
+    q_head, q_tail, kv_head, kv_tail = counts
+    rows = (q_head, kv_head, kv_head, q_tail, kv_tail, kv_tail)
+    return [(n, *x.shape[1:]) for n, x in zip(rows, (q, k, v, q, k, v), strict=True)]
+
+
+def check_gathered(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: tuple[int, int, int, int], out: Sequence[torch.Tensor]
+) -> None:
+    """Raise unless ``out`` are the six outputs of ``fused_gather`` for these inputs and row counts."""
+    names = ("q_head", "k_head", "v_head", "q_tail", "k_tail", "v_tail")
+    for name, x, shape in zip(names, out, gathered_shapes(q, k, v, counts), strict=True):
+        check_output("pcp_fused_gather", f"out.{name}", x, shape, q.dtype, q.device)
+
+
 def fused_gather(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -40,7 +58,7 @@ def fused_gather(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """q of heads and tails, and for each of them the keys that it attends to: the first rows of its request. The counts are those
     of the row table or, for a captured graph, more: rows that the table does not describe are left as they are."""
-    heads, tails = _local_rows(row_table)
+    heads, tails = local_rows(row_table)
     k_head, k_tail, keys = row_table[2].long(), row_table[3].long(), row_table[4].long()
     head_keys = _ranges(keys[:-1], k_head.diff())
     tail_keys = _ranges(keys[:-1], k_tail.diff())
@@ -70,38 +88,3 @@ def fused_gather_out(
     check_gathered(q, k, v, counts, out)
     for to, rows in zip(out, fused_gather(q, k, v, row_table, *counts), strict=True):
         to.copy_(rows)
-
-
-def fused_restore(
-    out_head: torch.Tensor,
-    out_tail: torch.Tensor,
-    lse_head: torch.Tensor | None,
-    lse_tail: torch.Tensor | None,
-    row_table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs, and LSEs if given (else an empty tensor), back in local order."""
-    heads, tails = _local_rows(row_table)
-    out = out_head.new_empty(len(out_head) + len(out_tail), *out_head.shape[1:])
-    out[heads], out[tails] = out_head[: len(heads)], out_tail[: len(tails)]
-    if lse_head is None or lse_tail is None:
-        return out, out_head.new_empty(0, dtype=torch.float32)
-    lse = lse_head.new_empty(len(out), lse_head.shape[1])
-    lse[heads], lse[tails] = lse_head[: len(heads)], lse_tail[: len(tails)]
-    return out, lse
-
-
-def fused_restore_out(
-    out_head: torch.Tensor,
-    out_tail: torch.Tensor,
-    lse_head: torch.Tensor | None,
-    lse_tail: torch.Tensor | None,
-    row_table: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """The same into given tensors."""
-    check_restored(out_head, out_tail, lse_head, out, lse)
-    restored, restored_lse = fused_restore(out_head, out_tail, lse_head, lse_tail, row_table)
-    out.copy_(restored)
-    if lse is not None and lse_head is not None:
-        lse.copy_(restored_lse)

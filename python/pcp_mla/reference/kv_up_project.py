@@ -1,10 +1,11 @@
-"""kv_up_project and concat_k: K and V of all heads from latents."""
+"""kv_up_project: K and V of all heads from latents."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from .concat_k import concat_k
 from .latent_cache import gather_latents
 
 UP_PROJECT_TILE = 128  # rows behind the last one are zeroed up to a multiple of this
@@ -14,13 +15,6 @@ def zero_tail(out: torch.Tensor, count: int) -> None:
     """Rows of ``out`` from ``count`` to the next multiple of UP_PROJECT_TILE."""
     if len(out) > count:
         out[count : -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE].zero_()
-
-
-def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor) -> None:
-    """``k_nope`` [N, H, nope] and ``k_pe`` [N, rope], which all heads share, side by side in ``out`` [N, H, nope + rope]."""
-    nope = k_nope.shape[2]
-    out[..., :nope] = k_nope
-    out[..., nope:] = k_pe[:, None]
 
 
 def kv_up_project(

@@ -11,25 +11,11 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
-
-
-@runtime_checkable
-class RankHandle(Protocol):
-    """One rank's end of a group that is not a ``torch.distributed`` process group."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[n, ...] of this rank to [P * n, ...] of all, rank-major."""
 
 
 class _Abandoned(BaseException):

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.checks import check_gathered, gathered_shapes
+from ..reference.fused_gather import check_gathered, gathered_shapes
 from .rows import ROWS, check_counts, copy_shape, copy_view, place_key, place_query
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.checks import check_restored
+from ..reference.fused_restore import check_restored
 from .rows import ROWS, check_counts, copy_shape, copy_view, place_query
 
 

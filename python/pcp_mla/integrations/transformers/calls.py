@@ -41,7 +41,7 @@ def _checked_call(
 
 
 def in_turn(op: str, find: Callable[[str, Any], PCPContext] = context_of) -> Callable[[F], F]:
-    """Makes a function of a model and more a call: see :class:`pcp_mla.integrations.transformers.turns.Turns` and the module's page. Or one of a
+    """Makes a function of a model and more a call: see :class:`.turns.Turns` and the module's page. Or one of a
     cache and more, of whose model ``find`` finds the context."""
 
     def decorate(fn: F) -> F:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...groups import Group
 from ...plan.dims import MLADims
@@ -15,11 +15,8 @@ from .agreement import compare
 from .deepseek import check_model
 from .forwards import ReplacedForward
 from .paged_cache import CachedRequests, LatentBlocks
-from .steps import PCPStep, StepPlanner
+from .steps import PCPStep, StepPlanner, StepsInGraphs
 from .turns import Turns
-
-if TYPE_CHECKING:
-    from .captured import CapturedSteps
 
 
 @dataclass
@@ -55,8 +52,8 @@ class PCPContext:
     replaced: list[ReplacedForward] = field(default_factory=list)
     offloaded: bool = False
     requests: CachedRequests = field(default_factory=CachedRequests)
-    captured: CapturedSteps | None = None
-    captured_decodes: CapturedSteps | None = None
+    captured: StepsInGraphs | None = None
+    captured_decodes: StepsInGraphs | None = None
     step: PCPStep | None = None
     in_collectives: bool = False
     told: bool = False
@@ -68,7 +65,7 @@ class PCPContext:
         )
 
     def compare(self, op: str, values: dict[str, Any]) -> None:
-        """:func:`pcp_mla.integrations.transformers.agreement.compare`, if the ranks compare at all. Of its errors all ranks know."""
+        """What :func:`.agreement.compare` does, if the ranks compare at all. Of its errors all ranks know."""
         if self.comparison is not None:
             try:
                 compare(self.comparison, op, values)

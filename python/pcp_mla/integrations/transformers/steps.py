@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,13 @@ class Batch(NamedTuple):
     def of(cls, lengths: Sequence[int], cached: CachedRequests) -> Batch:
         busy = [i for i, length in enumerate(lengths) if length]
         return cls([lengths[i] for i in busy], [cached.lengths[i] for i in busy], cached.block_tables()[busy])
+
+
+class StepsInGraphs(Protocol):
+    """Captured steps; see :class:`.captured.CapturedSteps`."""
+
+    def run(self, batch: Batch, natural: torch.Tensor) -> tuple[PCPMetadata, torch.Tensor] | None:
+        """The step's plan and its last hidden states with pads; None if no graph has room for it."""
 
 
 class StepPlanner:

@@ -10,9 +10,10 @@ import torch
 from ... import reference
 from ...plan.metadata import PCPMetadata
 from ...plan.slots import KeyChunk
-from ..checks import gathered_shapes
-from ..fused_gather import GatheredRows, pcp_fused_gather, pcp_fused_restore
-from ..kv_up_project import concat_k
+from ...reference.fused_gather import gathered_shapes
+from ..concat_k import concat_k
+from ..fused_gather import GatheredRows, pcp_fused_gather
+from ..fused_restore import pcp_fused_restore
 from ..merge_states import merge_attn_states
 from ..registry import HAS_TRITON, fake_in_place, register_composed, triton_form
 from . import support

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ...checks import check_apart, check_last_dim, check_list, check_no_gradients, check_not_expanded, check_tensor, dtype_name
-from ...plan.metadata import PCPMetadata
+from ...plan.metadata import PCPMetadata, check_meta
 from ...plan.slots import KeyChunk
-from ..checks import check_meta, check_ragged
+from ..checks import check_ragged
 from ..merge_states_checks import check_lse
 
 OP = "pcp_attention"

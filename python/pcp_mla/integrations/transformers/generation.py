@@ -1,160 +1,20 @@
-"""Prefill context parallelism for transformers' own DeepSeek-V2, V3 and GLM-4.7-Flash models.
-
-:func:`enable_pcp` replaces the forward of the model and of every attention module: calls of the model and its own ``generate``
-work as before, and :func:`prefill`, :func:`extend`, :func:`decode` and :func:`generate` drive it without padding. For inference
-only.
-
-A prefill cuts every request over the ranks. Every rank sees all latents in each layer, so it keeps the whole latent cache, in paged
-blocks that requests with a common prefix share, and a decode step runs on all ranks alike, with no collective, over the latents.
-
-Threads that call one model are served one after another, a :func:`generate` as a whole. Requests of a prefill belong to the thread
-that made it: another one's :func:`extend` or :func:`decode` is refused, as is a second thread over several ranks.
-"""
+"""Prefills, decode steps and greedy generation of a model under PCP, without padding."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...groups import Group, group_rank, group_world_size
-from ...plan.partition import check_layout
-from ...planner.consistency import Comparison
-from .caches import PCPCache
 from .calls import in_turn
-from .captured import CapturedSteps
 from .context import PCPContext, context_at_place, context_of
-from .deepseek import check_model, copy_sharing_weights, model_dims, model_place
-from .forward import model_forward
-from .forwards import ReplacedForward
-from .model_step import attention_forward, run_step
-from .paged_cache import BLOCK_SIZE, CachedRequests, LatentBlocks
-from .requests import check_count, check_logits, checked_ends, checked_prefix, in_chunks, is_pair, token_list, token_lists
-from .steps import StepPlanner
-from .turns import Turns
-
-__all__ = [
-    "PCPCache",
-    "PCPContext",
-    "capture_graphs",
-    "copy_sharing_weights",
-    "decode",
-    "disable_pcp",
-    "enable_pcp",
-    "extend",
-    "generate",
-    "greedy_steps",
-    "prefill",
-]
-
-
-def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCPContext:
-    """Make ``model`` compute its attention by prefill context parallelism, until :func:`disable_pcp`.
-
-    Args:
-        model: transformers' ``DeepseekV2ForCausalLM``, ``DeepseekV3ForCausalLM`` or ``Glm4MoeLiteForCausalLM``, the same weights on
-            every rank, on its device and in its dtype: the cache is made for these.
-        group: a ``torch.distributed`` process group, a :class:`PlayedGroup`, or None for a world of one rank. Played ranks need a
-            model each: see :func:`copy_sharing_weights`.
-        layout: as :func:`pcp_mla.partition`.
-
-    Raises:
-        TypeError: another kind of model.
-        ValueError: unknown layout, the model is under PCP already, or has no weights. It is as it was after any error.
-        NotImplementedError: rope frequencies that depend on the length of the input.
-    """
-    check_model("enable_pcp", model)
-    check_layout("enable_pcp", layout, "replicate")
-    if "_pcp" in model.__dict__:
-        raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
-    dims, place = model_dims(model), model_place(model)
-    world, rank = group_world_size(group, "enable_pcp"), group_rank(group)
-    attentions = [layer.self_attn for layer in model.model.layers]
-    blocks = LatentBlocks(model.config.num_hidden_layers, dims.latent_dim, *place)
-    planner, decode_planner = (StepPlanner(g, layout, dims, *place) for g in (group, None))
-    turns = Turns(blocks.lock, world, place[1])
-    checks = os.environ.get("PCP_MLA_CHECK") == "1" and group is not None
-    comparison = Comparison(group, place[1]) if checks else None
-    context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner, turns, comparison)
-    context.offloaded = model.model.embed_tokens.weight.is_meta
-    try:
-        for attention in attentions:
-            context.replaced.append(ReplacedForward(attention, partial(attention_forward, attention, context)))
-        context.replaced.append(ReplacedForward(model, partial(model_forward, model)))
-        model.__dict__["_pcp"] = context
-    except BaseException:
-        _put_back(context)
-        raise
-    return context
-
-
-def _put_back(context: PCPContext) -> None:
-    for replaced in context.replaced:
-        replaced.put_back()
-
-
-def disable_pcp(model: Any) -> None:
-    """Undo :func:`enable_pcp`: every forward that it replaced is what it was, also one that somebody had put on the instance.
-
-    ValueError if the model is not under PCP, TypeError for another kind of model.
-    """
-    context = context_of("disable_pcp", model)
-    with context.blocks.lock:  # not within another thread's step
-        model.__dict__.pop("_pcp")
-        _put_back(context)
-        context.comparison = None  # caches that it leaves are for nobody
-
-
-@in_turn("capture_graphs")
-@torch.no_grad()
-def capture_graphs(
-    model: Any,
-    *,
-    prefill_sizes: Sequence[tuple[int, int]] = (),
-    decode_sizes: Sequence[tuple[int, int]] = (),
-    max_requests: int = 16,
-) -> None:
-    """Capture CUDA graphs of steps: prefills in pieces between the layers' collectives, decodes whole. Steps that fit one are
-    replayed from then on, the smallest that fits; others run as before. All ranks must call it alike.
-
-    A graph is bound to the latent cache as it is: this is first given room for twice the keys of the largest size, as new requests
-    take theirs before the old ones go. When it has grown since, steps are padded as before but run call by call.
-
-    Args:
-        prefill_sizes: (tokens of the fullest rank, keys of all requests with their context) that a graph has room for.
-        decode_sizes: (requests, keys of all requests) likewise.
-        max_requests: of a step.
-
-    Raises:
-        TypeError, ValueError: not under PCP, not on a GPU, a size that is no pair of positive numbers or has more than
-            ``max_requests`` requests; nothing is changed then.
-        RuntimeError: a module of the model does what CUDA cannot capture (some implementations of experts wait for the GPU).
-    """
-    context = context_at_place("capture_graphs", model)
-    for name, sizes in (("prefill_sizes", prefill_sizes), ("decode_sizes", decode_sizes)):
-        for size in sizes:
-            if not is_pair(size):
-                raise TypeError(f"capture_graphs: {name} must be pairs of integers, got {size!r}")
-            if min(size) < 1:
-                raise ValueError(f"capture_graphs: {name} must be positive, got {size}")
-    requests = max((requests for requests, _ in decode_sizes), default=1)
-    if max_requests < requests:
-        raise ValueError(f"capture_graphs: max_requests must be at least {requests}, as decode_sizes, got {max_requests}")
-    if not model.model.embed_tokens.weight.is_cuda:
-        raise ValueError(f"capture_graphs: model must be on a CUDA device, got {model.model.embed_tokens.weight.device}")
-    keys = max((keys for _, keys in (*prefill_sizes, *decode_sizes)), default=0)
-    context.blocks.grow(2 * (-(-keys // BLOCK_SIZE) + max_requests))
-    prefills, decodes = (
-        CapturedSteps(model, context, decode, sizes, max_requests) if sizes else None
-        for decode, sizes in ((False, prefill_sizes), (True, decode_sizes))
-    )
-    context.captured, context.captured_decodes = prefills, decodes
+from .model_step import run_step
+from .paged_cache import CachedRequests
+from .requests import check_count, check_logits, checked_ends, checked_prefix, in_chunks, token_list, token_lists
 
 
 def _prefill_hidden(

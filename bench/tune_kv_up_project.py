@@ -1,4 +1,4 @@
-"""python -m bench.tune_up_project [FILE]: times tiles of kv_up_project's Triton kernel on this GPU and writes the best of each
+"""python -m bench.tune_kv_up_project [FILE]: times tiles of kv_up_project's Triton kernel on this GPU and writes the best of each
 class of shapes to FILE (python/pcp_mla/data/kv_up_project.json), where calls find them: nothing is tuned in a caller's process."""
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pcp_mla.plan.dims import MLADims
 
+from pcp_mla.plan.dims import MLADims
 from pcp_mla.triton.kv_up_project import DEFAULT, kv_up_project, shape_class
 
 from . import plain, timing

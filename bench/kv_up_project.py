@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pcp_mla.plan.dims import MLADims
 
 from pcp_mla import concat_k, kv_up_project
 from pcp_mla.ops.registry import availability
+from pcp_mla.plan.dims import MLADims
 
 from . import plain, timing
 

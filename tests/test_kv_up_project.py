@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pcp_mla.plan.dims import MLADims
 
 from batches import IMPLEMENTATIONS, half_ulp, random_bytes, same_bits
 from pcp_mla import PCPPlanner, concat_k, kv_up_project, write_latent_cache
 from pcp_mla.ops.kv_up_project import UP_PROJECT_TILE
+from pcp_mla.plan.dims import MLADims
 
 everywhere = pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
 # The CPU has no C++ kernel of the product.
