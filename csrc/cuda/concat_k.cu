@@ -21,28 +21,19 @@ template <typename Vec>
 __global__ void __launch_bounds__(kThreads, kConcatBlocksPerSm) concat_k_kernel(const __grid_constant__ Params p) {
   const int64_t first = int64_t{blockIdx.x} * p.tile;
   const int32_t rows = static_cast<int32_t>(min(int64_t{p.tile}, p.tokens - first));
-  const uint32_t total = rows * p.per_row.divisor;
-  for (uint32_t base = threadIdx.x; base < total; base += kThreads * kUnroll) {
-    Vec value[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t e = base + u * kThreads;
-      if (e >= total) break;
-      const uint32_t row = p.per_row.divide(e), c = e - row * p.per_row.divisor;
-      const uint32_t head = p.per_head.divide(c), n = c - head * p.per_head.divisor;
-      const char* from = n < p.nope_vecs ? p.nope.data + (first + row) * p.nope.row_stride + head * p.nope.head_stride
-                                         : p.pe + (first + row) * p.pe_stride - int64_t{p.nope_vecs} * sizeof(Vec);
-      value[u] = __ldg(reinterpret_cast<const Vec*>(from) + n);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t e = base + u * kThreads;
-      if (e >= total) break;
-      const uint32_t row = p.per_row.divide(e), c = e - row * p.per_row.divisor;
-      char* to = const_cast<char*>(p.out.data) + (first + row) * p.out.row_stride;
-      *reinterpret_cast<Vec*>(to + p.out.template offset<Vec>(c)) = value[u];
-    }
-  }
+  const auto load = [&](uint32_t e, Vec& value) {
+    const uint32_t row = p.per_row.divide(e), c = e - row * p.per_row.divisor;
+    const uint32_t head = p.per_head.divide(c), n = c - head * p.per_head.divisor;
+    const char* from = n < p.nope_vecs ? p.nope.data + (first + row) * p.nope.row_stride + head * p.nope.head_stride
+                                       : p.pe + (first + row) * p.pe_stride - int64_t{p.nope_vecs} * sizeof(Vec);
+    value = __ldg(reinterpret_cast<const Vec*>(from) + n);
+  };
+  const auto store = [&](uint32_t e, const Vec& value) {
+    const uint32_t row = p.per_row.divide(e), c = e - row * p.per_row.divisor;
+    char* to = const_cast<char*>(p.out.data) + (first + row) * p.out.row_stride;
+    *reinterpret_cast<Vec*>(to + p.out.template offset<Vec>(c)) = value;
+  };
+  move_accesses<Vec>(rows * p.per_row.divisor, load, store);
 }
 
 void concat_k(const Tensor& k_nope, const Tensor& k_pe, const Tensor& out) {
@@ -61,11 +52,7 @@ void concat_k(const Tensor& k_nope, const Tensor& k_pe, const Tensor& out) {
            tile_rows(c.out.heads * c.out.width, c.out.tokens)};
   p.per_row = p.out.per_row;
   p.per_head = Divider(static_cast<uint32_t>(c.out.width / bytes));
-  const DeviceGuard guard(c.out.kind);
-  with_access(bytes, [&](auto vec) {
-    concat_k_kernel<decltype(vec)><<<blocks(p.tokens, p.tile), kThreads, 0, current_stream(c.out.kind)>>>(p);
-  });
-  check_cuda(cudaGetLastError());
+  with_access(bytes, [&](auto vec) { launch(concat_k_kernel<decltype(vec)>, blocks(p.tokens, p.tile), kThreads, c.out.kind, p); });
 }
 
 }  // namespace

@@ -45,28 +45,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_gather_kernel(co
   if (!__syncthreads_or(wanted)) return;
 
   const char* source = side.in.data + first * side.in.row_stride;
-  const uint32_t total = rows * side.in.vecs;
-  for (uint32_t base = threadIdx.x; base < total; base += kThreads * kUnroll) {
-    Vec value[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t e = base + u * kThreads;
-      if (e >= total) break;
-      const uint32_t row = side.in.per_row.divide(e);
-      if (to_head[row] < 0 && to_tail[row] < 0) continue;
-      const uint32_t c = e - row * side.in.vecs;
-      value[u] = __ldg(reinterpret_cast<const Vec*>(source + row * side.in.row_stride + side.in.template offset<Vec>(c)));
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t e = base + u * kThreads;
-      if (e >= total) break;
-      const uint32_t row = side.in.per_row.divide(e);
-      const int64_t within = int64_t{e - row * side.in.vecs} * sizeof(Vec);
-      if (to_head[row] >= 0) *reinterpret_cast<Vec*>(side.head + to_head[row] + within) = value[u];
-      if (to_tail[row] >= 0) *reinterpret_cast<Vec*>(side.tail + to_tail[row] + within) = value[u];
-    }
-  }
+  const auto load = [&](uint32_t e, Vec& value) {
+    const uint32_t row = side.in.per_row.divide(e);
+    if (to_head[row] < 0 && to_tail[row] < 0) return;
+    const uint32_t c = e - row * side.in.vecs;
+    value = __ldg(reinterpret_cast<const Vec*>(source + row * side.in.row_stride + side.in.template offset<Vec>(c)));
+  };
+  const auto store = [&](uint32_t e, const Vec& value) {
+    const uint32_t row = side.in.per_row.divide(e);
+    const int64_t within = int64_t{e - row * side.in.vecs} * sizeof(Vec);
+    if (to_head[row] >= 0) *reinterpret_cast<Vec*>(side.head + to_head[row] + within) = value;
+    if (to_tail[row] >= 0) *reinterpret_cast<Vec*>(side.tail + to_tail[row] + within) = value;
+  };
+  move_accesses<Vec>(rows * side.in.vecs, load, store);
 }
 
 Side side_of(const GatherSide& from, int64_t rows, int vec_bytes) {
@@ -93,10 +84,7 @@ void run(const FusedGather& g) {
   p.kv_rows[1] = static_cast<int32_t>(g.k.tail_rows);
   const unsigned grid = p.qk_blocks + blocks(p.v.rows, p.v.tile);
   if (grid == 0) return;
-  const DeviceGuard guard(g.q.in.kind);
-  const cudaStream_t stream = current_stream(g.q.in.kind);
-  with_access(bytes, [&](auto vec) { fused_gather_kernel<decltype(vec)><<<grid, kThreads, 0, stream>>>(p); });
-  check_cuda(cudaGetLastError());
+  with_access(bytes, [&](auto vec) { launch(fused_gather_kernel<decltype(vec)>, grid, kThreads, g.q.in.kind, p); });
 }
 
 }  // namespace

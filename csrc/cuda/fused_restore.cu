@@ -51,27 +51,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_restore_kernel(c
   }
 
   char* out = p.out + first * p.row_bytes;
-  const uint32_t total = rows * p.head.vecs;
-  for (uint32_t base = threadIdx.x; base < total; base += kThreads * kUnroll) {
-    Vec value[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t e = base + u * kThreads;
-      if (e >= total) break;
-      const uint32_t row = p.head.per_row.divide(e);
-      const uint32_t c = e - row * p.head.vecs;
-      const int32_t index = from[row];
-      const Rows& source = index >= 0 ? p.head : p.tail;
-      const int64_t source_row = index >= 0 ? index : -1 - index;
-      value[u] = __ldg(reinterpret_cast<const Vec*>(source.data + source_row * source.row_stride + source.template offset<Vec>(c)));
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t e = base + u * kThreads;
-      if (e >= total) break;
-      *reinterpret_cast<Vec*>(out + int64_t{e} * sizeof(Vec)) = value[u];
-    }
-  }
+  const auto load = [&](uint32_t e, Vec& value) {
+    const uint32_t row = p.head.per_row.divide(e);
+    const uint32_t c = e - row * p.head.vecs;
+    const int32_t index = from[row];
+    const Rows& source = index >= 0 ? p.head : p.tail;
+    const int64_t source_row = index >= 0 ? index : -1 - index;
+    value = __ldg(reinterpret_cast<const Vec*>(source.data + source_row * source.row_stride + source.template offset<Vec>(c)));
+  };
+  const auto store = [&](uint32_t e, const Vec& value) { *reinterpret_cast<Vec*>(out + int64_t{e} * sizeof(Vec)) = value; };
+  move_accesses<Vec>(rows * p.head.vecs, load, store);
 }
 
 void run(const FusedRestore& r) {
@@ -93,10 +82,7 @@ void run(const FusedRestore& r) {
   p.tail_rows = static_cast<int32_t>(r.tail.tokens);
   p.lse_blocks = r.has_lse ? blocks(p.rows, kMaxTileRows) : 0;
   const unsigned grid = p.lse_blocks + blocks(p.rows, p.tile);
-  const DeviceGuard guard(r.head.kind);
-  const cudaStream_t stream = current_stream(r.head.kind);
-  with_access(bytes, [&](auto vec) { fused_restore_kernel<decltype(vec)><<<grid, kThreads, 0, stream>>>(p); });
-  check_cuda(cudaGetLastError());
+  with_access(bytes, [&](auto vec) { launch(fused_restore_kernel<decltype(vec)>, grid, kThreads, r.head.kind, p); });
 }
 
 }  // namespace

@@ -58,48 +58,37 @@ __global__ void __launch_bounds__(kThreads, Form::blocks_per_sm) latent_cache_ke
   __syncthreads();
   const float scale = c.scale == nullptr ? 1.0f : *c.scale;
   char* outside = c.outside + first * c.outside_stride;
-  const uint32_t total = rows * p.vecs;
-  for (uint32_t base = threadIdx.x; base < total; base += kThreads * kUnroll) {
-    In value[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t e = base + u * kThreads;
-      if (e >= total) break;
-      const uint32_t row = p.per_row.divide(e), n = e - row * p.vecs;
-      if (at[row] < 0) continue;
-      const char* from = kWrite ? outside + row * c.outside_stride : c.cache + at[row];
-      value[u] = reinterpret_cast<const In*>(from)[n];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t e = base + u * kThreads;
-      if (e >= total) break;
-      const uint32_t row = p.per_row.divide(e), n = e - row * p.vecs;
-      if constexpr (kWrite) {
-        if (at[row] >= 0) reinterpret_cast<Out*>(c.cache + at[row])[n] = Form::to_cache(value[u], scale);
+  const auto load = [&](uint32_t e, In& value) {
+    const uint32_t row = p.per_row.divide(e), n = e - row * p.vecs;
+    if (at[row] < 0) return;
+    const char* from = kWrite ? outside + row * c.outside_stride : c.cache + at[row];
+    value = reinterpret_cast<const In*>(from)[n];
+  };
+  const auto store = [&](uint32_t e, const In& value) {
+    const uint32_t row = p.per_row.divide(e), n = e - row * p.vecs;
+    if constexpr (kWrite) {
+      if (at[row] >= 0) reinterpret_cast<Out*>(c.cache + at[row])[n] = Form::to_cache(value, scale);
+    } else {
+      Out* to = reinterpret_cast<Out*>(outside + row * c.outside_stride) + n;
+      if (at[row] >= 0) {
+        *to = Form::from_cache(value, scale);
       } else {
-        Out* to = reinterpret_cast<Out*>(outside + row * c.outside_stride) + n;
-        if (at[row] >= 0) {
-          *to = Form::from_cache(value[u], scale);
-        } else {
-          *to = Out{};
-        }
+        *to = Out{};
       }
     }
-  }
+  };
+  move_accesses<In>(rows * p.vecs, load, store);
 }
 
 template <typename Form, bool kWrite>
-void launch(const LatentCache& c, int64_t elements_of_access) {
+void move(const LatentCache& c, int64_t elements_of_access) {
   CacheParams p{c,
                 tile_rows(c.width * std::max(c.cache_item, c.outside_item), c.count),
                 static_cast<uint32_t>(c.width / elements_of_access),
                 {}};
   check(p.vecs < (1u << 25), c.op, ": a row must be smaller than 2**25 accesses");
   p.per_row = Divider(p.vecs);
-  const DeviceGuard guard(c.kind);
-  latent_cache_kernel<Form, kWrite><<<blocks(c.count, p.tile), kThreads, 0, current_stream(c.kind)>>>(p);
-  check_cuda(cudaGetLastError());
+  launch(latent_cache_kernel<Form, kWrite>, blocks(c.count, p.tile), kThreads, c.kind, p);
 }
 
 // Whether the cache allows accesses of `cached` bytes at any slot, and the other tensor of `outside` bytes at any row.
@@ -112,8 +101,8 @@ bool is_aligned(const LatentCache& c, uint64_t cached, uint64_t outside) {
 template <typename T, bool kWrite>
 void scaled(const LatentCache& c) {
   constexpr int n = 8;
-  if (is_aligned(c, n, std::min<uint64_t>(16, n * sizeof(T)))) return launch<Scaled<T, n>, kWrite>(c, n);
-  launch<Scaled<T, 1>, kWrite>(c, 1);
+  if (is_aligned(c, n, std::min<uint64_t>(16, n * sizeof(T)))) return move<Scaled<T, n>, kWrite>(c, n);
+  move<Scaled<T, 1>, kWrite>(c, 1);
 }
 
 template <bool kWrite>
@@ -125,7 +114,7 @@ void run(const LatentCache& c) {
   }
   int bytes = 16;
   while (!is_aligned(c, bytes, bytes)) bytes /= 2;
-  with_access(bytes, [&](auto vec) { launch<Copy<decltype(vec)>, kWrite>(c, std::max<int64_t>(bytes / c.cache_item, 1)); });
+  with_access(bytes, [&](auto vec) { move<Copy<decltype(vec)>, kWrite>(c, std::max<int64_t>(bytes / c.cache_item, 1)); });
 }
 
 using Ops = LatentCacheOps<run<true>, run<false>>;

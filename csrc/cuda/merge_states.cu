@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 }
 
 template <typename T, typename Out, int kVec, int kMax, bool kPlain>
-void launch(const MergeStates& m) {
+void launch_merge(const MergeStates& m) {
   MergeParams<kMax> p;
   p.job = m.job;
   p.pairs = static_cast<uint32_t>(m.job.tokens * m.job.heads);
@@ -232,9 +232,7 @@ void launch(const MergeStates& m) {
   const int by_size = kMergeTile<kMax> / static_cast<int>(m.job.dim * sizeof(T));
   const int by_count = std::max<int>(p.pairs / 4096, kLanes / p.vecs);
   p.tile = std::clamp(std::min(by_size, by_count), 1, std::min(kLanes, kMaxWeights / p.room));
-  const DeviceGuard guard(m.kind);
-  merge_kernel<T, Out, kVec, kMax, kPlain><<<blocks(p.pairs, p.tile * kWarps), kMergeThreads, 0, current_stream(m.kind)>>>(p);
-  check_cuda(cudaGetLastError());
+  launch(merge_kernel<T, Out, kVec, kMax, kPlain>, blocks(p.pairs, p.tile * kWarps), kMergeThreads, m.kind, p);
 }
 
 // Whether rows can be read and written in accesses of 16 bytes of T.
@@ -258,12 +256,12 @@ template <typename T, typename Out>
 void merge(const MergeStates& m) {
   constexpr int vec = 16 / sizeof(T);
   const bool two = m.job.count == 2 && m.job.only < 0;
-  if (!is_aligned<T, Out>(m)) return two ? launch<T, Out, 1, 2, false>(m) : launch<T, Out, 1, kMaxPartials, false>(m);
-  if (!two) return launch<T, Out, vec, kMaxPartials, false>(m);
+  if (!is_aligned<T, Out>(m)) return two ? launch_merge<T, Out, 1, 2, false>(m) : launch_merge<T, Out, 1, kMaxPartials, false>(m);
+  if (!two) return launch_merge<T, Out, vec, kMaxPartials, false>(m);
   if constexpr (std::is_same_v<T, Out>) {
-    if (!m.job.has_ops && !m.job.has_rows) return launch<T, Out, vec, 2, true>(m);
+    if (!m.job.has_ops && !m.job.has_rows) return launch_merge<T, Out, vec, 2, true>(m);
   }
-  launch<T, Out, vec, 2, false>(m);
+  launch_merge<T, Out, vec, 2, false>(m);
 }
 
 template <typename T>

@@ -112,15 +112,44 @@ inline int tile_rows(int64_t row_bytes, int64_t rows) {
 
 inline unsigned blocks(int64_t rows, int tile) { return static_cast<unsigned>((rows + tile - 1) / tile); }
 
-// Calls launch with a value of the type to copy in.
-template <typename Launch>
-void with_access(int bytes, const Launch& launch) {
+// A block's accesses 0 ... total - 1, each loaded and then stored: a thread has kUnroll loads in flight. load(e, value) may leave
+// the value as it is where store(e, value) wants none.
+template <typename Value, typename Load, typename Store>
+__device__ __forceinline__ void move_accesses(uint32_t total, const Load& load, const Store& store) {
+  for (uint32_t base = threadIdx.x; base < total; base += kThreads * kUnroll) {
+    Value value[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t e = base + u * kThreads;
+      if (e >= total) break;
+      load(e, value[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t e = base + u * kThreads;
+      if (e >= total) break;
+      store(e, value[u]);
+    }
+  }
+}
+
+// One launch, on the device of `kind` and its current stream.
+template <typename Params>
+void launch(void (*kernel)(Params), unsigned grid, int threads, const Kind& kind, const Params& params) {
+  const DeviceGuard guard(kind);
+  kernel<<<grid, threads, 0, current_stream(kind)>>>(params);
+  check_cuda(cudaGetLastError());
+}
+
+// Calls fn with a value of the type to copy in.
+template <typename Fn>
+void with_access(int bytes, const Fn& fn) {
   switch (bytes) {
-    case 16: return launch(uint4{});
-    case 8: return launch(uint2{});
-    case 4: return launch(uint32_t{});
-    case 2: return launch(uint16_t{});
-    default: return launch(uint8_t{});
+    case 16: return fn(uint4{});
+    case 8: return fn(uint2{});
+    case 4: return fn(uint32_t{});
+    case 2: return fn(uint16_t{});
+    default: return fn(uint8_t{});
   }
 }
 
