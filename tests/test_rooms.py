@@ -1,10 +1,14 @@
 """The rooms of the package: imports go down only, and in no circle."""
 
 import ast
+import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+
+import pcp_mla  # noqa: F401
 
 PACKAGE = Path(__file__).resolve().parents[1] / "python" / "pcp_mla"
 
@@ -62,3 +66,32 @@ def test_no_circle() -> None:
 def test_every_room_says_what_it_is() -> None:
     for module, path in MODULES.items():
         assert ast.get_docstring(ast.parse(path.read_text())), module
+
+
+# What users import, and what the pages show. A name may be added here; none may go.
+PUBLIC = {
+    "pcp_mla": (
+        "GatheredRows LatentExchange MLADims MLAPrefill PCPMetadata PCPPlanner Partition RowOp concat_k cp_correct_out cp_lse_a2a "
+        "cp_lse_ag_out_ar cp_lse_ag_out_rs flat_cp_group gather_latents kv_up_project merge_attn_states merge_n_attn_states "
+        "partition pcp_attention pcp_fused_gather pcp_fused_restore write_latent_cache __version__"
+    ),
+    "pcp_mla.testing": "PlayedGroup RankError play run_distributed",
+    "pcp_mla.integrations.transformers": (
+        "PCPCache PCPContext capture_graphs copy_sharing_weights decode disable_pcp enable_pcp extend generate greedy_steps prefill"
+    ),
+    "torch.ops.pcp_mla": (
+        "attention concat_k cp_correct_out fused_gather fused_gather_out fused_restore fused_restore_out gather_latents "
+        "kv_up_project kv_up_project_wgmma merge_attn_states merge_attn_states_out merge_n_attn_states merge_n_attn_states_out "
+        "plan_expand write_latent_cache"
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PUBLIC)
+def test_public_names(place: str) -> None:
+    if "transformers" in place:
+        pytest.importorskip("transformers", minversion="5")
+    holder = torch.ops.pcp_mla if place.startswith("torch") else importlib.import_module(place)
+    assert [name for name in PUBLIC[place].split() if not hasattr(holder, name)] == []
+    exported = getattr(holder, "__all__", None)
+    assert exported is None or set(exported) <= set(PUBLIC[place].split())

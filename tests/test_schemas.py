@@ -27,7 +27,7 @@ def test_native_libraries():
 
 @pytest.mark.parametrize("op", [*SCHEMAS, *PYTHON_SCHEMAS])
 def test_schema_and_kernels(op):
-    """torch spells a schema as the table does, so none of it is read in another way than it was meant; all devices have a kernel."""
+    """torch spells a schema as the table does, so it is read as it was meant; all devices have a kernel."""
     assert str(getattr(torch.ops.pcp_mla, op).default._schema) == f"pcp_mla::{op}{(SCHEMAS | PYTHON_SCHEMAS)[op]}"
     only_cuda = op in registry.COMPOSED.values()
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pcp_mla::{op}", "CPU") != only_cuda

@@ -1,3 +1,3 @@
-"""What our layer is compared with, in demos and benchmarks: the first implementation's way through it. Nothing that users run imports
-it. From outside: ``seed_path``.
+"""What our layer is compared with, in demos and benchmarks: the first implementation's way through it. Nothing that users run
+imports it. From outside: ``seed_path``.
 """
