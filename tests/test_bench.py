@@ -18,6 +18,7 @@ from bench import (
     exchange,
     fused_gather,
     graphs,
+    kv_up_project,
     latent_cache,
     layer,
     merge_states,
@@ -25,8 +26,7 @@ from bench import (
     planner,
     seed,
     timing,
-    tune_up_project,
-    up_project,
+    tune_kv_up_project,
 )
 from bench.__main__ import main
 from pcp_mla import MLADims, PCPMetadata, PCPPlanner
@@ -65,8 +65,8 @@ MAKE: dict[str, Callable[[], Any]] = {
     "merge_two": lambda: merge_states.make_paths(*partials(2), ["auto"]),
     "planner": plans,
     "restore": lambda: fused_gather.restore_paths(META, 2, ["auto"]),
-    "tune": lambda: tune_up_project.make_call(70, torch.float32, "cpu")(tune_up_project.DEFAULT),
-    "up_project": lambda: up_project.make_paths(64, DIMS, "cpu", ["auto"]),
+    "tune": lambda: tune_kv_up_project.make_call(70, torch.float32, "cpu")(tune_kv_up_project.DEFAULT),
+    "kv_up_project": lambda: kv_up_project.make_paths(64, DIMS, "cpu", ["auto"]),
 }
 INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for the GPU here")
 
@@ -79,7 +79,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "HIDDEN", 64)
     monkeypatch.setattr(graphs, "DIMS", DIMS)
     monkeypatch.setattr(exchange, "DIMS", DIMS)
-    monkeypatch.setattr(tune_up_project, "DIMS", DIMS)
+    monkeypatch.setattr(tune_kv_up_project, "DIMS", DIMS)
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda: function())
 
 
@@ -162,11 +162,11 @@ def with_other_scale(make: Callable[..., Any]) -> Callable[..., Any]:
         ("merge_two", merge_states, "merge_attn_states", lambda op: spoiled(op, 1)),
         ("restore", fused_gather, "pcp_fused_restore", spoiled),
         ("restore", fused_gather, "pcp_fused_restore", lambda op: spoiled(op, 1)),
-        pytest.param("tune", tune_up_project, "kv_up_project", lambda op: into(op, 3), marks=INTERPRETED),
-        pytest.param("tune", tune_up_project, "kv_up_project", lambda op: into(op, 4), marks=INTERPRETED),
-        ("up_project", up_project, "kv_up_project", spoiled),
-        ("up_project", up_project, "kv_up_project", lambda op: spoiled(op, 1)),
-        ("up_project", up_project, "concat_k", spoiled),
+        pytest.param("tune", tune_kv_up_project, "kv_up_project", lambda op: into(op, 3), marks=INTERPRETED),
+        pytest.param("tune", tune_kv_up_project, "kv_up_project", lambda op: into(op, 4), marks=INTERPRETED),
+        ("kv_up_project", kv_up_project, "kv_up_project", spoiled),
+        ("kv_up_project", kv_up_project, "kv_up_project", lambda op: spoiled(op, 1)),
+        ("kv_up_project", kv_up_project, "concat_k", spoiled),
     ],
 )
 @torch.inference_mode()

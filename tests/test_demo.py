@@ -19,7 +19,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from pcp_mla import MLADims, demo
 from pcp_mla.demo import measure, models, outcome, ranks, report
-from pcp_mla.integrations.transformers import api as integration
+from pcp_mla.integrations import transformers as integration
 from pcp_mla.integrations.transformers import paged_cache
 from pcp_mla.planner.planned import PlannedMetadata
 from pcp_mla.testing.launch import RankError

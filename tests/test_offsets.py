@@ -22,7 +22,7 @@ from pcp_mla import (
 from pcp_mla.ops.registry import select
 from pcp_mla.plan.dims import MLADims
 from pcp_mla.planner.step_buffer import request_table
-from test_up_project_choice import check, on_hopper
+from test_kv_up_project_choice import check, on_hopper
 
 everywhere = pytest.mark.parametrize(
     ("device", "backend"),

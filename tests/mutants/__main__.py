@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from mutants.changes import CHANGES, Change
+from mutants.change import Change
+from mutants.changes import CHANGES
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "mutants"
-KEPT_OUT = shutil.ignore_patterns("__pycache__", ".*", "build", "results", "*.egg-info")
+KEPT_OUT = shutil.ignore_patterns("__pycache__", ".*", "build", "*.egg-info")
 # A wrong change may make ranks wait for each other: no test that is named here takes a tenth of it.
 LIMIT = 300
 

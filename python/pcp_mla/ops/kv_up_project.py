@@ -11,13 +11,15 @@ import torch
 from .. import reference
 from ..checks import check_apart, check_list, check_tensor, dtype_name
 from ..plan.dims import MLADims
-from ..reference.kv_up_project import zero_tail
+from ..reference.kv_up_project import UP_PROJECT_TILE, zero_tail
 from . import native
 from .checks import check_input, check_out
 from .concat_k import concat_k
 from .kv_up_project_checks import check_expanded
 from .latent_cache import gather_latents
 from .registry import HAS_TRITON, fake_in_place, register_composed, select
+
+__all__ = ["UP_PROJECT_TILE", "kv_up_project"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

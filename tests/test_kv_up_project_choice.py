@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pcp_mla import kv_up_project
-from pcp_mla.ops import kv_up_project, native
+from pcp_mla.ops import kv_up_project as module
+from pcp_mla.ops import native
 from pcp_mla.plan.dims import MLADims
 
 PLAIN = MLADims(2, 64, 64, 64, 128)
@@ -110,7 +111,7 @@ def test_auto_takes(device, case, monkeypatch):
     wanted = CASES[case][3]
     if device == "cuda" and not HOPPER:
         wanted = "triton" if wanted == "cuda" else wanted
-    taken, stand_in = [], kv_up_project.reference.kv_up_project
+    taken, stand_in = [], module.reference.kv_up_project
 
     def noted(name, call):
         def run(*arguments):
@@ -120,17 +121,17 @@ def test_auto_takes(device, case, monkeypatch):
         return run
 
     if device == "cpu":
-        monkeypatch.setattr(kv_up_project, "_is_hopper", lambda device: True)
-        monkeypatch.setattr(kv_up_project, "HAS_TRITON", True)
+        monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+        monkeypatch.setattr(module, "HAS_TRITON", True)
         monkeypatch.setitem(native.status, "_native_cuda", "")
-    wgmma, select = (stand_in, None) if device == "cpu" else (kv_up_project._wgmma, kv_up_project.select)
-    monkeypatch.setattr(kv_up_project, "_wgmma", noted("cuda", wgmma))
+    wgmma, select = (stand_in, None) if device == "cpu" else (module._wgmma, module.select)
+    monkeypatch.setattr(module, "_wgmma", noted("cuda", wgmma))
     monkeypatch.setattr(
-        kv_up_project, "select", lambda op, name, kind: noted(name, stand_in if select is None else select(op, name, kind))
+        module, "select", lambda op, name, kind: noted(name, stand_in if select is None else select(op, name, kind))
     )
-    monkeypatch.setattr(kv_up_project.reference, "kv_up_project", noted("reference", stand_in))
+    monkeypatch.setattr(module.reference, "kv_up_project", noted("reference", stand_in))
     dims, values, rows, factors, tensors = made(case, device)
-    kv_up_project._on_cuda(*tensors)
+    module._on_cuda(*tensors)
     assert taken == [wanted]
     check(dims, values, rows, factors, *tensors[3:])
     if device == "cuda":  # the function, results allocated and given
@@ -227,7 +228,7 @@ def test_the_native_op_refuses_what_does_not_fit(change, words):
 
 def test_every_reason_stands_alone(monkeypatch):
     """What makes a case odd is all that is odd about it: with it left out the kernel takes it."""
-    monkeypatch.setattr(kv_up_project, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
     for case, (changes, _, odd, wanted) in CASES.items():
         if wanted != "triton" or not odd or changes:
             continue
@@ -235,6 +236,6 @@ def test_every_reason_stands_alone(monkeypatch):
         *_, tensors = made(case, "cpu")
         given = dict(zip(("latents", "rows", "weight", "k", "v"), tensors, strict=True))
         del given["rows"]
-        assert not kv_up_project._fits_wgmma(*given.values()), case
+        assert not module._fits_wgmma(*given.values()), case
         given[name] = given[name].clone(memory_format=torch.contiguous_format)
-        assert kv_up_project._fits_wgmma(*given.values()), case
+        assert module._fits_wgmma(*given.values()), case
