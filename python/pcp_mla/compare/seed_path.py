@@ -42,20 +42,6 @@ def gather_part(part: torch.Tensor, meta: PCPMetadata, group: Group) -> torch.Te
     return all_gather_rows(F.pad(part, (0, 0, 0, meta.num_tokens_padded - meta.num_tokens)).contiguous(), group)
 
 
-def restore_latents(
-    kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, dims: MLADims, cache: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both parts [P * Np, ...] of the latents, rank-major, to key order [N, ...]; with a cache, written to it."""
-    if cache is not None:
-        assert meta.slot_mapping is not None
-        write_latent_cache(kv_c, cache[..., : dims.kv_lora_rank], meta.slot_mapping)
-        write_latent_cache(k_pe, cache[..., dims.kv_lora_rank :], meta.slot_mapping)
-        if meta.partition.context_lens.any():
-            kv_c, k_pe = gather_latents(cache, meta.kv_rows).split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)
-            return kv_c, k_pe
-    return kv_c.index_select(0, meta.allgather_restore_idx), k_pe.index_select(0, meta.allgather_restore_idx)
-
-
 def build_kv(kv_c: torch.Tensor, k_pe: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
     """K [N, heads, nope + rope] and V [N, heads, v], a strided view, of latents in key order."""
     expanded = F.linear(kv_c, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj(kv_c)
@@ -99,15 +85,41 @@ def gather_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: PCPMet
     return head, tail
 
 
-def attend_call(call: VarlenCall, softmax_scale: float) -> torch.Tensor:
-    """[Tq, heads, Dv]: one attention call, request by request."""
-    starts_q, starts_k = call.host_cu_seqlens_q.tolist(), call.host_cu_seqlens_k.tolist()
-    out = []
-    for i in range(len(starts_q) - 1):
-        rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
-        if rows.stop > rows.start:
-            out.append(attend_row(call.q[rows], call.k[keys], call.v[keys], softmax_scale))
-    return torch.cat(out) if out else call.q.new_empty(0, call.q.shape[1], call.v.shape[2])
+class SeedPath:
+    """What follows the two collectives, step by step: benchmarks put an engine's own ops in place of some."""
+
+    def __init__(self, meta: PCPMetadata, dims: MLADims, softmax_scale: float) -> None:
+        self.meta, self.dims, self.softmax_scale = meta, dims, softmax_scale
+
+    def restore(self, kv_c: torch.Tensor, k_pe: torch.Tensor, cache: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both parts [P * Np, ...] of the latents, rank-major, to key order [N, ...]; with a cache, written to it."""
+        meta, rank = self.meta, self.dims.kv_lora_rank
+        if cache is not None:
+            assert meta.slot_mapping is not None
+            write_latent_cache(kv_c, cache[..., :rank], meta.slot_mapping)
+            write_latent_cache(k_pe, cache[..., rank:], meta.slot_mapping)
+            if meta.num_context_tokens:
+                kv_c, k_pe = gather_latents(cache, meta.kv_rows).split([rank, self.dims.qk_rope_head_dim], dim=1)
+                return kv_c, k_pe
+        return kv_c.index_select(0, meta.allgather_restore_idx), k_pe.index_select(0, meta.allgather_restore_idx)
+
+    def attend(self, call: VarlenCall) -> torch.Tensor:
+        """[Tq, heads, Dv]: one attention call, request by request."""
+        starts_q, starts_k = call.host_cu_seqlens_q.tolist(), call.host_cu_seqlens_k.tolist()
+        out = []
+        for i in range(len(starts_q) - 1):
+            rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
+            if rows.stop > rows.start:
+                out.append(attend_row(call.q[rows], call.k[keys], call.v[keys], self.softmax_scale))
+        return torch.cat(out) if out else call.q.new_empty(0, call.q.shape[1], call.v.shape[2])
+
+    def run(
+        self, q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, kv_b_proj: KVProjection, cache: torch.Tensor | None
+    ) -> torch.Tensor:
+        """q in local order and both parts of the latents, rank-major, to the output [T, heads, v] in local order."""
+        k, v = build_kv(*self.restore(kv_c, k_pe, cache), kv_b_proj, self.dims)
+        out = torch.cat([self.attend(call) for call in gather_calls(q, k, v, self.meta)])
+        return out.index_select(0, self.meta.output_restore_idx)
 
 
 def seed_layer(
@@ -128,8 +140,5 @@ def seed_layer(
     check_latents("seed_layer", kv_c, k_pe, meta)
     if len(meta.key_chunks) > 1:
         raise NotImplementedError(f"seed_layer: meta must have one key chunk, got {len(meta.key_chunks)}")
-    kv_c, k_pe = restore_latents(gather_part(kv_c, meta, group), gather_part(k_pe, meta, group), meta, dims, cache)
-    k, v = build_kv(kv_c, k_pe, kv_b_proj, dims)
-    head, tail = gather_calls(q, k, v, meta)
-    out = torch.cat([attend_call(head, softmax_scale), attend_call(tail, softmax_scale)])
-    return out.index_select(0, meta.output_restore_idx)
+    parts = gather_part(kv_c, meta, group), gather_part(k_pe, meta, group)
+    return SeedPath(meta, dims, softmax_scale).run(q, *parts, kv_b_proj, cache)
