@@ -16,7 +16,8 @@ import torch
 from . import __version__, demo, evaluation
 from .ops import native
 from .ops.attention import support
-from .ops.registry import COMPOSED, SCHEMAS, availability, public_name
+from .ops.registry import COMPOSED, availability, public_name
+from .ops.schemas import PYTHON_SCHEMAS, SCHEMAS
 
 
 def _version(package: str) -> str:
@@ -36,7 +37,7 @@ def _nvcc() -> str:
 
 def print_env() -> int:
     """What a bug report needs: versions, GPUs, native libraries, and which backends each op has here."""
-    print(f"pcp-mla      {__version__} ({native.__file__.rsplit('/', 1)[0]})")
+    print(f"pcp-mla      {__version__} ({native.PACKAGE})")
     print(f"python       {platform.python_version()} on {platform.platform()}")
     print(f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
     print(f"numpy        {np.__version__}")
@@ -51,7 +52,7 @@ def print_env() -> int:
     for name, reason in native.status.items():
         print(f"{name:12} {reason or 'loaded'}")
     print()
-    names = [op for op in SCHEMAS if not op.endswith("_out") and op not in COMPOSED.values()]
+    names = [op for op in (*SCHEMAS, *PYTHON_SCHEMAS) if not op.endswith("_out") and op not in (*COMPOSED.values(), "attention")]
     ops = {public_name(op): availability(op) for op in names} | {"pcp_attention": support.availability()}
     for name, backends in ops.items():
         print(name)

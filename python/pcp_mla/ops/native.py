@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 LIBRARIES = ("_native", "_native_cuda")
-_PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _load(name: str) -> str:
-    path = _PACKAGE / f"{name}.so"
+    path = PACKAGE / f"{name}.so"
     if not path.exists():
         return f"not built ({path.name} is not in {path.parent})"
     try:
@@ -50,7 +50,7 @@ planner = _module("_planner")
 
 def _exported(name: str) -> int:
     """Address of a table that the CUDA library exports to the modules."""
-    find = getattr(ctypes.CDLL(str(_PACKAGE / "_native_cuda.so")), name)
+    find = getattr(ctypes.CDLL(str(PACKAGE / "_native_cuda.so")), name)
     find.restype = ctypes.c_void_p
     return find()
 

@@ -89,12 +89,11 @@ def availability(op: str) -> dict[str, str]:
         triton = ""
     else:
         triton = gpu
+    no_cpp = op in (*COMPOSED, *COMPOSED.values(), *PYTHON_SCHEMAS)
     return {
-        "cuda": native.status["_native_cuda"] or gpu,
+        "cuda": "it has no CUDA kernel" if op in PYTHON_SCHEMAS else native.status["_native_cuda"] or gpu,
         "triton": triton,
-        "cpu": "it has no C++ kernel, reference is what runs"
-        if op in (*COMPOSED, *COMPOSED.values())
-        else native.status["_native"],
+        "cpu": "it has no C++ kernel, reference is what runs" if no_cpp else native.status["_native"],
         "reference": "",
     }
 
@@ -106,11 +105,12 @@ def fake_in_place(*args: Any) -> None:
 
 
 def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define ``op``, fill in kernels that are not built, and return the op to call."""
-    _library.define(op + SCHEMAS[op])
-    if native.status["_native"]:
+    """Define ``op``, fill in kernels that csrc/ has not or that are not built, and return the op to call."""
+    only_python = op in PYTHON_SCHEMAS
+    _library.define(op + (PYTHON_SCHEMAS if only_python else SCHEMAS)[op])
+    if only_python or native.status["_native"]:
         _library.impl(op, getattr(reference, op), "CPU")
-    if native.status["_native_cuda"]:
+    if only_python or native.status["_native_cuda"]:
         _library.impl(op, triton_form(op) if HAS_TRITON else getattr(reference, op), "CUDA")
     torch.library.register_fake(f"pcp_mla::{op}", fake, lib=_library)
     return getattr(torch.ops.pcp_mla, op).default
