@@ -17,6 +17,8 @@ import torch
 
 import pcp_mla
 
+from . import timing
+
 BENCHMARKS = (
     "attention",
     "cp_merge",
@@ -42,16 +44,7 @@ def commit() -> str:
 
 def line(result: dict[str, Any]) -> str:
     what = f"{result['op']:14} T={result['tokens']:<6} H={result['heads']:<3} P={result['P']} {result['bytes'] / 1e6:8.1f} MB"
-    parts = []
-    for name, numbers in result.items():
-        if not isinstance(numbers, dict):
-            continue
-        text = f"{name}"
-        if "gpu_us" in numbers:
-            text += f" {numbers['gpu_us']:7.1f} us {numbers['share_of_copy']:3.0%}/{numbers['share_of_bandwidth']:3.0%}"
-            text += f" {numbers['launches']} launches"
-        parts.append(f"{text} cpu {numbers['cpu_us']:.0f} us")
-    return what + " | " + " | ".join(parts)
+    return f"{what} | {timing.columns(result)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -94,14 +94,5 @@ def run(device: str) -> Iterator[dict[str, Any]]:
 
 
 def line(result: dict[str, Any]) -> str:
-    parts = [f"{result['op']:13} T={result['tokens']:<6} H={result['heads']:<3} {result['bytes'] / 1e6:7.1f} MB"]
-    for name, numbers in result.items():
-        if not isinstance(numbers, dict):
-            continue
-        text = name
-        if "gpu_us" in numbers:
-            text += f" {numbers['gpu_us']:.1f} us {numbers['share_of_copy']:.0%}/{numbers['share_of_bandwidth']:.0%}"
-            text += f" {result['flops'] / numbers['gpu_us'] / 1e6:.0f} TFLOP/s" if result["flops"] else ""
-            text += f" {numbers['of_gemm']:.2f} GEMMs" if "of_gemm" in numbers else ""
-        parts.append(f"{text} cpu {numbers['cpu_us']:.0f} us")
-    return " | ".join(parts)
+    what = f"{result['op']:13} T={result['tokens']:<6} H={result['heads']:<3} {result['bytes'] / 1e6:7.1f} MB"
+    return f"{what} | {timing.columns(result)}"

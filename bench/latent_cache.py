@@ -73,13 +73,4 @@ def run(device: str) -> Iterator[dict[str, Any]]:
 
 
 def line(result: dict[str, Any]) -> str:
-    parts = [f"{result['op']:18} T={result['tokens']:<6} {result['bytes'] / 1e6:6.1f} MB"]
-    for name, numbers in result.items():
-        if not isinstance(numbers, dict):
-            continue
-        text = name
-        if "gpu_us" in numbers:
-            text += f" {numbers['gpu_us']:.1f} us {numbers['share_of_copy']:.0%}/{numbers['share_of_bandwidth']:.0%}"
-            text += f" graph {numbers['graph_us']:.1f} us"
-        parts.append(f"{text} cpu {numbers['cpu_us']:.1f} us")
-    return " | ".join(parts)
+    return f"{result['op']:18} T={result['tokens']:<6} {result['bytes'] / 1e6:6.1f} MB | {timing.columns(result)}"

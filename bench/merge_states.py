@@ -82,13 +82,4 @@ def run(device: str) -> Iterator[dict[str, Any]]:
 
 def line(result: dict[str, Any]) -> str:
     what = f"merge N={result['partials']} T={result['tokens']:<5} H={result['heads']:<3} {result['bytes'] / 1e6:7.1f} MB"
-    parts = []
-    for name, numbers in result.items():
-        if not isinstance(numbers, dict):
-            continue
-        text = name
-        if "gpu_us" in numbers:
-            text += f" {numbers['gpu_us']:.1f} us {numbers['share_of_copy']:.0%}/{numbers['share_of_bandwidth']:.0%}"
-            text += f" graph {numbers['graph_us']:.1f} us"
-        parts.append(f"{text} cpu {numbers['cpu_us']:.1f} us")
-    return f"{what} | {' | '.join(parts)}"
+    return f"{what} | {timing.columns(result)}"

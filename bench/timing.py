@@ -128,3 +128,20 @@ def over_ranks(
     for world in (2, 4, 8):
         if world <= gpus:
             yield from run_distributed(world, measure, gpu_sizes, backend="nccl", timeout=300.0)[0]
+
+
+def columns(result: dict[str, Any]) -> str:
+    """A result's paths side by side: GPU time, share of a plain copy and of the copy bandwidth, what else is known, host time."""
+    parts = []
+    for name, numbers in result.items():
+        if not isinstance(numbers, dict):
+            continue
+        text = name
+        if "gpu_us" in numbers:
+            text += f" {numbers['gpu_us']:.1f} us {numbers['share_of_copy']:.0%}/{numbers['share_of_bandwidth']:.0%}"
+            text += f" {numbers['launches']} launches" if "launches" in numbers else ""
+            text += f" graph {numbers['graph_us']:.1f} us" if "graph_us" in numbers else ""
+            text += f" {result['flops'] / numbers['gpu_us'] / 1e6:.0f} TFLOP/s" if result.get("flops") else ""
+            text += f" {numbers['of_gemm']:.2f} GEMMs" if "of_gemm" in numbers else ""
+        parts.append(f"{text} cpu {numbers['cpu_us']:.1f} us")
+    return " | ".join(parts)
