@@ -58,6 +58,9 @@ def is_caught(change: Change) -> bool:
 
 def main(words: list[str]) -> int:
     chosen = [c for c in CHANGES if not words or any(word in c.file or word in c.test for word in words)]
+    if not chosen:
+        print(f"no change has one of {', '.join(words)} in its file or its test")
+        return 1
     make_copy()
     if any(c.file.startswith("csrc/") for c in chosen):
         build()
