@@ -132,6 +132,10 @@ def test_dispatch_uses_the_largest_rank():
     batch = ([1, 1, 1, 8], [False, False, False, True])
     assert planner.largest_rank(*batch) == 7
     assert planner.plan(batch[0], None, batch[1]).num_tokens_padded == 7
+    # Chunks of 2, 2, 1 and 0 tokens: rank 0 has two of them, rank 1 three.
+    assert planner.largest_rank([5], [True]) == 3
+    meta = planner.plan([5])
+    assert (meta.num_tokens, meta.num_tokens_padded) == (2, 3)
 
 
 def test_one_token_prefill_chunks_speculative_decodes_and_idle_requests():
