@@ -1,8 +1,8 @@
 // plan_expand without torch: lookups in the request table, slots of the paged cache, and one call's pointers.
 //
-// The request table is int32 [5 + P, R + 1] (python/pcp_mla/planner/step_buffer.py): prefix sums over requests of new tokens, of cached
-// ones and of rows in key order; the length of a chunk; the first rank that holds a decode, -1 for a prefill; and for each of P
-// ranks prefix sums of its local tokens.
+// The request table is int32 [5 + P, R + 1] (python/pcp_mla/planner/step_buffer.py): prefix sums over requests of new tokens, of
+// cached ones and of rows in key order; the length of a chunk; the first rank that holds a decode, -1 for a prefill; and for each
+// of P ranks prefix sums of its local tokens.
 #pragma once
 #include <cstdint>
 

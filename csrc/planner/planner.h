@@ -1,7 +1,7 @@
 // The host part of a step's plan: per-request tables, written into one int32 buffer. No torch, no Python, no allocation in plan().
 //
-// python/pcp_mla/plan/partition.py and slots.py define every number; python/pcp_mla/planner/step_buffer.py says where each array lies. What
-// grows with the number of tokens is not made here but by the plan_expand op, from the request table.
+// python/pcp_mla/plan/partition.py and slots.py define every number; python/pcp_mla/planner/step_buffer.py says where each array
+// lies. What grows with the number of tokens is not made here but by the plan_expand op, from the request table.
 #pragma once
 #include <cstdint>
 #include <vector>
