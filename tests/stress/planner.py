@@ -87,7 +87,7 @@ def check_planner(device, host, expander, split, cache, max_kv_tokens, steps) ->
     reason = {"_planner": "not wanted"} if host == "numpy" else {}
     call = buffers.plan_expand if expander == "auto" else select("plan_expand", expander, device)
     names = ("block_size", "dcp_world_size", "dcp_rank", "cp_interleave")
-    with patch.dict(native.status, reason), patch.object(buffers, "_plan_expand", call):
+    with patch.dict(native.status, reason), patch.object(buffers, "plan_expand", call):
         options = dict(zip(names, cache, strict=True)) | split | ROOM
         planner = PCPPlanner(**options, max_kv_tokens=max_kv_tokens, device=device)
         addresses: set[tuple[int, ...]] = set()
