@@ -81,11 +81,8 @@ def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert line["layer_difference"] < line["layer_tolerance"] < 1e-4
 
 
-@pytest.mark.timeout(120)
-def test_only_what_differs_is_named(
-    played: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A softmax scale that is 1 % off at one P of three."""
+def put_scale_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every softmax scale by 1 %, of models that are put under PCP of two ranks."""
     right = integration.enable_pcp
 
     def enable(model: Any, group: Any) -> None:
@@ -95,6 +92,14 @@ def test_only_what_differs_is_named(
         right(model, group)
 
     monkeypatch.setattr(integration, "enable_pcp", enable)
+
+
+@pytest.mark.timeout(120)
+def test_only_what_differs_is_named(
+    played: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A softmax scale that is 1 % off at one P of three."""
+    put_scale_off(monkeypatch)
     file = tmp_path / "result.json"
     assert demo.run(arguments("--pcp", "1", "2", "3", "--max-tokens", "40", "--json", str(file))) == 1
     out = capsys.readouterr().out

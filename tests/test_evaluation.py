@@ -20,7 +20,7 @@ from pcp_mla.evaluation import MODEL, load_model
 from pcp_mla.evaluation.answers import Answer, stock_answers
 from pcp_mla.evaluation.compare import score, table
 from pcp_mla.evaluation.problems import VOCABULARY, Item, encode, evaluation_items
-from pcp_mla.integrations import transformers as integration
+from test_demo import put_scale_off
 from test_integration_transformers import build
 
 
@@ -99,15 +99,7 @@ def change(short: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.timeout(120)
 def test_only_what_differs_is_named(judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A softmax scale that is 1 % off at one P of three. With the right one logits differ by far less than the tolerance."""
-    right = integration.enable_pcp
-
-    def enable(model: Any, group: Any) -> None:
-        if group.world_size == 2:
-            for layer in model.model.layers:
-                layer.self_attn.scaling *= 1.01
-        right(model, group)
-
-    monkeypatch.setattr(integration, "enable_pcp", enable)
+    put_scale_off(monkeypatch)
     file = tmp_path / "eval.json"
     code, out, _ = judge("--pcp", "1", "2", "3", "--json", str(file))
     assert code == 1

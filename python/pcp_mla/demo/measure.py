@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ..layer.prefill import MLAPrefill
 from ..plan.dims import MLADims
 from ..planner.planner import PCPPlanner
 from ..testing.played import PlayedGroup
-from .outcome import largest_difference
+from .outcome import is_within, largest_difference
 from .routing import rounding_share
 
 BLOCK_SIZE = 16
@@ -47,7 +46,7 @@ class LayerCosts:
 
     @property
     def agrees(self) -> bool:
-        return math.isfinite(self.difference) and self.difference <= self.tolerance
+        return is_within(self.difference, self.tolerance)
 
 
 class ReplayedGroup:

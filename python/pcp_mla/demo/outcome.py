@@ -163,6 +163,11 @@ def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().nan_to_num(nan=math.inf, posinf=math.inf).max()) if ours.numel() else 0.0
 
 
+def is_within(difference: float, tolerance: float) -> bool:
+    """Never for an infinite difference: where numbers are infinite, a tolerance that is a share of them is so, too."""
+    return math.isfinite(difference) and difference <= tolerance
+
+
 def compare(stock: Outcome, other: Outcome) -> Comparison:
     common = min(len(stock.tokens), len(other.tokens))
     parts_at = next((i for i in range(common) if stock.tokens[i] != other.tokens[i]), None)

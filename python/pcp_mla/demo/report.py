@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from .outcome import Comparison, Outcome, compare
+from .outcome import Comparison, Outcome, compare, is_within
 from .ranks import RankResult
 from .routing import rounding_share
 
@@ -60,8 +59,7 @@ def _is_tie(comparison: Comparison, tolerance: Tolerance) -> bool:
 
 
 def _logits_agree(comparison: Comparison, tolerance: Tolerance) -> bool:
-    # With infinite logits the tolerance is infinite, too.
-    return math.isfinite(_furthest(comparison)) and _furthest(comparison) <= tolerance.value
+    return is_within(_furthest(comparison), tolerance.value)
 
 
 def _text_agrees(comparison: Comparison, tolerance: Tolerance) -> bool:

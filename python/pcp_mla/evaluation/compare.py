@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from ..demo.outcome import is_within, largest_difference
 from .answers import Answer
 from .problems import EXAMPLES, Item
 
@@ -46,8 +47,7 @@ def score(run: str, answers: list[Answer], stock: list[Answer], items: list[Item
         pairs = zip(answer.tokens, wanted.tokens, strict=False)
         parting = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         steps = min(len(answer.tokens), len(wanted.tokens)) if parting is None else parting + 1
-        difference = (answer.logits[:steps] - wanted.logits[:steps]).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-        largest, margin = float(difference.max()) if difference.numel() else 0.0, 0.0
+        largest, margin = largest_difference(answer.logits[:steps], wanted.logits[:steps]), 0.0
         result.logit_difference = max(result.logit_difference, largest)
         result.other_verdict += answer.is_right(item) != wanted.is_right(item)
         # Rounding changes a token, and never leaves some out.
@@ -58,8 +58,7 @@ def score(run: str, answers: list[Answer], stock: list[Answer], items: list[Item
             row = wanted.logits[parting]
             margin = float(row[wanted.tokens[parting]] - row[answer.tokens[parting]])
             result.largest_margin = max(result.largest_margin, margin)
-        # With infinite logits the tolerance is infinite, too.
-        explained &= math.isfinite(largest) and largest <= tolerance and margin <= 2 * tolerance
+        explained &= is_within(largest, tolerance) and margin <= 2 * tolerance
         result.unexplained += not explained
     return result
 
