@@ -24,6 +24,8 @@ IMPLEMENTATIONS = [
     pytest.param("cuda", "triton", id="triton", marks=pytest.mark.gpu),
     pytest.param("cuda", "reference", id="reference-cuda", marks=pytest.mark.gpu),
 ]
+# The definitions on the CPU, too.
+EVERYWHERE = [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8]
 

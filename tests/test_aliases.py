@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import IMPLEMENTATIONS, same_bits
+from batches import EVERYWHERE, same_bits
 from pcp_mla import (
     GatheredRows,
     MLADims,
@@ -27,7 +27,7 @@ from pcp_mla import (
 )
 from pcp_mla.checks import is_same_tensor, share_memory
 
-everywhere = pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+everywhere = pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 DIMS = MLADims(num_heads=2, qk_nope_head_dim=64, qk_rope_head_dim=8, v_head_dim=64, kv_lora_rank=64)
 

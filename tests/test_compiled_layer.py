@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench.graphs import Echo
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
-from test_layer import size
+from test_layer import attend_last, size
 
 
 def written_out(
@@ -27,14 +27,7 @@ def written_out(
     starts, first_keys, counts = (x.tolist() for x in (meta.cu_seqlens_q, meta.cu_seqlens_k, meta.seqused_k))
     for row, count in enumerate(counts):
         queries, keys = slice(starts[row], starts[row + 1]), held[first_keys[row] : first_keys[row] + count]
-        n = queries.stop - queries.start
-        if not n:
-            continue
-        expanded = rounded(keys[:, :512] @ weight.T).view(-1, 2, 256)
-        k = torch.cat([expanded[..., :128], keys[:, None, 512:].expand(-1, 2, -1)], dim=-1)
-        scores = torch.einsum("nhd,mhd->hnm", q[queries], k) * 192**-0.5
-        scores.masked_fill_(torch.ones(n, count).triu(count - n + 1).bool(), -torch.inf)
-        out[queries] = rounded(torch.einsum("hnm,mhd->nhd", rounded(scores.softmax(-1)), expanded[..., 128:]))
+        out[queries] = attend_last(q[queries], keys, weight, rounded)
     return out
 
 

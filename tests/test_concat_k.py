@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batches import IMPLEMENTATIONS, random_bytes, same_bits
+from batches import EVERYWHERE, random_bytes, same_bits
 from pcp_mla import concat_k
 
-everywhere = pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+everywhere = pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 
 
 @everywhere

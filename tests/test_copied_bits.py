@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from batches import IMPLEMENTATIONS, same_bits
+from batches import EVERYWHERE, same_bits
 from pcp_mla import PCPMetadata, concat_k, gather_latents, pcp_fused_gather, pcp_fused_restore, write_latent_cache
 
-everywhere = pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+everywhere = pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 formats = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn])
 # Sign, exponent and mantissa of 0, the smallest and largest denormal, 1, infinity, a quiet and two signalling NaN, by dtype.
 BITS = {

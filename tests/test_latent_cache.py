@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batches import IMPLEMENTATIONS, random_bytes, same_bits
+from batches import EVERYWHERE, random_bytes, same_bits
 from pcp_mla import PCPPlanner, gather_latents, write_latent_cache
 
-everywhere = pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+everywhere = pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 COPIED = [torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn, torch.float64]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 

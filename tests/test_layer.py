@@ -63,17 +63,24 @@ class Step:
         return self.layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
 
 
+def attend_last(q, sequence, weight, rounded):
+    """[n, heads, v] of q [n, heads, nope + rope], the last n tokens of a sequence of latents, in float64; K, V, the softmax and the
+    result go through ``rounded``."""
+    expanded = rounded(sequence[:, :512] @ weight.T).view(-1, 2, 256)
+    keys = torch.cat([expanded[..., :128], sequence[:, None, 512:].expand(-1, 2, -1)], dim=-1)
+    scores = torch.einsum("nhd,mhd->hnm", q, keys) * 192**-0.5
+    old, total = len(sequence) - len(q), len(sequence)
+    scores.masked_fill_(torch.arange(total) > torch.arange(old, total)[:, None], -torch.inf)
+    return rounded(torch.einsum("hnm,mhd->nhd", rounded(scores.softmax(-1)), expanded[..., 128:]))
+
+
 def attention(rounded):
-    """[tokens, heads, v] in natural order, by request, in float64; K, V, the softmax and the result go through ``rounded``."""
+    """[tokens, heads, v] in natural order, by request."""
     q, latents, context, weight, _ = (x.double() for x in inputs())
     out, start, cached = [], 0, 0
     for new, old in zip(LENGTHS, CONTEXTS, strict=True):
         sequence = torch.cat([context[cached : cached + old], latents[start : start + new]])
-        expanded = rounded(sequence[:, :512] @ weight.T).view(-1, 2, 256)
-        keys = torch.cat([expanded[..., :128], sequence[:, None, 512:].expand(-1, 2, -1)], dim=-1)
-        scores = torch.einsum("nhd,mhd->hnm", q[start : start + new], keys) * 192**-0.5
-        scores.masked_fill_(torch.arange(old + new) > torch.arange(old, old + new)[:, None], -torch.inf)
-        out.append(rounded(torch.einsum("hnm,mhd->nhd", rounded(scores.softmax(-1)), expanded[..., 128:])))
+        out.append(attend_last(q[start : start + new], sequence, weight, rounded))
         start, cached = start + new, cached + old
     return torch.cat(out)
 

@@ -7,13 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import batches
-from batches import half_ulp, poison, same_bits
+from batches import EVERYWHERE, half_ulp, poison, same_bits
 from pcp_mla.ops.merge_states import RowOp, cp_correct_out, merge_attn_states, merge_n_attn_states
 
-IMPLEMENTATIONS = [*batches.IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-everywhere = pytest.mark.parametrize(("device", "backend"), IMPLEMENTATIONS)
+everywhere = pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 
 
 def is_interpreted(device, backend):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from batches import IMPLEMENTATIONS
+from batches import EVERYWHERE, IMPLEMENTATIONS
 from pcp_mla import partition
 from pcp_mla.ops.registry import select
 from pcp_mla.plan.slots import PagedCache, kv_rows, slot_mapping
@@ -59,7 +59,7 @@ def expected(part, tables, cache, pads=3, workspace=None):
     ]
 
 
-@pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+@pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 @given(cases())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 def test_random_batches(device, backend, case):
@@ -120,7 +120,7 @@ def test_one_long_request(device, backend):
     assert all(torch.equal(x[-5:].cpu().long(), guard) for x in outputs)
 
 
-@pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+@pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 @pytest.mark.parametrize("workspace", [None, 60])
 def test_blocks_without_slots_and_rows_that_are_not_there(device, backend, workspace):
     """A number that is negative or whose slots pass 31 bits, in a table that no host has seen, gives -1: no other block's slot."""
@@ -139,7 +139,7 @@ def test_blocks_without_slots_and_rows_that_are_not_there(device, backend, works
         assert_equal(a, b, "row")
 
 
-@pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+@pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 @pytest.mark.parametrize("tables", [np.empty((0, 5), np.int32), np.empty((3, 0), np.int32)], ids=["no rows", "no columns"])
 def test_tables_without_entries(device, backend, tables):
     """Strides of such a table mean nothing, and it has no address: pads are written all the same."""

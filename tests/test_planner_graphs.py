@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from batches import IMPLEMENTATIONS, random_bytes, same_bits
+from batches import EVERYWHERE, random_bytes, same_bits
 from pcp_mla import PCPMetadata, PCPPlanner, partition, pcp_fused_gather, pcp_fused_restore
 from pcp_mla.plan.slots import PagedCache
 from plans import assert_plan
@@ -57,7 +57,7 @@ def assert_rows(result, tensors, batch, meta):
     assert same_bits(lse[: exact.num_tokens], q[: exact.num_tokens, :, 0].view(torch.int16).float())
 
 
-@pytest.mark.parametrize(("device", "backend"), [*IMPLEMENTATIONS, pytest.param("cpu", "reference", id="reference")])
+@pytest.mark.parametrize(("device", "backend"), EVERYWHERE)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_call_ops_with_padded_counts(device, backend, batch, rank):
