@@ -49,7 +49,7 @@ class Stack:
         table = torch.arange(-(-tokens // BLOCK), dtype=torch.int32, device=device)[None]
         sizes = {"num_tokens_padded": tokens // world, "num_requests_padded": 1, "num_kv_tokens_padded": tokens}
         self.meta = planner.plan([tokens], [0], [True], table, **sizes)
-        plain = PCPPlanner(1, tokens, world, rank, block_size=BLOCK, device=device)
+        unpadded = PCPPlanner(1, tokens, world, rank, block_size=BLOCK, device=device)
         random = torch.Generator(device=device).manual_seed(7)
 
         def matrix(columns: int, rows: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Stack:
         self.exchange = LatentExchange(group, planner.max_local_tokens, DIMS, torch.bfloat16, device)
         self.layer = MLAPrefill(DIMS, width**-0.5, self.exchange)
         backend = support.choose("auto", self.hidden.device, torch.bfloat16, width, DIMS.v_head_dim, False)
-        self.seed_path = SeedPath(plain.plan([tokens], [0], [True], table), group, DIMS, backend)
+        self.seed_path = SeedPath(unpadded.plan([tokens], [0], [True], table), group, DIMS, backend)
 
     def forward(self, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Projections and residuals around ``attend(q, kv_c, k_pe, weight, cache)``."""

@@ -1,7 +1,8 @@
-"""Every check of the ops' arguments, with the errors that their docstrings name.
+"""Checks of arguments that several ops share; those of one op stand with it, those of any tensor in ``pcp_mla.checks``.
 
 The native ops check their tensors too, in C++, where it costs next to nothing, but can only raise RuntimeError. So a call to a
-native op runs these checks only when it was refused, to say why with the documented type; all other implementations run them first.
+native op runs the checks here only when it was refused, to say why with the documented type; all other implementations run them
+first.
 """
 
 from __future__ import annotations
