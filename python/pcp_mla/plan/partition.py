@@ -20,23 +20,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 LAYOUTS = ("unpadded", "padded")
 DECODE_POLICIES = ("replicate", "round_robin")
 
-IntArray = npt.NDArray[np.int32]
-BoolArray = npt.NDArray[np.bool_]
+IntArray: TypeAlias = "NDArray[np.int32]"
+BoolArray: TypeAlias = "NDArray[np.bool_]"
 
 
-def _prefix_sum(lengths: npt.NDArray[Any]) -> IntArray:
+def _prefix_sum(lengths: NDArray[Any]) -> IntArray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
-def _ranges(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> IntArray:
+def _ranges(starts: NDArray[Any], lengths: NDArray[Any]) -> IntArray:
     """[start, start+1, ..., start+length-1] for every pair, one after another."""
     before = np.cumsum(lengths) - lengths
     return (np.repeat(starts - before, lengths) + np.arange(int(np.sum(lengths)))).astype(np.int32)
@@ -225,19 +227,19 @@ class Partition:
         out[np.concatenate([self.query_head_indices, self.query_tail_indices])] = np.arange(self.num_tokens, dtype=np.int32)
         return out
 
-    def padded_slot_mapping(self, slot_mapping: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    def padded_slot_mapping(self, slot_mapping: ArrayLike) -> NDArray[np.int64]:
         """[sum(padded_lens)] int64 cache slots in the restored order, -1 for pads, from ``slot_mapping`` [sum(query_lens)]."""
         out = np.full(len(self.unpad_mask), -1, np.int64)
         out[self.unpad_mask] = self._slots(slot_mapping)
         return out
 
-    def gathered_slot_mapping(self, slot_mapping: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    def gathered_slot_mapping(self, slot_mapping: ArrayLike) -> NDArray[np.int64]:
         """[P * Np] int64 cache slots in the gathered order, -1 for pads and copies, from ``slot_mapping`` [sum(query_lens)]."""
         index = self.gathered_token_indices
         slots = np.append(self._slots(slot_mapping), -1)
         return slots[index]
 
-    def _slots(self, slot_mapping: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    def _slots(self, slot_mapping: ArrayLike) -> NDArray[np.int64]:
         slots = np.asarray(slot_mapping, np.int64)
         total = int(self.query_lens.sum())
         if slots.shape != (total,):
@@ -255,7 +257,7 @@ def check_layout(op: str, layout: str, decode_policy: str) -> None:
         raise NotImplementedError(f"{op}: the padded layout supports decode_policy 'replicate' only, got 'round_robin'")
 
 
-def _lengths(name: str, values: npt.ArrayLike, count: int | None = None) -> IntArray:
+def _lengths(name: str, values: ArrayLike, count: int | None = None) -> IntArray:
     given = np.asarray(values)
     if given.ndim != 1:
         raise ValueError(f"partition: {name} must be one-dimensional, got {given.ndim} dimensions")
@@ -273,15 +275,15 @@ def _lengths(name: str, values: npt.ArrayLike, count: int | None = None) -> IntA
 
 
 def partition(
-    query_lens: Sequence[int] | npt.ArrayLike,
-    context_lens: Sequence[int] | npt.ArrayLike | None = None,
-    is_prefill: Sequence[bool] | npt.ArrayLike | None = None,
+    query_lens: Sequence[int] | ArrayLike,
+    context_lens: Sequence[int] | ArrayLike | None = None,
+    is_prefill: Sequence[bool] | ArrayLike | None = None,
     *,
     world_size: int,
     rank: int,
     layout: str = "unpadded",
     decode_policy: str = "replicate",
-    prompt_lens: Sequence[int] | npt.ArrayLike | None = None,
+    prompt_lens: Sequence[int] | ArrayLike | None = None,
 ) -> Partition:
     """Split a batch over ``world_size`` ranks by dual-chunk swap.
 

@@ -8,13 +8,15 @@ parallelism it is shared out over ``W`` shards in runs of ``I`` tokens: position
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..checks import check_count
 from .partition import IntArray, Partition, _prefix_sum, _ranges
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,7 @@ class PagedCache:
         if self.dcp_rank >= self.dcp_world_size:
             raise ValueError(f"PagedCache: dcp_rank must be in 0..{self.dcp_world_size - 1}, got {self.dcp_rank}")
 
-    def slots(
-        self, block_tables: npt.NDArray[Any], requests: npt.NDArray[Any], positions: npt.NDArray[Any]
-    ) -> npt.NDArray[np.int64]:
+    def slots(self, block_tables: NDArray[Any], requests: NDArray[Any], positions: NDArray[Any]) -> NDArray[np.int64]:
         """int64 slots of tokens, given their requests and their positions in them; -1 where another shard holds the token, and of a
         block whose number is negative or too large: an int32 must hold the slot."""
         group, within = np.divmod(positions.astype(np.int64), self.cp_interleave)
@@ -48,14 +48,14 @@ class PagedCache:
         slots = np.where(known, blocks, 0) * self.block_size + offset
         return np.where(known & (slots < 2**31), slots, -1)
 
-    def blocks_of(self, lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def blocks_of(self, lengths: NDArray[Any]) -> NDArray[np.int64]:
         """Blocks that this shard needs for sequences of so many tokens."""
         turns, rest = np.divmod(np.asarray(lengths, np.int64), self.cp_interleave * self.dcp_world_size)
         held = turns * self.cp_interleave + np.clip(rest - self.dcp_rank * self.cp_interleave, 0, self.cp_interleave)
         return -(-held // self.block_size)
 
 
-def slot_mapping(part: Partition, block_tables: npt.NDArray[Any], cache: PagedCache) -> npt.NDArray[np.int64]:
+def slot_mapping(part: Partition, block_tables: NDArray[Any], cache: PagedCache) -> NDArray[np.int64]:
     """[P * Np] int64 slot of each row in gathered order, -1 for pads and for the further copies of a decode."""
     requests = np.repeat(np.arange(part.num_requests), part.query_lens)
     offsets = _ranges(np.zeros_like(part.query_lens), part.query_lens)
@@ -110,7 +110,7 @@ def key_chunks(part: Partition, workspace_tokens: int | None = None) -> list[Key
     return [*chunks, _chunk(int(context[-1]), True, part.context_lens, _prefix_sum(part.padded_lens), used)]
 
 
-def kv_rows(part: Partition, block_tables: npt.NDArray[Any], cache: PagedCache, workspace_tokens: int | None = None) -> IntArray:
+def kv_rows(part: Partition, block_tables: NDArray[Any], cache: PagedCache, workspace_tokens: int | None = None) -> IntArray:
     """[N] int32 slot of every key: in key order, or if that is more than ``workspace_tokens`` rows, all context, then all new
     tokens. Rows of pads are -1."""
     lengths = part.context_lens + part.padded_lens

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..plan.slots import PagedCache
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _OP = "PCPPlanner.plan"
 
 
-def check_tables(tables: Any, device: torch.device) -> npt.NDArray[Any] | torch.Tensor:
+def check_tables(tables: Any, device: torch.device) -> NDArray[Any] | torch.Tensor:
     """int32 on ``device``, if that is not a CPU and they are there; else int32 or int64 in NumPy. Both [requests, blocks] with a
     contiguous last dimension, and the caller's own memory where that is possible.
 
@@ -68,7 +70,7 @@ class KeptTables:
         return wider
 
 
-def read_entries(array: npt.NDArray[Any], lengths: npt.NDArray[Any], cache: PagedCache, kept: npt.NDArray[np.int32] | None) -> None:
+def read_entries(array: NDArray[Any], lengths: NDArray[Any], cache: PagedCache, kept: NDArray[np.int32] | None) -> None:
     """Check the block numbers that sequences of these lengths use, and copy them to ``kept``.
 
     Raises:

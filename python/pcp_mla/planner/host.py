@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,8 +36,7 @@ COUNTS = (
 )
 
 
-@dataclass(frozen=True)
-class HostConfig:
+class HostConfig(NamedTuple):
     """What a planner was made for: its capacities, with ``max_kv_tokens`` -1 for any number, its place, and where a plan lies."""
 
     max_requests: int

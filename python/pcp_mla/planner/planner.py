@@ -101,17 +101,17 @@ class PCPPlanner:
         self.step_layout = StepLayout.build(self.max_requests, self.world_size, max_chunks)
         self._host = make_host_plan(
             HostConfig(
-                self.max_requests,
-                self.max_tokens,
-                self.max_local_tokens,
-                self.max_kv_tokens,
-                max_chunks - 1,
-                self.world_size,
-                self.rank,
-                self.layout,
-                self.decode_policy,
-                self.cache,
-                self.step_layout,
+                max_requests=self.max_requests,
+                max_tokens=self.max_tokens,
+                max_local_tokens=self.max_local_tokens,
+                max_kv_tokens=self.max_kv_tokens,
+                max_context_chunks=max_chunks - 1,
+                world_size=self.world_size,
+                rank=self.rank,
+                layout=self.layout,
+                decode_policy=self.decode_policy,
+                cache=self.cache,
+                step_layout=self.step_layout,
             )
         )
         split = (self.world_size, self.rank, self.layout, self.decode_policy)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ def _aligned(count: int) -> int:
     return -(-count // 4) * 4
 
 
-@dataclass(frozen=True)
-class StepLayout:
+class StepLayout(NamedTuple):
     """Starts of the arrays, in int32s, of a planner for up to ``max_requests`` requests. A start does not depend on the step; an
     array takes as much of its place as the step's R requests need.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +15,7 @@ from .libraries import BF16_FP16, LIBRARIES, Library, find
 FLOATS = (*BF16_FP16, torch.float32)
 
 
-@dataclass(frozen=True)
-class Support:
+class Support(NamedTuple):
     """What a backend can do. All give LSEs, and merge ``prev``: those that have no kernel for it in a launch of its own.
 
     Attributes:
