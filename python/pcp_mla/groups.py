@@ -29,6 +29,14 @@ class RankHandle(Protocol):
         """[n, ...] of this rank to [P * n, ...] of all, rank-major."""
 
 
+@runtime_checkable
+class CommunicatorHandle(RankHandle, Protocol):
+    """One that gathers into a given tensor: an engine's own communicator, on the current stream."""
+
+    def all_gather_into(self, gathered: torch.Tensor, rows: torch.Tensor) -> None:
+        """The same into a given tensor, of which ``rows`` may be this rank's part."""
+
+
 # A torch.distributed process group, one rank's end of a played group, or None for a world of one rank.
 Group = dist.ProcessGroup | RankHandle | None
 
@@ -42,6 +50,13 @@ def group_world_size(group: Group, op: str = "group_world_size") -> int:
     if not isinstance(group, RankHandle):
         raise TypeError(f"{op}: group must be a ProcessGroup, a PlayedGroup or None, got {type(group).__name__}")
     return group.world_size
+
+
+def gathers_in_place(group: Group) -> bool:
+    """Whether a rank may pack its rows where they stay after :func:`all_gather_into`."""
+    if isinstance(group, dist.ProcessGroup):
+        return dist.get_backend(group) == "nccl"
+    return isinstance(group, CommunicatorHandle)
 
 
 def group_rank(group: Group) -> int:
@@ -72,6 +87,8 @@ def all_gather_into(gathered: torch.Tensor, rows: torch.Tensor, group: Group) ->
     """The same into a given tensor, contiguous; NCCL takes ``rows`` that are this rank's part of it."""
     if isinstance(group, dist.ProcessGroup):
         _all_gather_single(gathered, rows, group=group)
+    elif isinstance(group, CommunicatorHandle):
+        group.all_gather_into(gathered, rows)
     else:
         gathered.copy_(all_gather_rows(rows, group))
 

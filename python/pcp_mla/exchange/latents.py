@@ -6,10 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from ..checks import check_count, check_last_dim
-from ..groups import Group, all_gather_into, check_group, check_latents, group_rank, group_world_size
+from ..groups import Group, all_gather_into, check_group, check_latents, gathers_in_place, group_rank, group_world_size
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
 
@@ -28,8 +27,8 @@ class LatentExchange:
     in one ``all_gather_into_tensor``, where two of them and two restores were.
 
     Args:
-        group: ONE flat ``torch.distributed`` group (see :func:`pcp_mla.flat_cp_group`), a :class:`PlayedGroup`, or None for a world
-            of one rank.
+        group: ONE flat ``torch.distributed`` group (see :func:`pcp_mla.flat_cp_group`), an engine's own communicator
+            (:class:`pcp_mla.groups.CommunicatorHandle`), a :class:`PlayedGroup`, or None for a world of one rank.
         max_tokens: capacity, as local tokens of a rank with pads (``PCPPlanner.max_local_tokens``).
         dims: of the layer: ``kv_lora_rank`` and ``qk_rope_head_dim``.
         dtype: of the latents; types of one byte (float8) travel as bytes.
@@ -61,8 +60,7 @@ class LatentExchange:
             self._gathered = torch.empty(
                 self.world_size * max_tokens if self.world_size > 1 else 0, self.width, dtype=dtype, device=device
             )
-        # NCCL gathers in place: a rank packs its rows where they stay.
-        self._in_place = isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == "nccl"
+        self._in_place = gathers_in_place(group) and self.world_size > 1
 
     def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
         """One collective; none for a world of one, and none for a step of replicated decodes alone, which every rank has.
@@ -103,7 +101,7 @@ class LatentExchange:
         alone = self.world_size > 1 and meta.is_replicated  # what counts then is the place of rank 0's copy
         rows = self._side_by_side(kv_c, k_pe) if tokens == padded and not alone else None
         if rows is None:
-            in_place = alone or (self._in_place and self.world_size > 1)
+            in_place = alone or self._in_place
             rows = gathered[0 if alone else self.rank * padded :][:padded] if in_place else self._send[:padded]
             if tokens:
                 pack_latents(kv_c, k_pe, rows[:tokens] if tokens < padded else rows)
@@ -111,14 +109,30 @@ class LatentExchange:
                 rows[tokens:].zero_()
         if self.world_size == 1:
             return rows
-        if alone:
-            return gathered
-        if rows.element_size() == 1:  # collectives know bytes, but not every float8
-            collective = partial(all_gather_into, gathered.view(torch.uint8), rows.view(torch.uint8), self.group)
-        else:
-            collective = partial(all_gather_into, gathered, rows, self.group)
-        (self.around or _call)(collective)
+        if not alone:
+            self._gather(gathered, rows)
         return gathered
+
+    def all_gather_rows(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+        """The same for an engine that pads by itself and plans without this package: every row of every rank, pads as they are.
+
+        For arguments that are known to fit: [n, kv_lora_rank] and [n, qk_rope_head_dim] with contiguous last dimensions, of the
+        exchange's dtype, of the same n on every rank, at most ``max_tokens``. Returns [P * n, W], rank-major, as
+        :meth:`all_gather`.
+        """
+        count = kv_c.shape[0]
+        gathered = self._gathered[: self.world_size * count]
+        rows = gathered[self.rank * count :][:count] if self._in_place else self._send[:count]
+        pack_latents(kv_c, k_pe, rows)
+        if self.world_size == 1:
+            return rows
+        self._gather(gathered, rows)
+        return gathered
+
+    def _gather(self, gathered: torch.Tensor, rows: torch.Tensor) -> None:
+        if rows.element_size() == 1:  # collectives know bytes, but not every float8
+            gathered, rows = gathered.view(torch.uint8), rows.view(torch.uint8)
+        (self.around or _call)(partial(all_gather_into, gathered, rows, self.group))
 
     def _side_by_side(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor | None:
         """The two as one contiguous [T, W], if that is how they lie in memory."""

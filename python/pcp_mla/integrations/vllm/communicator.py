@@ -1,0 +1,32 @@
+"""vLLM's prefill-context-parallel group as a communicator of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Communicator:
+    """One rank's end of a ``GroupCoordinator``: its pynccl communicator, which runs on the current stream, where it has one; else
+    the group of torch.distributed that vLLM has anyway. No second NCCL communicator is opened."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self.rank: int = coordinator.rank_in_group
+        self.world_size: int = coordinator.world_size
+        pynccl = getattr(coordinator.device_communicator, "pynccl_comm", None)
+        self._pynccl = None if pynccl is None or pynccl.disabled else pynccl
+        self._group = coordinator.device_group
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        gathered = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
+        self.all_gather_into(gathered, tensor)
+        return gathered
+
+    def all_gather_into(self, gathered: torch.Tensor, rows: torch.Tensor) -> None:
+        if self._pynccl is not None:
+            self._pynccl.all_gather(gathered, rows)
+        else:
+            # gloo says nothing of a part of the result as its input
+            dist.all_gather_into_tensor(gathered, rows.clone() if rows.device.type == "cpu" else rows, group=self._group)

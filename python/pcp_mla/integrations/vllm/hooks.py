@@ -1,0 +1,245 @@
+"""Where vLLM is changed: each module right after vLLM itself imported it, in whatever process that is.
+
+The plug-in's function runs before vLLM's workers are forked, where importing vLLM's layers would be slow, and waking the GPU's
+driver would break the workers. So nothing is imported: a finder waits for the modules.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import parts
+from .latents import PackedExchange
+from .prefill import FIELD, LayerPrefill, refusal
+from .rows import host_rows, step_rows
+
+logger = logging.getLogger("vllm.pcp_mla")  # a child of vLLM's logger, so that it is formatted and shown as the engine's lines are
+
+
+class _Engine:
+    """What the parts of a process share."""
+
+    exchange: PackedExchange | None = None
+    batch: Any = None  # the last step's rows on this rank
+    taking_rows = False  # while metadata is built for layers whose context this package attends to
+    told = False
+
+
+def _tell() -> None:
+    if not _Engine.told:
+        _Engine.told = True
+        from pcp_mla import __version__
+
+        logger.info("pcp-mla %s %s", __version__, parts.summary())
+
+
+def _taken(part: str) -> bool:
+    """Whether every layer that was made is this part's."""
+    return bool(parts.layers.get(part)) and not any(parts.layers[part].values())
+
+
+def _exchange() -> PackedExchange:
+    if _Engine.exchange is None:
+        from vllm.distributed.parallel_state import get_pcp_group
+
+        _Engine.exchange = PackedExchange(get_pcp_group())
+    return _Engine.exchange
+
+
+def _on_layer(layer: Any, config: Any) -> None:
+    """Look at a layer that was just made, once."""
+    if config.parallel_config.prefill_context_parallel_size <= 1:
+        return
+    sparse = getattr(layer, "use_sparse", False) or getattr(layer.impl, "is_sparse", False)
+    parts.layers.setdefault("exchange", {})[layer.layer_name] = "sparse MLA" if sparse else ""
+    parts.layers.setdefault("prefill", {})[layer.layer_name] = why = refusal(layer, config)
+    if not sparse and "exchange" not in parts.refused:
+        _take_write(layer.impl)
+    if not why and "prefill" not in parts.refused:
+        layer.impl.forward_mha = LayerPrefill(layer.impl)
+
+
+def _take_write(impl: Any) -> None:
+    own = impl.do_kv_cache_update
+
+    @functools.wraps(own)
+    def do_kv_cache_update(
+        kv_c_normed: Any, k_pe: Any, kv_cache: Any, slot_mapping: Any, kv_cache_dtype: str, k_scale: Any, *rest: Any
+    ) -> None:
+        exchange = _Engine.exchange
+        taken = exchange is not None and kv_cache.numel() and "exchange" in parts.enabled
+        if not (taken and exchange.write(kv_c_normed, kv_cache, slot_mapping, kv_cache_dtype, k_scale)):  # type: ignore[union-attr]
+            own(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *rest)
+
+    impl.do_kv_cache_update = do_kv_cache_update
+
+
+def _in_mla_attention(module: ModuleType) -> None:
+    layer_class, builder = module.MLAAttention, module.MLACommonMetadataBuilder
+    gather, chunks = module.maybe_gather_mla_latent_cache_inputs, module.build_mla_chunked_context_metadata
+    latents = ("kv_c_normed", "k_pe", "slot_mapping", "num_decode_tokens", "use_pcp")
+    parts.refuse(
+        "exchange",
+        parts.parameters_are(gather, *latents, more=("pcp_shard_decode_requests",))
+        or parts.parameters_are(
+            module.MLACommonBaseImpl.do_kv_cache_update,
+            *("self", "kv_c_normed", "k_pe", "kv_cache", "slot_mapping", "kv_cache_dtype", "k_scale"),
+            more=("skip_scale",),
+        ),
+    )
+    names = ("self", "q", "kv_c_normed", "k_pe", "kv_c_and_k_pe_cache", "attn_metadata", "k_scale", "output", "output_scale")
+    parts.refuse(
+        "prefill",
+        parts.parameters_are(module.MLACommonBaseImpl.forward_mha, *names)
+        or parts.parameters_are(builder.build, "self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+    )
+
+    made = layer_class.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        _on_layer(self, module.get_current_vllm_config())
+
+    layer_class.__init__ = __init__
+
+    @functools.wraps(gather)
+    def maybe_gather(
+        kv_c_normed: Any, k_pe: Any, slot_mapping: Any, num_decode_tokens: int | None, use_pcp: bool, *rest: Any, **named: Any
+    ) -> Any:
+        if use_pcp and "exchange" in parts.enabled and slot_mapping is not None and _taken("exchange"):
+            count = kv_c_normed.shape[0]
+            if num_decode_tokens is None:  # the profile run: what is allocated now is counted
+                _exchange().of(kv_c_normed, k_pe)
+            else:
+                sharded = named.get("pcp_shard_decode_requests", rest[0] if rest else False)
+                spread = slot_mapping.shape[0] > count and (sharded or num_decode_tokens < count)
+                if spread:
+                    return _exchange().gather(kv_c_normed, k_pe, slot_mapping)
+        return gather(kv_c_normed, k_pe, slot_mapping, num_decode_tokens, use_pcp, *rest, **named)
+
+    @functools.wraps(chunks)
+    def build_chunks(**named: Any) -> Any:
+        return None if _Engine.taking_rows else chunks(**named)
+
+    if "exchange" not in parts.refused:
+        module.maybe_gather_mla_latent_cache_inputs = maybe_gather  # type: ignore[attr-defined]
+    if "prefill" not in parts.refused:
+        module.build_mla_chunked_context_metadata = build_chunks  # type: ignore[attr-defined]
+        builder.build = _build(builder.build)
+
+
+def _build(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        mine = "prefill" in parts.enabled and self.use_pcp and _taken("prefill")
+        _Engine.taking_rows = mine
+        try:
+            metadata = own(self, common_prefix_len, common_attn_metadata, fast_build)
+        finally:
+            _Engine.taking_rows = False
+        if mine and metadata.num_prefills > 0:
+            _add_rows(self, common_attn_metadata, metadata)
+        return metadata
+
+    return build
+
+
+def _add_rows(builder: Any, common: Any, metadata: Any) -> None:
+    first, last = metadata.num_decodes, metadata.num_decodes + metadata.num_prefills
+    starts = common.query_start_loc_cpu[first : last + 1].numpy()
+    ends = common.seq_lens_cpu_upper_bound[first:last].numpy()  # exact for prefill rows
+    requests = np.arange(first, last)
+    if _Engine.batch is not None and np.array_equal(_Engine.batch.query_start_loc_np, common.query_start_loc_cpu.numpy()):
+        requests = _Engine.batch.idx_mapping_np[first:last]
+    host = host_rows(starts[1:] - starts[:-1], ends, requests, builder.chunked_prefill_workspace_size)
+    rows = step_rows(host, last - first, metadata.prefill.block_table, builder.page_size)
+    setattr(metadata.prefill, FIELD, rows)
+    parts.counts["rows"] += 1
+
+
+def _in_pcp_manager(module: ModuleType) -> None:
+    manager = module.PCPManager
+    made, partition = manager.__init__, manager.partition_batch
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        _tell()
+
+    @functools.wraps(partition)
+    def partition_batch(self: Any, input_batch: Any, *rest: Any, **named: Any) -> Any:
+        _Engine.batch = partition(self, input_batch, *rest, **named)
+        return _Engine.batch
+
+    manager.__init__ = __init__
+    manager.partition_batch = partition_batch
+
+
+HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "vllm.model_executor.layers.attention.mla_attention": _in_mla_attention,
+    "vllm.v1.worker.gpu.pcp_manager": _in_pcp_manager,
+}
+
+
+def _change(module: ModuleType) -> None:
+    """Change a module of vLLM, once; an unknown version of it disables what does not fit."""
+    if getattr(module, "pcp_mla_changed", False):
+        return
+    module.pcp_mla_changed = True  # type: ignore[attr-defined]
+    try:
+        HOOKS[module.__name__](module)
+    except AttributeError as error:
+        for part in parts.PARTS:
+            parts.refuse(part, f"this vLLM is not known ({error})")
+    for part, why in parts.refused.items():
+        logger.warning("pcp-mla: %s stays vLLM's own: %s", part, why)
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _change(module)
+
+    def __getattr__(self, name: str) -> Any:  # sources, for inspect and torch.compile
+        return getattr(self._loader, name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in HOOKS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def install() -> None:
+    """See :func:`pcp_mla.integrations.vllm.register`."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    names = parts.from_environment()
+    if not names or importlib.util.find_spec("vllm") is None:
+        return
+    parts.switch(names)
+    sys.meta_path.insert(0, _Finder())
+    for name in HOOKS:
+        if name in sys.modules:
+            _change(sys.modules[name])

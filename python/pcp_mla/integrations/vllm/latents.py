@@ -1,0 +1,65 @@
+"""The part ``exchange``: the latents of all ranks in one collective, and from its buffer straight into their cache slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...exchange.latents import LatentExchange
+from ...ops.latent_cache import write_latent_cache
+from ...plan.dims import MLADims
+from . import parts
+from .communicator import Communicator
+
+_E4M3 = ("fp8", "fp8_e4m3")
+
+
+class PackedExchange:
+    """The exchanges of a process, one for each kind of latents, whichever layer they are of.
+
+    vLLM asks for the latents to cache in one call and writes them in the next, passing on the very tensors that it was given. They
+    are views of the exchange's buffer, so that vLLM's own write works too.
+    """
+
+    def __init__(self, coordinator: Any) -> None:
+        self._communicator = Communicator(coordinator)
+        self._exchanges: dict[tuple[Any, ...], LatentExchange] = {}
+        self._packed: torch.Tensor | None = None
+        self._kv_c: torch.Tensor | None = None
+
+    def of(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> LatentExchange:
+        """The exchange for such latents; the first call of an engine, its profile run, has as many rows as any later one."""
+        key = (kv_c.dtype, kv_c.device, kv_c.shape[1], k_pe.shape[-1])
+        found = self._exchanges.get(key)
+        if found is None or found.max_tokens < kv_c.shape[0]:
+            dims = MLADims(1, 1, key[3], 1, key[2])
+            found = LatentExchange(self._communicator, kv_c.shape[0], dims, kv_c.dtype, kv_c.device)
+            self._exchanges[key] = found
+        return found
+
+    def gather(
+        self, kv_c: torch.Tensor, k_pe: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What vLLM is to cache: [P * n, kv_lora_rank], [P * n, 1, rope] and their slots.
+
+        Replicated decodes travel too, and rank 0's copies are what every rank caches: others have no slot.
+        """
+        count = kv_c.shape[0]
+        packed = self.of(kv_c, k_pe).all_gather_rows(kv_c, k_pe.view(count, -1))
+        self._packed, self._kv_c = packed, packed[:, : kv_c.shape[1]]
+        parts.counts["exchange"] += 1
+        return self._kv_c, packed[:, None, kv_c.shape[1] :], slot_mapping[: packed.shape[0]]
+
+    def write(self, kv_c: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, cache_dtype: str, scale: torch.Tensor) -> bool:
+        """Write the rows that were gathered last, if these are they and the cache is of a kind that the op knows."""
+        if kv_c is not self._kv_c or self._packed is None:
+            return False
+        if cache_dtype in _E4M3:
+            write_latent_cache(self._packed, cache.view(torch.float8_e4m3fn), slots, scale=scale)
+        elif cache.dtype == kv_c.dtype:
+            torch.ops.pcp_mla.write_latent_cache.default(self._packed, cache, slots, None)
+        else:
+            return False
+        parts.counts["cache_write"] += 1
+        return True
