@@ -31,6 +31,7 @@ class _Engine:
 
     exchange: PackedExchange | None = None
     batch: Any = None  # the last step's rows on this rank
+    workspace = (0, 0)  # rows of K and V of a layer that a step may need at a time, and numbers of the widest one
     taking_rows = False  # while metadata is built for layers whose context this package attends to
     told = False
 
@@ -67,6 +68,17 @@ def _on_layer(layer: Any, config: Any) -> None:
         _take_write(layer.impl)
     if not why and "prefill" not in parts.refused:
         layer.impl.forward_mha = LayerPrefill(layer.impl)
+        rows = max(layer.chunked_prefill_workspace_size, config.scheduler_config.max_num_batched_tokens)
+        width = layer.num_heads * (layer.qk_head_dim + layer.v_head_dim)
+        _Engine.workspace = (max(rows, _Engine.workspace[0]), max(width, _Engine.workspace[1]))
+
+
+def _profile(kv_c: Any, k_pe: Any) -> None:
+    """In vLLM's profile run, which finds out how much memory is left for the cache: what a step needs here."""
+    if "exchange" in parts.enabled and _taken("exchange"):
+        _exchange().of(kv_c, k_pe)
+    if "prefill" in parts.enabled and _taken("prefill"):
+        kv_c.new_empty(_Engine.workspace)
 
 
 def _take_write(impl: Any) -> None:
@@ -117,14 +129,13 @@ def _in_mla_attention(module: ModuleType) -> None:
     def maybe_gather(
         kv_c_normed: Any, k_pe: Any, slot_mapping: Any, num_decode_tokens: int | None, use_pcp: bool, *rest: Any, **named: Any
     ) -> Any:
-        if use_pcp and "exchange" in parts.enabled and slot_mapping is not None and _taken("exchange"):
-            count = kv_c_normed.shape[0]
-            if num_decode_tokens is None:  # the profile run: what is allocated now is counted
-                _exchange().of(kv_c_normed, k_pe)
-            else:
+        if use_pcp and slot_mapping is not None:
+            if num_decode_tokens is None:
+                _profile(kv_c_normed, k_pe)
+            elif "exchange" in parts.enabled and _taken("exchange"):
+                count = kv_c_normed.shape[0]
                 sharded = named.get("pcp_shard_decode_requests", rest[0] if rest else False)
-                spread = slot_mapping.shape[0] > count and (sharded or num_decode_tokens < count)
-                if spread:
+                if slot_mapping.shape[0] > count and (sharded or num_decode_tokens < count):
                     return _exchange().gather(kv_c_normed, k_pe, slot_mapping)
         return gather(kv_c_normed, k_pe, slot_mapping, num_decode_tokens, use_pcp, *rest, **named)
 
