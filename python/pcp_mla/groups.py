@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -83,14 +85,22 @@ def all_gather_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
     return gathered
 
 
+def _copy_all(gathered: torch.Tensor, rows: torch.Tensor, group: Group) -> None:
+    gathered.copy_(all_gather_rows(rows, group))
+
+
 def all_gather_into(gathered: torch.Tensor, rows: torch.Tensor, group: Group) -> None:
     """The same into a given tensor, contiguous; NCCL takes ``rows`` that are this rank's part of it."""
+    gathering_into(gathered, rows, group)()
+
+
+def gathering_into(gathered: torch.Tensor, rows: torch.Tensor, group: Group) -> Callable[[], None]:
+    """:func:`all_gather_into` to be called often: what kind of group it is has been looked at."""
     if isinstance(group, dist.ProcessGroup):
-        _all_gather_single(gathered, rows, group=group)
-    elif isinstance(group, CommunicatorHandle):
-        group.all_gather_into(gathered, rows)
-    else:
-        gathered.copy_(all_gather_rows(rows, group))
+        return partial(_all_gather_single, gathered, rows, group=group)
+    if isinstance(group, CommunicatorHandle):
+        return partial(group.all_gather_into, gathered, rows)
+    return partial(_copy_all, gathered, rows, group)
 
 
 def reduce_scatter_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
 from ..checks import check_count, check_last_dim
-from ..groups import Group, all_gather_into, check_group, check_latents, gathers_in_place, group_rank, group_world_size
+from ..groups import Group, check_group, check_latents, gathering_into, gathers_in_place, group_rank, group_world_size
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
 
@@ -61,6 +60,7 @@ class LatentExchange:
                 self.world_size * max_tokens if self.world_size > 1 else 0, self.width, dtype=dtype, device=device
             )
         self._in_place = gathers_in_place(group) and self.world_size > 1
+        self._last: tuple[int, torch.Tensor, torch.Tensor, Callable[[], None] | None] = self._prepared(0)
 
     def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
         """One collective; none for a world of one, and none for a step of replicated decodes alone, which every rank has.
@@ -110,7 +110,7 @@ class LatentExchange:
         if self.world_size == 1:
             return rows
         if not alone:
-            self._gather(gathered, rows)
+            (self.around or _call)(self._collective(gathered, rows))
         return gathered
 
     def all_gather_rows(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
@@ -120,19 +120,26 @@ class LatentExchange:
         exchange's dtype, of the same n on every rank, at most ``max_tokens``. Returns [P * n, W], rank-major, as
         :meth:`all_gather`.
         """
-        count = kv_c.shape[0]
-        gathered = self._gathered[: self.world_size * count]
-        rows = gathered[self.rank * count :][:count] if self._in_place else self._send[:count]
+        count, rows, gathered, collective = self._last
+        if count != kv_c.shape[0]:  # the layers of a step have the same rows
+            self._last = count, rows, gathered, collective = self._prepared(kv_c.shape[0])
         pack_latents(kv_c, k_pe, rows)
-        if self.world_size == 1:
-            return rows
-        self._gather(gathered, rows)
+        if collective is not None:
+            (self.around or _call)(collective)
         return gathered
 
-    def _gather(self, gathered: torch.Tensor, rows: torch.Tensor) -> None:
+    def _prepared(self, count: int) -> tuple[int, torch.Tensor, torch.Tensor, Callable[[], None] | None]:
+        """Where ``count`` rows of each rank are packed, where they come together, and the collective."""
+        if self.world_size == 1:
+            return count, self._send[:count], self._send[:count], None
+        gathered = self._gathered[: self.world_size * count]
+        rows = gathered[self.rank * count :][:count] if self._in_place else self._send[:count]
+        return count, rows, gathered, self._collective(gathered, rows)
+
+    def _collective(self, gathered: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:
         if rows.element_size() == 1:  # collectives know bytes, but not every float8
             gathered, rows = gathered.view(torch.uint8), rows.view(torch.uint8)
-        (self.around or _call)(partial(all_gather_into, gathered, rows, self.group))
+        return gathering_into(gathered, rows, self.group)
 
     def _side_by_side(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor | None:
         """The two as one contiguous [T, W], if that is how they lie in memory."""

@@ -136,6 +136,9 @@ def _project(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Ten
         _up_project(latents, rows, weight, k, v)
 
 
+expand_into = _project  # :func:`kv_up_project` into given tensors, for arguments that are known to fit
+
+
 def expand(latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`kv_up_project` for arguments that are known to fit."""
     k = latents.new_empty(rows.shape[0], dims.num_heads, dims.qk_head_dim)

@@ -44,11 +44,6 @@ def _tell() -> None:
         logger.info("pcp-mla %s %s", __version__, parts.summary())
 
 
-def _taken(part: str) -> bool:
-    """Whether every layer that was made is this part's."""
-    return bool(parts.layers.get(part)) and not any(parts.layers[part].values())
-
-
 def _exchange() -> PackedExchange:
     if _Engine.exchange is None:
         from vllm.distributed.parallel_state import get_pcp_group
@@ -62,12 +57,14 @@ def _on_layer(layer: Any, config: Any) -> None:
     if config.parallel_config.prefill_context_parallel_size <= 1:
         return
     sparse = getattr(layer, "use_sparse", False) or getattr(layer.impl, "is_sparse", False)
-    parts.layers.setdefault("exchange", {})[layer.layer_name] = "sparse MLA" if sparse else ""
-    parts.layers.setdefault("prefill", {})[layer.layer_name] = why = refusal(layer, config)
+    parts.made("exchange", layer.layer_name, "sparse MLA" if sparse else "")
+    why = refusal(layer, config)
+    parts.made("prefill", layer.layer_name, why)
     if not sparse and "exchange" not in parts.refused:
         _take_write(layer.impl)
     if not why and "prefill" not in parts.refused:
-        layer.impl.forward_mha = LayerPrefill(layer.impl)
+        ours = LayerPrefill(layer)
+        layer.impl.forward_mha, layer.forward_impl = ours.forward_mha, ours.forward_impl
         rows = max(layer.chunked_prefill_workspace_size, config.scheduler_config.max_num_batched_tokens)
         width = layer.num_heads * (layer.qk_head_dim + layer.v_head_dim)
         _Engine.workspace = (max(rows, _Engine.workspace[0]), max(width, _Engine.workspace[1]))
@@ -75,9 +72,9 @@ def _on_layer(layer: Any, config: Any) -> None:
 
 def _profile(kv_c: Any, k_pe: Any) -> None:
     """In vLLM's profile run, which finds out how much memory is left for the cache: what a step needs here."""
-    if "exchange" in parts.enabled and _taken("exchange"):
+    if "exchange" in parts.running:
         _exchange().of(kv_c, k_pe)
-    if "prefill" in parts.enabled and _taken("prefill"):
+    if "prefill" in parts.running:
         kv_c.new_empty(_Engine.workspace)
 
 
@@ -89,7 +86,7 @@ def _take_write(impl: Any) -> None:
         kv_c_normed: Any, k_pe: Any, kv_cache: Any, slot_mapping: Any, kv_cache_dtype: str, k_scale: Any, *rest: Any
     ) -> None:
         exchange = _Engine.exchange
-        taken = exchange is not None and kv_cache.numel() and "exchange" in parts.enabled
+        taken = exchange is not None and kv_cache.numel() and "exchange" in parts.running
         if not (taken and exchange.write(kv_c_normed, kv_cache, slot_mapping, kv_cache_dtype, k_scale)):  # type: ignore[union-attr]
             own(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *rest)
 
@@ -132,7 +129,7 @@ def _in_mla_attention(module: ModuleType) -> None:
         if use_pcp and slot_mapping is not None:
             if num_decode_tokens is None:
                 _profile(kv_c_normed, k_pe)
-            elif "exchange" in parts.enabled and _taken("exchange"):
+            elif "exchange" in parts.running:
                 count = kv_c_normed.shape[0]
                 sharded = named.get("pcp_shard_decode_requests", rest[0] if rest else False)
                 if slot_mapping.shape[0] > count and (sharded or num_decode_tokens < count):
@@ -153,7 +150,7 @@ def _in_mla_attention(module: ModuleType) -> None:
 def _build(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        mine = "prefill" in parts.enabled and self.use_pcp and _taken("prefill")
+        mine = "prefill" in parts.running and self.use_pcp
         _Engine.taking_rows = mine
         try:
             metadata = own(self, common_prefix_len, common_attn_metadata, fast_build)

@@ -26,7 +26,7 @@ class PackedExchange:
         self._communicator = Communicator(coordinator)
         self._exchanges: dict[tuple[Any, ...], LatentExchange] = {}
         self._packed: torch.Tensor | None = None
-        self._kv_c: torch.Tensor | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def of(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> LatentExchange:
         """The exchange for such latents; the first call of an engine, its profile run, has as many rows as any later one."""
@@ -45,15 +45,16 @@ class PackedExchange:
 
         Replicated decodes travel too, and rank 0's copies are what every rank caches: others have no slot.
         """
-        count = kv_c.shape[0]
-        packed = self.of(kv_c, k_pe).all_gather_rows(kv_c, k_pe.view(count, -1))
-        self._packed, self._kv_c = packed, packed[:, : kv_c.shape[1]]
+        packed = self.of(kv_c, k_pe).all_gather_rows(kv_c, k_pe.view(kv_c.shape[0], -1))
+        if packed is not self._packed or self._views is None:  # one for all layers of a step
+            self._packed, self._views = packed, (packed[:, : kv_c.shape[1]], packed[:, None, kv_c.shape[1] :])
         parts.counts["exchange"] += 1
-        return self._kv_c, packed[:, None, kv_c.shape[1] :], slot_mapping[: packed.shape[0]]
+        slots = slot_mapping if slot_mapping.shape[0] == packed.shape[0] else slot_mapping[: packed.shape[0]]
+        return *self._views, slots
 
     def write(self, kv_c: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, cache_dtype: str, scale: torch.Tensor) -> bool:
         """Write the rows that were gathered last, if these are they and the cache is of a kind that the op knows."""
-        if kv_c is not self._kv_c or self._packed is None:
+        if self._packed is None or self._views is None or kv_c is not self._views[0]:
             return False
         if cache_dtype in _E4M3:
             write_latent_cache(self._packed, cache.view(torch.float8_e4m3fn), slots, scale=scale)

@@ -19,7 +19,8 @@ PARTS = {
 }
 DEFAULT = ("exchange", "prefill")
 
-enabled: set[str] = set()  # read at every call: what runs now
+enabled: set[str] = set()  # what was asked for
+running: set[str] = set()  # read at every call: what was asked for and can be done for every layer
 refused: dict[str, str] = {}  # part: why this vLLM has no place for it
 layers: dict[str, dict[str, str]] = {}  # part: layer name: why it stays vLLM's; the empty string where it does not
 counts: Counter[str] = Counter()  # calls that ran here: proof, for tests
@@ -58,6 +59,18 @@ def switch(names: Iterable[str]) -> None:
         raise ValueError(f"switch: names must be some of {', '.join(PARTS)}, got {', '.join(sorted(names - PARTS.keys()))}")
     enabled.clear()
     enabled.update(names - refused.keys())
+    _settle()
+
+
+def _settle() -> None:
+    running.clear()
+    running.update(part for part in enabled if layers.get(part) and not any(layers[part].values()))
+
+
+def made(part: str, layer: str, why: str) -> None:
+    """A layer was made that this part takes, or does not take for a reason."""
+    layers.setdefault(part, {})[layer] = why
+    _settle()
 
 
 def parameters_are(function: Callable[..., Any], *names: str, more: tuple[str, ...] = ()) -> str:
@@ -76,20 +89,20 @@ def refuse(part: str, why: str) -> None:
     if why:
         refused.setdefault(part, why)
         enabled.discard(part)
+        _settle()
 
 
 def summary() -> str:
     """One line: the parts that run here, and why others do not."""
-    running, waiting = [], []
+    taken, waiting = [], []
     for part in PARTS:
         reasons = Counter(reason for reason in layers.get(part, {}).values() if reason)
         if part in refused:
             waiting.append(f"{part} not: {refused[part]}")
         elif part not in enabled:
             waiting.append(f"{part} not: {VARIABLE} leaves it out")
-        elif part in layers and not any(not reason for reason in layers[part].values()):
-            waiting.append(f"{part} not: {'; '.join(reasons)}")
+        elif reasons:
+            waiting.append(f"{part} not: {', '.join(f'{count} layers of {reason}' for reason, count in reasons.items())}")
         else:
-            left = f" (but {sum(reasons.values())} layers: {'; '.join(reasons)})" if reasons else ""
-            running.append(f"{part}{left}")
-    return f"takes the place of vLLM's {', '.join(running) or 'nothing'}" + "".join(f"; {reason}" for reason in waiting)
+            taken.append(part)
+    return f"takes the place of vLLM's {', '.join(taken) or 'nothing'}" + "".join(f"; {reason}" for reason in waiting)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ...ops.attention.call import run_rows
+from ...ops.attention.libraries import LIBRARIES, Library, find, prepared
 from ...ops.attention.support import choose
-from ...ops.kv_up_project import expand, kv_up_project
+from ...ops.kv_up_project import expand_into, kv_up_project
 from ...plan.dims import MLADims
 from . import parts
 from .rows import RowChunk, StepRows
 
 FIELD = "pcp_mla_rows"  # of vLLM's prefill metadata: the step's rows, where they are this part's
 _E4M3 = ("fp8", "fp8_e4m3")
-_Projection = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+_KEPT_BYTES = 2**28  # K and V of smaller steps, whose host time counts, lie in a buffer that is kept
 
 
 def refusal(layer: Any, config: Any) -> str:
@@ -46,13 +46,43 @@ def _is_plain(linear: Any) -> bool:
     return plain and linear.bias is None and not linear.gather_output and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
-class LayerPrefill:
-    """A layer's ``forward_mha``. Steps that this part did not plan, and all while it is switched off, are vLLM's own."""
+class Workspace:
+    """Where K and V of a step's calls lie: for small steps a buffer that is kept, for all layers the same one."""
 
-    def __init__(self, impl: Any) -> None:
-        self._own = impl.forward_mha
-        self._linear = impl.kv_b_proj
-        self._scale = impl.scale
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._last: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor] | None = None
+
+    def of(self, count: int, dims: MLADims, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [count, heads, nope + rope] and V [count, heads, v] to be written, of the dtype and on the device of ``like``."""
+        key = (count, dims, like.dtype, like.device)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1:]
+        heads, widths = dims.num_heads, (dims.qk_head_dim, dims.v_head_dim)
+        numbers = [count * heads * width for width in widths]
+        room = _KEPT_BYTES // like.element_size()
+        if sum(numbers) + 128 > room:
+            return like.new_empty(count, heads, widths[0]), like.new_empty(count, heads, widths[1])
+        kept = self._kept.get(key[2:])
+        if kept is None:
+            kept = self._kept[key[2:]] = like.new_empty(room)
+        start = -(-numbers[0] // 128) * 128  # V begins at a multiple of 128 bytes, for tensor copies
+        k = kept[: numbers[0]].view(count, heads, widths[0])
+        self._last = key, k, kept[start : start + numbers[1]].view(count, heads, widths[1])
+        return self._last[1:]
+
+
+WORKSPACE = Workspace()
+
+
+class LayerPrefill:
+    """A layer's ``forward_mha``, and its ``forward_impl`` in steps without decodes. Steps that this part did not plan, and all
+    while it is switched off, are vLLM's own."""
+
+    def __init__(self, layer: Any) -> None:
+        impl = layer.impl
+        self._own, self._own_impl = impl.forward_mha, layer.forward_impl
+        self._layer, self._linear, self._scale = layer, impl.kv_b_proj, impl.scale
         self._dims = MLADims(
             num_heads=impl.num_heads,
             qk_nope_head_dim=impl.qk_nope_head_dim,
@@ -63,7 +93,32 @@ class LayerPrefill:
         self._quantised = impl.kv_cache_dtype in _E4M3
         self._backend = ""
 
-    def __call__(
+    def forward_impl(
+        self,
+        q: torch.Tensor,
+        k_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *more: Any,
+        **named: Any,
+    ) -> torch.Tensor:
+        """vLLM's own cuts the inputs to the tokens that are no pads, and these into decodes and prefills, in eleven views, for
+        nothing where there are no decodes."""
+        prefill = None if attn_metadata is None or attn_metadata.num_decode_tokens else attn_metadata.prefill
+        step: StepRows | None = None if prefill is None else prefill.__dict__.get(FIELD)
+        if step is None or output.dtype != q.dtype or any(value is not None for value in (*more, *named.values())):
+            return self._own_impl(q, k_c_normed, k_pe, kv_cache, attn_metadata, output, *more, **named)
+        count, out = attn_metadata.num_actual_tokens, output
+        if count < output.shape[0]:
+            q, out = q[:count], output[:count]
+            output[count:].zero_()
+        cache = kv_cache.view(torch.float8_e4m3fn) if self._quantised else kv_cache
+        self._forward(q, cache, step, self._layer._k_scale, out)
+        return output
+
+    def forward_mha(
         self,
         q: torch.Tensor,
         kv_c_normed: torch.Tensor,
@@ -79,21 +134,38 @@ class LayerPrefill:
             self._own(q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output, output_scale)
             return
         if output_scale is not None:
-            raise NotImplementedError("pcp_mla: prefill output must not be quantised, PCP_MLA_VLLM=exchange leaves it to vLLM")
-        dims = self._dims
-        out = output.view(-1, dims.num_heads, dims.v_head_dim)
-        if not self._backend:
-            self._backend = choose("auto", q.device, q.dtype, dims.qk_head_dim, dims.v_head_dim, False)
-        parts.counts["prefill"] += 1
+            raise NotImplementedError(f"pcp_mla: prefill output must not be quantised: set {parts.VARIABLE}=exchange")
+        self._forward(q, kv_c_and_k_pe_cache, step, k_scale, output)
+
+    def _forward(self, q: torch.Tensor, cache: torch.Tensor, step: StepRows, k_scale: torch.Tensor, output: torch.Tensor) -> None:
+        """[T, heads, nope + rope] to ``output`` [T, heads * v] over the step's keys, which are all in the cache."""
+        out = output.view(-1, self._dims.num_heads, self._dims.v_head_dim)
         scale = k_scale if self._quantised else None
+        parts.counts["prefill"] += 1
         *context, new = step.chunks
-        if not context:
-            self._attend(q, kv_c_and_k_pe_cache, step, new, scale, out, None)
+        if context:
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            self._attend(q, cache, step, new, scale, out, lse)
+            for chunk in context:
+                self._attend(q, cache, step, chunk, scale, out, lse, (out, lse))
             return
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        self._attend(q, kv_c_and_k_pe_cache, step, new, scale, out, lse)
-        for chunk in context:
-            self._attend(q, kv_c_and_k_pe_cache, step, chunk, scale, out, lse, (out, lse))
+        call = step.calls.get(self._scale)
+        if call is None:
+            call = step.calls[self._scale] = self._prepared(q, new)
+        if call is False:
+            self._attend(q, cache, step, new, scale, out, None)
+        else:
+            call(q, *self._expand(cache, step.kv_rows, scale, q), out)
+
+    def _prepared(self, q: torch.Tensor, chunk: RowChunk) -> Any:
+        """A call of the step's attention that all layers with this scale can share, or False if the library has none."""
+        library = find(self._chosen(q)) if self._chosen(q) in LIBRARIES else None
+        return isinstance(library, Library) and (prepared(library, chunk.rows, self._scale) or False)
+
+    def _chosen(self, q: torch.Tensor) -> str:
+        if not self._backend:
+            self._backend = choose("auto", q.device, q.dtype, self._dims.qk_head_dim, self._dims.v_head_dim, False)
+        return self._backend
 
     def _attend(
         self,
@@ -107,9 +179,8 @@ class LayerPrefill:
         prev: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Output over a chunk's keys in ``out`` and its LSE in ``lse`` if it is wanted, merged with ``prev``."""
-        rows = step.kv_rows if len(step.chunks) == 1 else step.kv_rows[chunk.first : chunk.first + chunk.num_keys]
-        k, v = self._expand(cache, rows, scale, q)
-        run_rows(self._backend, q, k, v, chunk.rows, self._scale, lse is not None, prev=prev, out=out, lse=lse)
+        k, v = self._expand(cache, step.kv_rows[chunk.first : chunk.first + chunk.num_keys], scale, q)
+        run_rows(self._chosen(q), q, k, v, chunk.rows, self._scale, lse is not None, prev=prev, out=out, lse=lse)
 
     def _expand(
         self, cache: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None, q: torch.Tensor
@@ -117,9 +188,12 @@ class LayerPrefill:
         if not _is_plain(self._linear):
             return kv_up_project(cache, rows, None, self._dims, linear=self._through_module, scale=scale)
         weight = self._linear.weight.data  # looked up at every call: engines swap weights
+        k, v = WORKSPACE.of(rows.shape[0], self._dims, q)
         if scale is None:
-            return expand(cache, rows, weight, self._dims)
-        return kv_up_project(cache, rows, weight, self._dims, scale=scale)
+            expand_into(cache, rows, weight, k, v)
+        else:
+            kv_up_project(cache, rows, weight, self._dims, scale=scale, k_out=k, v_out=v)
+        return k, v
 
     def _through_module(self, latents: torch.Tensor) -> torch.Tensor:
         return self._linear(latents)[0]

@@ -27,12 +27,15 @@ class RowChunk(NamedTuple):
 class StepRows(NamedTuple):
     """What the layers of a step share. ``kv_rows`` is int32: the slot of every key, each key once.
 
+    ``calls`` are attention calls that layers share, by their scale.
+
     Of several chunks, which are for a workspace that does not hold all keys, the last one has the new tokens, seen causally; those
     before it have context that every query of the request sees.
     """
 
     kv_rows: torch.Tensor
     chunks: tuple[RowChunk, ...]
+    calls: dict[float, Any]
 
 
 class HostRows(NamedTuple):
@@ -137,4 +140,4 @@ def step_rows(host: HostRows, num_rows: int, block_table: torch.Tensor, block_si
     for first, count, longest, causal, where, what in host.chunks:
         cu_seqlens_k, used = buffer[where : where + num_rows + 1], buffer[what : what + num_rows]
         chunks.append(RowChunk(first, count, Rows(cu_seqlens_q, cu_seqlens_k, used, host.max_seqlen_q, longest, causal)))
-    return StepRows(kv_rows, tuple(chunks))
+    return StepRows(kv_rows, tuple(chunks), {})

@@ -39,12 +39,14 @@ class Library:
         parameters: their names, False where one must be given.
         dtypes: that it is built for.
         flash2: V must be as wide as q, and a row without keys has an LSE of +inf.
+        positional: of an op: what takes its arguments in order, faster, and their defaults.
     """
 
     call: Callable[..., Any]
     parameters: Mapping[str, bool]
     dtypes: tuple[torch.dtype, ...] = BF16_FP16
     flash2: bool = False
+    positional: tuple[Callable[..., Any], Mapping[str, Any]] | None = None
 
     @property
     def shares_starts(self) -> bool:
@@ -89,7 +91,11 @@ def of_op(op: Any) -> Library:
     """A dispatched op. An optional argument without a default is None where it is not given."""
     defaults = {a.name: a.has_default_value() for a in op._schema.arguments}
     absent = {a.name: None for a in op._schema.arguments if isinstance(a.type, torch.OptionalType) and not defaults[a.name]}
-    return Library(lambda **given: op(**absent | given), {name: known or name in absent for name, known in defaults.items()})
+    return Library(
+        lambda **given: op(**absent | given),
+        {name: known or name in absent for name, known in defaults.items()},
+        positional=(op, {a.name: a.default_value if defaults[a.name] else None for a in op._schema.arguments}),
+    )
 
 
 def of_function(function: Callable[..., Any]) -> Library:
@@ -198,6 +204,27 @@ def in_reach(x: torch.Tensor) -> torch.Tensor:
     """[tokens, heads, dim] where a library can read it: ``x``, or a copy. Libraries take that for granted, and a kernel that cannot
     goes down with the whole context."""
     return x.clone(memory_format=torch.contiguous_format) if _apart(x) else x
+
+
+def prepared(library: Library, rows: Rows, scale: float) -> Callable[..., Any] | None:
+    """:func:`call` for many layers with the same rows: a function of q, K, V and ``out`` that gives nothing back, and leaves checks
+    and copies to whoever made the tensors. None where a library has no such form."""
+    if library.positional is None or library.flash2 or not library.shares_starts:
+        return None
+    op, defaults = library.positional
+    values = {"q": "q", "k": "k", "v": "v", "out": "out", "softmax_scale": scale, **rows._asdict()}
+    given: dict[str, Any] = {**defaults, **arguments(library, values)}
+    places = {value: at for at, value in enumerate(given.values()) if isinstance(value, str)}
+    if places.keys() != {"q", "k", "v", "out"}:
+        return None
+    template, (at_q, at_k, at_v, at_out) = list(given.values()), (places[name] for name in ("q", "k", "v", "out"))
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        arguments = template.copy()
+        arguments[at_q], arguments[at_k], arguments[at_v], arguments[at_out] = q, k, v, out
+        op(*arguments)
+
+    return run
 
 
 def call(
