@@ -16,7 +16,7 @@ from typing import Any
 
 from . import engine, marks
 
-DEFAULT_PARTS = "exchange,prefill"
+DEFAULT_PARTS = "exchange,prefill,planner"
 CASES = {"8k": (8192, 0), "8k+56k": (8192, 57344), "32k": (32768, 0)}  # new tokens of one step, cached tokens
 
 

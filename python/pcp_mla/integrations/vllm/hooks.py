@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from . import parts
+from . import planner as step_planner
+from .communicator import Communicator
 from .latents import PackedExchange
 from .prefill import FIELD, LayerPrefill, refusal
 from .rows import host_rows, step_rows
@@ -29,10 +31,12 @@ logger = logging.getLogger("vllm.pcp_mla")  # a child of vLLM's logger, so that 
 class _Engine:
     """What the parts of a process share."""
 
+    communicator: Communicator | None = None
     exchange: PackedExchange | None = None
     batch: Any = None  # the last step's rows on this rank
     workspace = (0, 0)  # rows of K and V of a layer that a step may need at a time, and numbers of the widest one
     taking_rows = False  # while metadata is built for layers whose context this package attends to
+    planner: step_planner.StepPlanner | None = None
     told = False
 
 
@@ -44,11 +48,17 @@ def _tell() -> None:
         logger.info("pcp-mla %s %s", __version__, parts.summary())
 
 
-def _exchange() -> PackedExchange:
-    if _Engine.exchange is None:
+def _communicator() -> Communicator:
+    if _Engine.communicator is None:
         from vllm.distributed.parallel_state import get_pcp_group
 
-        _Engine.exchange = PackedExchange(get_pcp_group())
+        _Engine.communicator = Communicator(get_pcp_group())
+    return _Engine.communicator
+
+
+def _exchange() -> PackedExchange:
+    if _Engine.exchange is None:
+        _Engine.exchange = PackedExchange(_communicator())
     return _Engine.exchange
 
 
@@ -144,13 +154,16 @@ def _in_mla_attention(module: ModuleType) -> None:
         module.maybe_gather_mla_latent_cache_inputs = maybe_gather  # type: ignore[attr-defined]
     if "prefill" not in parts.refused:
         module.build_mla_chunked_context_metadata = build_chunks  # type: ignore[attr-defined]
-        builder.build = _build(builder.build)
+        builder.build = _build(module, builder.build)
 
 
-def _build(own: Callable[..., Any]) -> Callable[..., Any]:
+def _build(module: ModuleType, own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         mine = "prefill" in parts.running and self.use_pcp
+        plan = None if _Engine.planner is None else _Engine.planner.plan
+        if mine and plan is not None and plan.slots.data_ptr() == common_attn_metadata.slot_mapping.data_ptr():
+            return _planned_metadata(module, self, common_attn_metadata, plan)
         _Engine.taking_rows = mine
         try:
             metadata = own(self, common_prefix_len, common_attn_metadata, fast_build)
@@ -161,6 +174,31 @@ def _build(own: Callable[..., Any]) -> Callable[..., Any]:
         return metadata
 
     return build
+
+
+def _planned_metadata(module: ModuleType, builder: Any, common: Any, plan: step_planner.Plan) -> Any:
+    """vLLM's metadata of a step without decodes, of which its own code reads no more than this."""
+    prefill = module.MLACommonPrefillMetadata(
+        block_table=common.block_table_tensor,
+        query_start_loc=common.query_start_loc,
+        max_query_len=common.max_query_len,
+        output_dtype=builder.model_config.dtype,
+        q_data_type=builder.q_data_type,
+        prefill_backend=builder._prefill_backend,
+    )
+    setattr(prefill, FIELD, plan.rows)
+    return builder.metadata_cls(
+        num_reqs=common.num_reqs,
+        max_query_len=common.max_query_len,
+        max_seq_len=common.max_seq_len,
+        num_actual_tokens=common.num_actual_tokens,
+        query_start_loc=common.query_start_loc,
+        slot_mapping=common.slot_mapping,
+        num_decodes=0,
+        num_decode_tokens=0,
+        num_prefills=common.num_reqs,
+        prefill=prefill,
+    )
 
 
 def _add_rows(builder: Any, common: Any, metadata: Any) -> None:
@@ -176,22 +214,72 @@ def _add_rows(builder: Any, common: Any, metadata: Any) -> None:
     parts.counts["rows"] += 1
 
 
+def _plan_for(manager: Any) -> None:
+    """Look at a manager that was just made, once."""
+    try:
+        why = step_planner.refusal(manager) if _Engine.workspace[0] else "layers whose prefill stays vLLM's"
+        if not why and "planner" not in parts.refused:
+            _Engine.planner = step_planner.StepPlanner(manager, _Engine.workspace[0], _communicator())
+    except AttributeError as error:
+        why = f"a manager that is not known ({error})"
+    parts.made("planner", "manager", why)
+
+
+def _graphed(batch_desc: Any = None) -> bool:
+    """Whether a graph of fixed sizes is replayed: its rows are vLLM's to pad."""
+    return batch_desc is not None and bool(batch_desc.cg_mode.value)
+
+
 def _in_pcp_manager(module: ModuleType) -> None:
     manager = module.PCPManager
-    made, partition = manager.__init__, manager.partition_batch
+    made, partition, prepare = manager.__init__, manager.partition_batch, manager.prepare_attn
+    restore = manager.restore_hidden_states
+    parts.refuse(
+        "planner",
+        parts.parameters_are(partition, "self", "input_batch", more=("batch_desc",))
+        or parts.parameters_are(prepare, "self", "input_batch")
+        or parts.parameters_are(restore, "self", "hidden_states"),
+    )
 
     @functools.wraps(made)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
+        if "prefill" not in parts.refused:
+            _plan_for(self)
         _tell()
 
     @functools.wraps(partition)
     def partition_batch(self: Any, input_batch: Any, *rest: Any, **named: Any) -> Any:
-        _Engine.batch = partition(self, input_batch, *rest, **named)
-        return _Engine.batch
+        batch = None
+        if _Engine.planner is not None:
+            _Engine.planner.plan = None
+            if {"planner", "prefill"} <= parts.running and not _graphed(*rest, **named):
+                batch = _Engine.planner.partition(input_batch)
+        if batch is None:
+            batch = partition(self, input_batch, *rest, **named)
+        else:
+            self._global_batch = input_batch
+        _Engine.batch = batch
+        return batch
+
+    @functools.wraps(prepare)
+    def prepare_attn(self: Any, input_batch: Any) -> Any:
+        plan = None if _Engine.planner is None else _Engine.planner.plan
+        if plan is None or input_batch is not plan.batch:
+            return prepare(self, input_batch)
+        return (plan.tables,), plan.slots.unsqueeze(0)
+
+    @functools.wraps(restore)
+    def restore_hidden_states(self: Any, hidden_states: Any) -> Any:
+        planner = _Engine.planner
+        if planner is None or planner.plan is None:
+            return restore(self, hidden_states)
+        return planner.restore(hidden_states)
 
     manager.__init__ = __init__
     manager.partition_batch = partition_batch
+    manager.prepare_attn = prepare_attn
+    manager.restore_hidden_states = restore_hidden_states
 
 
 HOOKS: dict[str, Callable[[ModuleType], None]] = {

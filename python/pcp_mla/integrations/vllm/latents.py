@@ -22,8 +22,8 @@ class PackedExchange:
     are views of the exchange's buffer, so that vLLM's own write works too.
     """
 
-    def __init__(self, coordinator: Any) -> None:
-        self._communicator = Communicator(coordinator)
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
         self._exchanges: dict[tuple[Any, ...], LatentExchange] = {}
         self._packed: torch.Tensor | None = None
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -16,8 +16,9 @@ VARIABLE = "PCP_MLA_VLLM"
 PARTS = {
     "exchange": "one packed all-gather of the latents and one cache write, for two all-gathers, concatenations and a write",
     "prefill": "each key expanded once, and one attention call, for the calls over new tokens and context and their merges",
+    "planner": "steps without decodes planned by one copy and one launch; needs prefill",
 }
-DEFAULT = ("exchange", "prefill")
+DEFAULT = ("exchange", "prefill", "planner")
 
 enabled: set[str] = set()  # what was asked for
 running: set[str] = set()  # read at every call: what was asked for and can be done for every layer

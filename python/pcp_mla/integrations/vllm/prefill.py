@@ -112,8 +112,10 @@ class LayerPrefill:
             return self._own_impl(q, k_c_normed, k_pe, kv_cache, attn_metadata, output, *more, **named)
         count, out = attn_metadata.num_actual_tokens, output
         if count < output.shape[0]:
-            q, out = q[:count], output[:count]
             output[count:].zero_()
+            if count == 0:  # a short prompt is all on other ranks
+                return output
+            q, out = q[:count], output[:count]
         cache = kv_cache.view(torch.float8_e4m3fn) if self._quantised else kv_cache
         self._forward(q, cache, step, self._layer._k_scale, out)
         return output

@@ -1,0 +1,161 @@
+"""The part ``planner``: a step of prefills planned by :class:`pcp_mla.PCPPlanner`, behind the interface of vLLM's ``PCPManager``.
+
+One copy and one launch give positions, slots, where every hidden state comes from, and what attention reads. Steps with decodes are
+vLLM's own. The rows of a request are its head and its tail, in this order, each of them there even if it has no tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...ops.attention.libraries import Rows
+from ...planner.planned import PlannedMetadata
+from ...planner.planner import PCPPlanner
+from . import parts
+from .communicator import Communicator
+from .rows import RowChunk, StepRows
+
+# Of an InputBatch what says of a local batch that it is all prefills, in versions that have it.
+_ALL_PREFILLS: dict[str, Any] = {
+    "has_prefill": True,
+    "decode_graph_eligible": False,
+    "prefill_runs_as_decode_np": None,
+    "dcp_local_seq_lens_cpu_upper_bound": None,
+}
+
+
+def refusal(manager: Any) -> str:
+    """Why a manager's steps stay vLLM's; the empty string where this part takes them."""
+    tables = manager._block_tables
+    if manager.dcp_world_size > 1:
+        return "decode context parallelism"
+    if tables is None or manager._input_buffers is None:
+        return "a manager without block tables"
+    if tables.num_kv_cache_groups != 1:
+        return f"{tables.num_kv_cache_groups} groups of caches"
+    return ""
+
+
+def step_rows(meta: PlannedMetadata) -> StepRows:
+    """What attention reads, of a plan with block tables."""
+    assert meta.kv_rows is not None
+    chunks = []
+    for chunk in meta.key_chunks:
+        seqlens = (meta.cu_seqlens_q, chunk.cu_seqlens_k, chunk.seqused_k, meta.max_seqlen_q, chunk.max_seqlen_k)
+        chunks.append(RowChunk(chunk.first_row, chunk.num_rows, Rows(*seqlens, chunk.causal)))
+    return StepRows(meta.kv_rows, tuple(chunks), {})
+
+
+class Plan:
+    """A step of prefills: the plan, the batch that vLLM runs, and what attention reads."""
+
+    def __init__(self, meta: PlannedMetadata, batch: Any, tables: torch.Tensor) -> None:
+        assert meta.slot_mapping is not None
+        self.meta, self.batch, self.tables, self.rows = meta, batch, tables, step_rows(meta)
+        self.slots, self.hidden_rows = meta.slot_mapping, meta.hidden_restore_idx
+
+
+class StepPlanner:
+    """Plans the steps of one manager, whose buffers it writes to as the manager would.
+
+    Args:
+        limit: rows of K and V that an attention call may need, if its keys can be shared out over several.
+    """
+
+    def __init__(self, manager: Any, limit: int, communicator: Communicator) -> None:
+        self._manager, self._limit, self._communicator = manager, limit, communicator
+        buffers, tables = manager._input_buffers, manager._block_tables
+        block_size = getattr(tables, "kernel_block_sizes", tables.block_sizes)[0]
+        requests, blocks = buffers.max_num_reqs // 2, tables.block_tables[0].gpu.shape[1]
+        self._planner = PCPPlanner(
+            requests,
+            buffers.max_num_tokens,
+            manager.pcp_world_size,
+            manager.pcp_rank,
+            block_size=block_size,
+            device=manager.device,
+            max_context_chunks=-(-requests * blocks * block_size // limit),
+        )
+        self._no_pads = torch.zeros(buffers.max_num_tokens, dtype=torch.bool, device=manager.device)
+        rank, world = manager.pcp_rank, manager.pcp_world_size
+        self._chunks = np.array([rank, 2 * world - 1 - rank], np.int64)
+        self.plan: Plan | None = None
+
+    def partition(self, batch: Any) -> Any:
+        """The local batch, or None where the step is vLLM's."""
+        self.plan = None
+        if not batch.is_prefilling_np.all() or batch.num_draft_tokens:
+            return None
+        tables = self._tables(batch)
+        query_lens, context_lens = batch.num_scheduled_tokens, batch.num_computed_tokens_np
+        meta = self._planner.plan(query_lens, context_lens, block_tables=tables, workspace_tokens=self._limit)
+        self.plan = Plan(meta, self._local(batch, meta), tables)
+        parts.counts["plan"] += 1
+        return self.plan.batch
+
+    def _tables(self, batch: Any) -> torch.Tensor:
+        tables = self._manager._block_tables
+        if batch.num_reqs == 1:
+            at = int(batch.idx_mapping_np[0])
+            return tables.block_tables[0].gpu[at : at + 1]
+        return tables.gather_block_tables(batch.idx_mapping, batch.num_reqs)[0]
+
+    def _local(self, batch: Any, meta: PlannedMetadata) -> Any:
+        buffers, tokens, padded = self._manager._input_buffers, meta.num_tokens, meta.num_tokens_padded
+        length = batch.num_scheduled_tokens.astype(np.int64)[:, None]
+        chunk = -(-length // (2 * self._manager.pcp_world_size))
+        offsets = chunk * self._chunks
+        lengths = np.clip(length - offsets, 0, chunk).astype(np.int32).reshape(-1)
+        starts = (batch.num_computed_tokens_np[:, None] + np.minimum(offsets, length)).astype(np.int32).reshape(-1)
+        requests = np.repeat(np.arange(batch.num_reqs), 2)
+        query_start_loc = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=query_start_loc[1:])
+        prefill_lens = batch.prefill_len_np[requests]
+
+        input_ids, positions = buffers.input_ids[:padded], buffers.positions[:padded]
+        torch.index_select(batch.input_ids, 0, meta.local_token_indices, out=input_ids[:tokens])
+        positions[:tokens].copy_(meta.positions)
+        is_padding = self._no_pads[:padded]
+        if tokens < padded:
+            is_padding = buffers.is_padding[:padded]
+            is_padding[:tokens].fill_(False)
+            is_padding[tokens:].fill_(True)
+            input_ids[tokens:].zero_()
+            positions[tokens:].zero_()
+        names = {field.name for field in fields(batch)}
+        # Tensors for sampling stay those of the whole batch, with which it will be done.
+        return replace(
+            batch,
+            req_ids=[batch.req_ids[request] for request in requests],
+            num_reqs=len(lengths),
+            num_reqs_after_padding=len(lengths),
+            idx_mapping_np=batch.idx_mapping_np[requests],
+            num_scheduled_tokens=lengths,
+            num_tokens=tokens,
+            num_tokens_after_padding=padded,
+            query_start_loc=meta.cu_seqlens_q,
+            query_start_loc_np=query_start_loc,
+            seq_lens=meta.seqused_k,
+            seq_lens_cpu_upper_bound=torch.from_numpy(starts + lengths),
+            dcp_local_seq_lens=None,
+            num_computed_tokens_np=starts,
+            prefill_len_np=prefill_lens,
+            num_computed_prefill_tokens_np=np.minimum(starts, prefill_lens),
+            is_prefilling_np=np.ones(len(lengths), np.bool_),
+            max_seq_len_np=None,
+            input_ids=input_ids,
+            positions=positions,
+            is_padding=is_padding,
+            prompt_lens=None,
+            **{name: value for name, value in _ALL_PREFILLS.items() if name in names},
+        )
+
+    def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[Np, width] of this rank to [tokens, width] of the whole batch, in its order."""
+        assert self.plan is not None
+        gathered = self._communicator.all_gather(hidden_states.contiguous())
+        return torch.index_select(gathered, 0, self.plan.hidden_rows)
