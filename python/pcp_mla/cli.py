@@ -1,4 +1,4 @@
-"""``python -m pcp_mla``: env, demo, eval."""
+"""``python -m pcp_mla``: env, demo, eval, vllm."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from . import __version__, demo, evaluation
+from .integrations.vllm.report import print_report
 from .ops import native
 from .ops.attention import support
 from .ops.registry import COMPOSED, availability, public_name
@@ -67,9 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("env", help="print versions, GPUs, native libraries and backends")
     demo.add_arguments(commands.add_parser("demo", help="run a DeepSeek model stock and under PCP, and compare the logits"))
     evaluation.add_arguments(commands.add_parser("eval", help="solve word problems by a trained model, stock and under PCP"))
+    commands.add_parser("vllm", help="print what would be replaced in the vLLM that is installed here")
     args = parser.parse_args(argv)
     if args.command == "env":
         return print_env()
+    if args.command == "vllm":
+        return print_report()
     return demo.run(args) if args.command == "demo" else evaluation.run(args)
 
 

@@ -18,6 +18,7 @@ PARTS = {
     "prefill": "each key expanded once, and one attention call, for the calls over new tokens and context and their merges",
     "planner": "steps without decodes planned by one copy and one launch; needs prefill",
 }
+TRIED = "0.26.0 on two GPUs and 0.32.0 on a CPU; written with the sources of 0.33.0 beside it"
 DEFAULT = ("exchange", "prefill", "planner")
 
 enabled: set[str] = set()  # what was asked for
