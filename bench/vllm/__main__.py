@@ -97,15 +97,44 @@ def decodes(timer: Timer, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row]
 
 
+def _differences(one: Any, other: Any) -> tuple[int, int, float, float]:
+    """Tokens that were compared, those of them that differ, up to the first of a prompt; by how much ``one`` preferred its own there,
+    at most; and the largest difference of the log-probabilities that both sides have of a token."""
+    compared = differ = 0
+    gap = apart = 0.0
+    for ours, theirs in zip(one, other, strict=True):
+        for (token, likely), (second, also) in zip(ours, theirs, strict=True):
+            compared += 1
+            apart = max([apart, *(abs(likely[n] - also[n]) for n in likely.keys() & also.keys())])
+            if token != second:
+                differ += 1
+                gap = max(gap, likely[token] - likely.get(second, -float("inf")))
+                break
+    return compared, differ, gap, apart
+
+
 def batches(timer: Timer, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prompts of several lengths at once, in chunks, decode steps of some beside prefills of others: whether tokens are equal."""
+    """Prompts of several lengths at once, in chunks, decode steps of some beside prefills of others: how far log-probabilities are
+    apart, and which tokens differ. vLLM's own code against itself, on one rank's batch in another order, is what to compare with."""
     rows = []
     for step in (4096, 32768):
         engine.set_step(timer.llm, step)
-        row = {"case": "batch", "prompt": 15571, "requests": 5, "step_tokens": step}
-        row |= timer.compare([5000, 1234, 333, 9001, 3], 6, 2)
-        rows.append(row)
-        show(row)
+        for turn in range(4):
+            timer.seed += 10
+            prompts = [engine.prompt(count, timer.seed + i) for i, count in enumerate((5000, 1234, 333, 9001, 3, 700))]
+            found = {}
+            for side, names in (("vllm", ()), ("again", ()), ("ours", timer.sides.get("ours", ()))):
+                engine.switch(timer.llm, names)
+                engine.forget(timer.llm)
+                order = prompts[::-1] if side == "again" else prompts
+                likely = engine.likely(timer.llm, order, 8)
+                found[side] = likely[::-1] if side == "again" else likely
+            for side in ("again", "ours"):
+                compared, differ, gap, apart = _differences(found["vllm"], found[side])
+                row = {"case": "batch", "side": side, "turn": turn, "step_tokens": step, "tokens": compared, "differ": differ}
+                row |= {"largest_gap": gap, "largest_logprob_difference": apart}
+                rows.append(row)
+                show(row)
     return rows
 
 
@@ -158,6 +187,12 @@ def show(row: dict[str, Any]) -> None:
             listed = ", ".join(f"{kind} {value:.1f}" for kind, value in values.items())
             print(f"  {name}: {listed}; sum {sum(values.values()):.1f}", flush=True)
         return
+    if row["case"] == "batch":
+        print(
+            ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()),
+            flush=True,
+        )
+        return
     text = f"{row['case']:5} {row['prompt']:6} in steps of {row['step_tokens']:5}: "
     for side in ("vllm", "ours"):
         if f"{side}_ms" in row:
@@ -182,7 +217,7 @@ def main() -> int:
     llm = engine.build(args)
     timer, rows = Timer(llm, args), []
     for name, run in (("batch", batches), ("ttft", first_tokens), ("tpot", decodes)):
-        if name in args.cases.split(","):
+        if name in args.cases.split(",") and (name != "batch" or args.pcp > 1):
             rows += run(timer, args)
     if args.pcp > 1:
         print("calls of the plug-in, each rank:", engine.counts(llm), flush=True)

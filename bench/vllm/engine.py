@@ -71,13 +71,27 @@ def prompt(count: int, seed: int) -> list[int]:
 
 def generate(llm: Any, prompts: Sequence[list[int]], new: int = 1) -> tuple[float, list[list[int]]]:
     """Seconds for the prompts and ``new`` tokens of each, and the tokens."""
+    seconds, outputs = _generate(llm, prompts, new)
+    return seconds, [list(out.token_ids) for out in outputs]
+
+
+def likely(llm: Any, prompts: Sequence[list[int]], new: int) -> list[list[tuple[int, dict[int, float]]]]:
+    """Each new token of each prompt, and the log-probabilities of the likeliest ones in its place."""
+    outputs = _generate(llm, prompts, new, logprobs=5)[1]
+    return [
+        [(token, {n: one.logprob for n, one in found.items()}) for token, found in zip(out.token_ids, out.logprobs, strict=True)]
+        for out in outputs
+    ]
+
+
+def _generate(llm: Any, prompts: Sequence[list[int]], new: int, **options: Any) -> tuple[float, list[Any]]:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **options)
     requests = [{"prompt_token_ids": tokens} for tokens in prompts]
     start = time.perf_counter()
     outputs = llm.generate(requests, params, use_tqdm=False)
-    return time.perf_counter() - start, [list(out.outputs[0].token_ids) for out in outputs]
+    return time.perf_counter() - start, [out.outputs[0] for out in outputs]
 
 
 def forget(llm: Any) -> None:

@@ -40,7 +40,6 @@ def install(worker: Any) -> None:
     mla = importlib.import_module("vllm.model_executor.layers.attention.mla_attention")
     manager = importlib.import_module("vllm.v1.worker.gpu.pcp_manager").PCPManager
     wrap(mla, "maybe_gather_mla_latent_cache_inputs", "exchange")
-    wrap(mla.MLAAttention, "forward_impl", "attention")
     wrap(type(worker.model_runner.model_state), "prepare_attn", "metadata")
     wrap(manager, "partition_batch", "partition")
     wrap(manager, "prepare_attn", "slots")
@@ -48,6 +47,7 @@ def install(worker: Any) -> None:
     for layer in worker.vllm_config.compilation_config.static_forward_context.values():
         if hasattr(layer, "impl"):
             wrap(layer.impl, "do_kv_cache_update", "cache write")
+            wrap(layer, "forward_impl", "attention")
 
 
 def read_clock(worker: Any) -> dict[str, float]:
