@@ -98,8 +98,8 @@ def decodes(timer: Timer, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _differences(one: Any, other: Any) -> tuple[int, int, float, float]:
-    """Tokens that were compared, those of them that differ, up to the first of a prompt; by how much ``one`` preferred its own there,
-    at most; and the largest difference of the log-probabilities that both sides have of a token."""
+    """Tokens that were compared, up to the first of a prompt that differs, and how many do; by how much ``one`` preferred its own
+    there, at most; and the largest difference of the log-probabilities that both sides have of a token."""
     compared = differ = 0
     gap = apart = 0.0
     for ours, theirs in zip(one, other, strict=True):
@@ -114,8 +114,8 @@ def _differences(one: Any, other: Any) -> tuple[int, int, float, float]:
 
 
 def batches(timer: Timer, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prompts of several lengths at once, in chunks, decode steps of some beside prefills of others: how far log-probabilities are
-    apart, and which tokens differ. vLLM's own code against itself, on one rank's batch in another order, is what to compare with."""
+    """Prompts of several lengths at once, in chunks, decode steps of some beside prefills of others: how far log-probabilities
+    are apart, and how many tokens differ. vLLM's own code on the same prompts in another order is what to compare with."""
     rows = []
     for step in (4096, 32768):
         engine.set_step(timer.llm, step)
@@ -188,10 +188,8 @@ def show(row: dict[str, Any]) -> None:
             print(f"  {name}: {listed}; sum {sum(values.values()):.1f}", flush=True)
         return
     if row["case"] == "batch":
-        print(
-            ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()),
-            flush=True,
-        )
+        words = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+        print(", ".join(words), flush=True)
         return
     text = f"{row['case']:5} {row['prompt']:6} in steps of {row['step_tokens']:5}: "
     for side in ("vllm", "ours"):
