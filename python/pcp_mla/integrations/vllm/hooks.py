@@ -293,13 +293,15 @@ def _change(module: ModuleType) -> None:
     if getattr(module, "pcp_mla_changed", False):
         return
     module.pcp_mla_changed = True  # type: ignore[attr-defined]
+    known = set(parts.refused)
     try:
         HOOKS[module.__name__](module)
     except AttributeError as error:
         for part in parts.PARTS:
             parts.refuse(part, f"this vLLM is not known ({error})")
     for part, why in parts.refused.items():
-        logger.warning("pcp-mla: %s stays vLLM's own: %s", part, why)
+        if part not in known:
+            logger.warning("pcp-mla: %s stays vLLM's own: %s", part, why)
 
 
 class _Loader(importlib.abc.Loader):

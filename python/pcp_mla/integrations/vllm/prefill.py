@@ -34,8 +34,9 @@ def refusal(layer: Any, config: Any) -> str:
         return "quantised queries"
     if config.speculative_config is not None:
         return "speculative decoding"
-    if type(impl).__dict__.get("forward_mha") is not None:
-        return f"{type(impl).__name__} has a forward_mha of its own"
+    owner = next(kind.__name__ for kind in type(impl).__mro__ if "forward_mha" in vars(kind))
+    if owner != "MLACommonBaseImpl":
+        return f"{owner} has a forward_mha of its own"
     return ""
 
 
