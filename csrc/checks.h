@@ -18,9 +18,9 @@ namespace pcp_mla {
 
 using torch::stable::Tensor;
 
-static_assert(kInt32 == static_cast<int>(c10::ScalarType::Int) && kInt64 == static_cast<int>(c10::ScalarType::Long) &&
-              kFloat16 == static_cast<int>(c10::ScalarType::Half) && kFloat32 == static_cast<int>(c10::ScalarType::Float) &&
-              kBFloat16 == static_cast<int>(c10::ScalarType::BFloat16) &&
+static_assert(kUInt8 == static_cast<int>(c10::ScalarType::Byte) && kInt32 == static_cast<int>(c10::ScalarType::Int) &&
+              kInt64 == static_cast<int>(c10::ScalarType::Long) && kFloat16 == static_cast<int>(c10::ScalarType::Half) &&
+              kFloat32 == static_cast<int>(c10::ScalarType::Float) && kBFloat16 == static_cast<int>(c10::ScalarType::BFloat16) &&
               kFloat8E4M3 == static_cast<int>(c10::ScalarType::Float8_e4m3fn) &&
               kCudaDevice == static_cast<int>(c10::DeviceType::CUDA));
 
@@ -75,22 +75,16 @@ struct Ragged {  // [tokens, heads, dim] with a contiguous last dimension
   Span span() const { return Span(data, width).repeat(tokens, token_stride).repeat(heads, head_stride); }
 };
 
-inline Ragged ragged(const char* op, const char* name, const Tensor& t) {
-  check(t.dim() == 3, op, ": ", name, " must have 3 dimensions [tokens, heads, dim], got ", t.dim());
-  const int64_t item = t.element_size();
-  const auto sizes = t.sizes(), strides = t.strides();
-  check(sizes[1] > 0 && sizes[2] > 0, op, ": ", name, " must have at least one head and a width of at least 1");
-  check(item <= 8, op, ": ", name, " must have a dtype of at most 8 bytes, got ", item);
-  check(strides[2] == 1 || sizes[2] <= 1, op, ": ", name, " must have a contiguous last dimension, got stride ", strides[2]);
-  return {static_cast<char*>(t.data_ptr()),
-          sizes[0],
-          sizes[1],
-          sizes[2],
-          sizes[2] * item,
-          strides[0] * item,
-          strides[1] * item,
-          kind_of(t)};
+inline Ragged ragged(const char* op, const char* name, const View& v) {
+  check(v.dims == 3, op, ": ", name, " must have 3 dimensions [tokens, heads, dim], got ", v.dims);
+  check(v.sizes[1] > 0 && v.sizes[2] > 0, op, ": ", name, " must have at least one head and a width of at least 1");
+  check(v.item <= 8, op, ": ", name, " must have a dtype of at most 8 bytes, got ", v.item);
+  check(v.strides[2] == 1 || v.sizes[2] <= 1, op, ": ", name, " must have a contiguous last dimension, got stride ", v.strides[2]);
+  const int64_t item = v.item;
+  return {v.data, v.sizes[0], v.sizes[1], v.sizes[2], v.sizes[2] * item, v.strides[0] * item, v.strides[1] * item, v.kind};
 }
+
+inline Ragged ragged(const char* op, const char* name, const Tensor& t) { return ragged(op, name, view_of(t)); }
 
 // An output must be contiguous, with the heads, width, dtype and device of the rows that it receives.
 inline void check_output(const char* op, const char* name, const Tensor& t, int64_t rows, const Ragged& of) {

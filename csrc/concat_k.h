@@ -10,9 +10,8 @@ struct ConcatK {
   Ragged nope, out;
   Ragged pe;  // one head
 
-  ConcatK(const Tensor& k_nope, const Tensor& k_pe, const Tensor& result)
+  ConcatK(const View& k_nope, const View& p, const View& result)
       : nope(ragged("concat_k", "k_nope", k_nope)), out(ragged("concat_k", "out", result)) {
-    const View p = view_of(k_pe);
     const bool fits = p.dims == 2 && (p.strides[1] == 1 || p.sizes[1] <= 1) && p.sizes[0] == nope.tokens;
     check(fits, "concat_k: k_pe must be [tokens, rope] with a contiguous last dimension");
     check(p.kind.same_device(nope.kind) && out.kind.same_device(nope.kind) && p.kind.dtype == nope.kind.dtype &&

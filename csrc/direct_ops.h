@@ -8,7 +8,7 @@
 namespace pcp_mla {
 
 struct DirectOps {
-  size_t view_bytes;  // sizeof(View) where it was compiled: another one is a library of another version
+  size_t layout;  // kDirectLayout where it was compiled: another one is a library of another version
   const char* (*merge_attn_states)(const View& out_a, const View& lse_a, const View& out_b, const View& lse_b, const View* scale,
                                    const View* row_op, const View* cu_seqlens, const View* out_rows, bool base2, const View& out,
                                    const View* lse_out);
@@ -16,6 +16,13 @@ struct DirectOps {
                                      const View& out, const View* lse_out);
   const char* (*cp_correct_out)(const View& out, const View& lses, const View* seqused_k, int64_t rank, bool base2,
                                 const View& corrected, const View* lse_out);
+  // Also [tokens, width] for k_nope and out: one head.
+  const char* (*concat_k)(const View& k_nope, const View& k_pe, const View& out);
+  const char* (*write_latent_cache)(const View& latents, const View& cache, const View& slot_mapping, const View* scale);
+  // Only what the wgmma kernel is chosen for.
+  const char* (*kv_up_project)(const View& latents, const View* rows, const View& weight, const View& k_out, const View& v_out);
 };
+
+constexpr size_t kDirectLayout = sizeof(View) << 16 | sizeof(DirectOps);
 
 }  // namespace pcp_mla

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <optional>
 
 #include "checks.h"
 
@@ -25,10 +24,8 @@ struct UpProject {
   uint32_t heads, rank, nope, rope, v_dim;
   Kind kind;
 
-  UpProject(const Tensor& latents_tensor, const std::optional<Tensor>& rows_tensor, const Tensor& weight_tensor,
-            const Tensor& k_out, const Tensor& v_out) {
+  UpProject(const View& l, const View* listed_rows, const View& w, const View& ko, const View& vo) {
     constexpr const char* op = "kv_up_project";
-    const View l = view_of(latents_tensor), w = view_of(weight_tensor), ko = view_of(k_out), vo = view_of(v_out);
     kind = w.kind;
     check(l.dims == 2 || l.dims == 3, op, ": latents must be [rows, width] or [num_blocks, block_size, width]");
     check(w.dims == 2 && ko.dims == 3 && vo.dims == 3, op, ": weight must have 2 dimensions, k_out and v_out 3");
@@ -40,10 +37,10 @@ struct UpProject {
     const int64_t width = l.sizes[l.dims - 1], item = l.item;
     const int64_t slots = l.sizes[0] * (l.dims == 3 ? l.sizes[1] : 1);
     int64_t entries = slots;
-    listed = rows_tensor.has_value();
+    listed = listed_rows != nullptr;
     rows = nullptr;
     if (listed) {
-      const View r = view_of(*rows_tensor);
+      const View& r = *listed_rows;
       check(r.kind.same_device(kind) && r.kind.dtype == kInt32 && r.dims == 1 && r.is_contiguous(), op,
             ": rows must be a contiguous int32 list on the device of the latents");
       entries = r.sizes[0];

@@ -125,7 +125,7 @@ struct LatentCache {
 };
 
 // The ops around a device's kernel: rows into the cache, rows out of it.
-template <void (*write)(const LatentCache&), void (*gather)(const LatentCache&)>
+template <void (*run_write)(const LatentCache&), void (*run_gather)(const LatentCache&)>
 struct LatentCacheOps {
   static void check_alone(const char* op, const char* name, const View& written,
                           std::initializer_list<std::pair<const char*, const View*>> others) {
@@ -135,14 +135,16 @@ struct LatentCacheOps {
     }
   }
 
+  static void write(const View& latents, const View& cache, const View& slots, const View* scale) {
+    LatentCache c("write_latent_cache", cache, latents, scale);
+    c.set_slots(slots);
+    check_alone(c.op, "cache", cache, {{"latents", &latents}, {"slot_mapping", &slots}, {"scale", scale}});
+    if (c.count > 0) run_write(c);
+  }
+
   static void write_latent_cache(const Tensor& latents, const Tensor& cache, const Tensor& slot_mapping,
                                  const std::optional<Tensor>& scale) {
-    const OptionalView s(scale);
-    const View to = view_of(cache), from = view_of(latents), slots = view_of(slot_mapping);
-    LatentCache c("write_latent_cache", to, from, s);
-    c.set_slots(slots);
-    check_alone(c.op, "cache", to, {{"latents", &from}, {"slot_mapping", &slots}, {"scale", s}});
-    if (c.count > 0) write(c);
+    write(view_of(latents), view_of(cache), view_of(slot_mapping), OptionalView(scale));
   }
 
   static void gather_latents(const Tensor& cache, const std::optional<Tensor>& rows, const std::optional<Tensor>& block_table,
@@ -161,7 +163,7 @@ struct LatentCacheOps {
     check_alone(
         c.op, "out", to,
         {{"cache", &from}, {"rows", listed}, {"block_table", table}, {"cu_seqlens", sequences}, {"starts", first}, {"scale", s}});
-    if (c.count > 0) gather(c);
+    if (c.count > 0) run_gather(c);
   }
 };
 

@@ -7,7 +7,7 @@
 namespace pcp_mla {
 
 // The numbers of torch's dtypes and devices, which its stable ABI keeps; checks.h compares them with torch's own.
-constexpr int32_t kInt32 = 3, kInt64 = 4, kFloat16 = 5, kFloat32 = 6, kBFloat16 = 15, kFloat8E4M3 = 24;
+constexpr int32_t kUInt8 = 0, kInt32 = 3, kInt64 = 4, kFloat16 = 5, kFloat32 = 6, kBFloat16 = 15, kFloat8E4M3 = 24;
 constexpr int32_t kCudaDevice = 1;
 
 struct Kind {

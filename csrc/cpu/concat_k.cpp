@@ -9,7 +9,7 @@ namespace pcp_mla::cpu {
 namespace {
 
 void concat_k(const Tensor& k_nope, const Tensor& k_pe, const Tensor& out) {
-  const ConcatK c(k_nope, k_pe, out);
+  const ConcatK c(view_of(k_nope), view_of(k_pe), view_of(out));
   torch::stable::parallel_for(0, c.out.tokens, grain(c.out.heads * c.out.width), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t h = 0; h < c.out.heads; ++h) {

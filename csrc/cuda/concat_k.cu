@@ -1,6 +1,7 @@
 // concat_k: every access of the result is fetched from k_nope or from k_pe.
 #include "../concat_k.h"
 
+#include "direct.h"
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
@@ -36,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, kConcatBlocksPerSm) concat_k_kernel(
   move_accesses<Vec>(rows * p.per_row.divisor, load, store);
 }
 
-void concat_k(const Tensor& k_nope, const Tensor& k_pe, const Tensor& out) {
-  const ConcatK c(k_nope, k_pe, out);
+void run(const ConcatK& c) {
   if (c.out.tokens == 0) return;
   check(c.out.tokens <= INT32_MAX, "concat_k: there must be less than 2**31 tokens");
   const int bytes = access_bytes({&c.nope, &c.pe, &c.out}, 0);
@@ -55,7 +55,22 @@ void concat_k(const Tensor& k_nope, const Tensor& k_pe, const Tensor& out) {
   with_access(bytes, [&](auto vec) { launch(concat_k_kernel<decltype(vec)>, blocks(p.tokens, p.tile), kThreads, c.out.kind, p); });
 }
 
+void concat_k(const Tensor& k_nope, const Tensor& k_pe, const Tensor& out) {
+  run(ConcatK(view_of(k_nope), view_of(k_pe), view_of(out)));
+}
+
+// [tokens, width] as one head.
+View with_heads(const View& v) {
+  if (v.dims != 2) return v;
+  return {v.data, v.kind, 3, v.item, {v.sizes[0], 1, v.sizes[1]}, {v.strides[0], v.sizes[1], v.strides[1]}};
+}
+
+void concat(const View& k_nope, const View& k_pe, const View& out) { run(ConcatK(with_heads(k_nope), k_pe, with_heads(out))); }
+
 }  // namespace
+
+void add_concat_k(DirectOps& ops) { ops.concat_k = directly<concat>; }
+
 }  // namespace pcp_mla::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) { m.impl("concat_k", TORCH_BOX(&pcp_mla::cuda::concat_k)); }

@@ -2,12 +2,14 @@
 #include <array>
 #include <mutex>
 
+#include "direct.h"
 #include "kv_up_project.cuh"
 
 namespace pcp_mla::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
+constexpr uint32_t kMaxChosenRank = 512;  // wider ones leave too few stages: Triton's kernel is chosen then
 
 int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
@@ -96,26 +98,54 @@ void launch_columns(const UpProject& u) {
   u.nope % 128 == 0 && u.v_dim % 128 == 0 ? launch<T, 128>(u) : launch<T, 64>(u);
 }
 
-void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& k_out,
-                         const Tensor& v_out) {
-  const UpProject u(latents, rows, weight, k_out, v_out);
-  check(u.kind.dtype == kBFloat16 || u.kind.dtype == kFloat16, "kv_up_project: the CUDA kernel needs bfloat16 or float16");
-  check(u.rank % kSlab == 0 && u.nope > 0 && u.nope % 64 == 0 && u.v_dim > 0 && u.v_dim % 64 == 0 && u.rope % 8 == 0 &&
-            u.rope <= kSlab,
-        "kv_up_project: the CUDA kernel needs kv_lora_rank, nope and v in multiples of 64 and rope of 8, at most 64; got ", u.rank,
-        ", ", u.nope, ", ", u.v_dim, ", ", u.rope);
+bool has_dtype(const UpProject& u) { return u.kind.dtype == kBFloat16 || u.kind.dtype == kFloat16; }
+
+bool has_widths(const UpProject& u) {
+  return u.rank % kSlab == 0 && u.nope > 0 && u.nope % 64 == 0 && u.v_dim > 0 && u.v_dim % 64 == 0 && u.rope % 8 == 0 &&
+         u.rope <= kSlab;
+}
+
+bool is_aligned(const UpProject& u) {
   uint64_t bits = u.block_stride | u.row_stride | u.weight_stride | u.k_row | u.k_head | u.v_row | u.v_head;
   for (const char* at : {u.latents, u.weight, static_cast<const char*>(u.k), static_cast<const char*>(u.v)}) {
     bits |= reinterpret_cast<uintptr_t>(at);
   }
-  check(bits % 16 == 0, "kv_up_project: the CUDA kernel needs rows at multiples of 16 bytes");
-  check(device_attribute(cudaDevAttrComputeCapabilityMajor, u.kind.device_index) == 9,
-        "kv_up_project: the CUDA kernel needs a GPU of compute capability 9.0");
+  return bits % 16 == 0;
+}
+
+bool is_hopper(const Kind& kind) { return device_attribute(cudaDevAttrComputeCapabilityMajor, kind.device_index) == 9; }
+
+void run(const UpProject& u) {
   if (u.written == 0) return;
   u.kind.dtype == kFloat16 ? launch_columns<__half>(u) : launch_columns<__nv_bfloat16>(u);
 }
 
+void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& k_out,
+                         const Tensor& v_out) {
+  const UpProject u(view_of(latents), OptionalView(rows), view_of(weight), view_of(k_out), view_of(v_out));
+  check(has_dtype(u), "kv_up_project: the CUDA kernel needs bfloat16 or float16");
+  check(has_widths(u),
+        "kv_up_project: the CUDA kernel needs kv_lora_rank, nope and v in multiples of 64 and rope of 8, at most 64; got ", u.rank,
+        ", ", u.nope, ", ", u.v_dim, ", ", u.rope);
+  check(is_aligned(u), "kv_up_project: the CUDA kernel needs rows at multiples of 16 bytes");
+  check(is_hopper(u.kind), "kv_up_project: the CUDA kernel needs a GPU of compute capability 9.0");
+  run(u);
+}
+
+// The choice of _fits_wgmma in python/pcp_mla/ops/kv_up_project.py. What does not fit is no error: nothing is thrown for it.
+const char* chosen(const View& latents, const View* rows, const View& weight, const View& k_out, const View& v_out) {
+  constexpr const char* refusal = "kv_up_project: not for the CUDA kernel";
+  if (!is_hopper(weight.kind)) return refusal;
+  const UpProject u(latents, rows, weight, k_out, v_out);
+  if (!has_dtype(u) || !has_widths(u) || u.rank > kMaxChosenRank || !is_aligned(u)) return refusal;
+  run(u);
+  return nullptr;
+}
+
 }  // namespace
+
+void add_kv_up_project(DirectOps& ops) { ops.kv_up_project = directly<chosen>; }
+
 }  // namespace pcp_mla::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) { m.impl("kv_up_project_wgmma", TORCH_BOX(&pcp_mla::cuda::kv_up_project_wgmma)); }

@@ -1,6 +1,7 @@
 // write_latent_cache and gather_latents: a block looks up the slots of a tile of rows, then all threads move their accesses.
 #include "../latent_cache.h"
 #include "convert.cuh"
+#include "direct.h"
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
@@ -120,6 +121,9 @@ void run(const LatentCache& c) {
 using Ops = LatentCacheOps<run<true>, run<false>>;
 
 }  // namespace
+
+void add_latent_cache(DirectOps& ops) { ops.write_latent_cache = directly<Ops::write>; }
+
 }  // namespace pcp_mla::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) {

@@ -2,11 +2,9 @@
 // are on their way a lane a pair weighs the partials and writes the merged LSE; then the outputs are summed, the next loads always
 // ahead. So any number of heads fits, every exponential is computed once, nobody waits for another warp, and results may lie on top
 // of inputs: one lane reads and writes a pair's LSEs, and one an output's elements.
-#include <string>
-
-#include "../direct_ops.h"
 #include "../merge_states.h"
 #include "convert.cuh"
+#include "direct.h"
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
@@ -280,20 +278,14 @@ void run(const MergeStates& m) {
 
 using Ops = MergeOps<run>;
 
-// A call past the dispatcher: the message of what it throws, which lasts until the thread's next call.
-template <auto call, typename... Args>
-const char* directly(Args... args) {
-  thread_local std::string message;
-  try {
-    call(args...);
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
+}  // namespace
+
+void add_merges(DirectOps& ops) {
+  ops.merge_attn_states = directly<Ops::Views::merge>;
+  ops.merge_n_attn_states = directly<Ops::Views::merge_n>;
+  ops.cp_correct_out = directly<Ops::Views::correct>;
 }
 
-}  // namespace
 }  // namespace pcp_mla::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) {
@@ -302,12 +294,4 @@ STABLE_TORCH_LIBRARY_IMPL(pcp_mla, CUDA, m) {
   m.impl("merge_n_attn_states", TORCH_BOX(&pcp_mla::cuda::Ops::merge_n));
   m.impl("merge_n_attn_states_out", TORCH_BOX(&pcp_mla::cuda::Ops::merge_n_out));
   m.impl("cp_correct_out", TORCH_BOX(&pcp_mla::cuda::Ops::correct_out));
-}
-
-extern "C" __attribute__((visibility("default"))) const pcp_mla::DirectOps* pcp_mla_direct_ops() {
-  using namespace pcp_mla::cuda;
-  using Views = pcp_mla::MergeViews<run>;
-  static const pcp_mla::DirectOps ops{sizeof(pcp_mla::View), directly<Views::merge>, directly<Views::merge_n>,
-                                      directly<Views::correct>};
-  return &ops;
 }

@@ -18,7 +18,7 @@ namespace {
 
 const DirectOps* ops = nullptr;
 const DLPackExchangeAPI* dlpack = nullptr;
-PyTypeObject* tensor_type = nullptr;  // torch's objects are kept alive by torch
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;  // torch's objects are kept alive by torch
 PyObject *grad_enabled = nullptr, *mode_count = nullptr;
 
 // Whether gradients are on or a mode is active: either may want to see every op.
@@ -31,20 +31,22 @@ bool is_watched() {
   return PyLong_AsLong(modes.ptr()) != 0;
 }
 
-// -1 for dtypes that no op takes.
+// -1 for dtypes that no op takes, or that are rare.
 int32_t dtype_of(const DLDataType& type) {
   if (type.lanes != 1) return -1;
   switch (type.code) {
     case kDLBfloat: return kBFloat16;
     case kDLFloat: return type.bits == 32 ? kFloat32 : type.bits == 16 ? kFloat16 : -1;
-    case kDLInt: return type.bits == 32 ? kInt32 : -1;
+    case kDLInt: return type.bits == 32 ? kInt32 : type.bits == 64 ? kInt64 : -1;
+    case kDLUInt: return type.bits == 8 ? kUInt8 : -1;
     case kDLFloat8_e4m3fn: return kFloat8E4M3;
     default: return -1;
   }
 }
 
 bool view(py::handle tensor, View& to) {
-  if (Py_TYPE(tensor.ptr()) != tensor_type) return false;
+  const PyTypeObject* type = Py_TYPE(tensor.ptr());
+  if (type != tensor_type && type != parameter_type) return false;  // a subclass may hold anything
   DLTensor t;
   if (dlpack->dltensor_from_py_object_no_sync(tensor.ptr(), &t) != 0) {
     PyErr_Clear();
@@ -105,11 +107,29 @@ bool cp_correct_out(py::handle out, py::handle lses, py::handle seqused_k, int64
   return a.ok() && ops->cp_correct_out(vo, vl, vs, rank, base2, vc, vm) == nullptr;
 }
 
+bool concat_k(py::handle k_nope, py::handle k_pe, py::handle out) {
+  Arguments a;
+  const View &vn = a.need(k_nope), &vp = a.need(k_pe), &vo = a.need(out);
+  return a.ok() && ops->concat_k(vn, vp, vo) == nullptr;
+}
+
+bool write_latent_cache(py::handle latents, py::handle cache, py::handle slot_mapping, py::handle scale) {
+  Arguments a;
+  const View &vl = a.need(latents), &vc = a.need(cache), &vm = a.need(slot_mapping), *vs = a.take(scale);
+  return a.ok() && ops->write_latent_cache(vl, vc, vm, vs) == nullptr;
+}
+
+bool kv_up_project(py::handle latents, py::handle rows, py::handle weight, py::handle k_out, py::handle v_out) {
+  Arguments a;
+  const View &vl = a.need(latents), &vw = a.need(weight), &vk = a.need(k_out), &vv = a.need(v_out), *vr = a.take(rows);
+  return a.ok() && ops->kv_up_project(vl, vr, vw, vk, vv) == nullptr;
+}
+
 // From now on calls go to the ops at this address, with the tensors of this torch.
 void connect(int64_t address, const py::module_& torch) {
   const py::object type = torch.attr("Tensor");
   const auto* table = reinterpret_cast<const DirectOps*>(address);
-  if (table->view_bytes != sizeof(View)) {
+  if (table->layout != kDirectLayout) {
     throw std::runtime_error("pcp_mla: _direct and _native_cuda are of different versions: build both again");
   }
   const py::object capsule = type.attr("__dlpack_c_exchange_api__");
@@ -121,6 +141,7 @@ void connect(int64_t address, const py::module_& torch) {
   ops = table;
   dlpack = api;
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
   grad_enabled = torch.attr("is_grad_enabled").ptr();
   mode_count = torch.attr("_C").attr("_len_torch_dispatch_stack").ptr();
 }
@@ -133,4 +154,7 @@ PYBIND11_MODULE(_direct, m) {
   m.def("merge_attn_states", &pcp_mla::merge_attn_states);
   m.def("merge_n_attn_states", &pcp_mla::merge_n_attn_states);
   m.def("cp_correct_out", &pcp_mla::cp_correct_out);
+  m.def("concat_k", &pcp_mla::concat_k);
+  m.def("write_latent_cache", &pcp_mla::write_latent_cache);
+  m.def("kv_up_project", &pcp_mla::kv_up_project);
 }
