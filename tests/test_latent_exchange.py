@@ -80,7 +80,7 @@ def test_replicated_decodes_are_not_sent(planned, monkeypatch):
         planner = PCPPlanner(4, 40, 2, rank, block_size=8, **options)
         return planner.plan(lengths, context, prefills, tables, num_tokens_padded=padded)
 
-    monkeypatch.setattr("pcp_mla.exchange.latents.all_gather_into", no_collective)
+    monkeypatch.setattr("pcp_mla.exchange.latents.gathering_into", no_collective)
 
     def run(group):
         exchange = LatentExchange(group, 40, DIMS, torch.float32)

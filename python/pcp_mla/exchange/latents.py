@@ -8,13 +8,14 @@ import torch
 
 from ..checks import check_count, check_last_dim
 from ..groups import Group, check_group, check_latents, gathering_into, gathers_in_place, group_rank, group_world_size
+from ..ops.concat_k import concat_row
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
 
 
 def pack_latents(kv_c: torch.Tensor, k_pe: torch.Tensor, latents: torch.Tensor) -> None:
     """[T, kv_lora_rank] and [T, rope] side by side into [T, W]: a key of one head."""
-    torch.ops.pcp_mla.concat_k.default(kv_c.unsqueeze(1), k_pe, latents.unsqueeze(1))
+    concat_row(kv_c, k_pe, latents)
 
 
 def _call(collective: Callable[[], None]) -> None:

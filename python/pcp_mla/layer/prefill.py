@@ -19,6 +19,7 @@ from ..ops.attention.call import attend, check_library, choose
 from ..ops.attention.checks import check_scale
 from ..ops.kv_up_project import expand, kv_up_project
 from ..ops.kv_up_project_checks import check_projection
+from ..ops.latent_cache import write_rows
 from ..ops.registry import ALL_NATIVE
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
@@ -246,7 +247,7 @@ class MLAPrefill:
                 if not (ALL_NATIVE or torch.compiler.is_compiling()):
                     check_apart("MLAPrefill", "cache", cache, beside)
                 try:
-                    torch.ops.pcp_mla.write_latent_cache.default(latents, cache, meta.slot_mapping, None)
+                    write_rows(latents, cache, meta.slot_mapping, None)
                 except RuntimeError:
                     check_apart("MLAPrefill", "cache", cache, beside)
                     raise

@@ -6,9 +6,22 @@ import torch
 
 from ..checks import check_apart, check_tensor, dtype_name
 from .checks import check_input, check_out
-from .registry import ALL_NATIVE, fake_in_place, register, select
+from .registry import ALL_NATIVE, direct, fake_in_place, register, select
 
-_concat = register("concat_k", fake_in_place)
+_op = register("concat_k", fake_in_place)
+
+
+def _concat(k_nope: torch.Tensor, k_pe: torch.Tensor, out: torch.Tensor) -> None:
+    calls = direct()
+    if calls is None or not calls.concat_k(k_nope, k_pe, out):
+        _op(k_nope, k_pe, out)
+
+
+def concat_row(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """:func:`concat_k` of one head, [N, nope] and [N, rope] into [N, nope + rope], for arguments that are known to fit."""
+    calls = direct()
+    if calls is None or not calls.concat_k(left, right, out):
+        _op(left.unsqueeze(1), right, out.unsqueeze(1))
 
 
 def concat_k(k_nope: torch.Tensor, k_pe: torch.Tensor, *, out: torch.Tensor | None = None, backend: str = "auto") -> torch.Tensor:

@@ -17,7 +17,7 @@ from .checks import check_input, check_out
 from .concat_k import concat_k
 from .kv_up_project_checks import check_expanded
 from .latent_cache import gather_latents
-from .registry import HAS_TRITON, fake_in_place, register_composed, select
+from .registry import HAS_TRITON, direct, fake_in_place, register_composed, select
 
 __all__ = ["UP_PROJECT_TILE", "kv_up_project"]
 
@@ -30,7 +30,8 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _fits_wgmma(latents: torch.Tensor, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor) -> bool:
-    """Whether csrc/cuda/kv_up_project.cu takes these tensors; its own checks say why not."""
+    """Whether csrc/cuda/kv_up_project.cu takes these tensors; its own checks say why not. Its direct call chooses by itself, the
+    same."""
     rank, rope = weight.shape[1], latents.shape[-1] - weight.shape[1]
     widths = rank % 64 == 0 and rank <= 512 and (k_out.shape[2] - rope) % 64 == 0 and v_out.shape[2] % 64 == 0
     if not (widths and rope % 8 == 0 and rope <= 64 and weight.dtype in _DTYPES[:2] and _is_hopper(weight.device)):
@@ -130,6 +131,9 @@ def _through_module(
 
 
 def _project(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    calls = direct()
+    if calls is not None and calls.kv_up_project(latents, rows, weight, k, v):
+        return
     if latents.is_cuda and not torch.compiler.is_compiling():  # past the dispatcher, which costs more than the launch
         _on_cuda(latents, rows, weight, k, v)
     else:

@@ -16,13 +16,20 @@ from ..checks import (
     check_tensor,
     dtype_name,
 )
-from .registry import ALL_NATIVE, fake_in_place, register, select
+from .registry import ALL_NATIVE, direct, fake_in_place, register, select
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 _write = register("write_latent_cache", fake_in_place)
 _gather = register("gather_latents", fake_in_place)
+
+
+def write_rows(latents: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, scale: torch.Tensor | None) -> None:
+    """:func:`write_latent_cache` for arguments that are known to fit, or a RuntimeError of the native op."""
+    calls = direct()
+    if calls is None or not calls.write_latent_cache(latents, cache, slot_mapping, scale):
+        _write(latents, cache, slot_mapping, scale)
 
 
 def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
@@ -85,7 +92,7 @@ def write_latent_cache(
     others = {"latents": latents, "slot_mapping": slot_mapping, "scale": scale}
     if backend != "auto" or not ALL_NATIVE:
         check_apart(op, "cache", cache, others)
-    call = _write if backend == "auto" else select(op, backend, cache.device.type)
+    call = write_rows if backend == "auto" else select(op, backend, cache.device.type)
     try:
         call(latents, cache, slot_mapping, scale)
     except RuntimeError:

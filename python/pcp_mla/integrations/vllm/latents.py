@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...exchange.latents import LatentExchange
-from ...ops.latent_cache import write_latent_cache
+from ...ops.latent_cache import write_latent_cache, write_rows
 from ...plan.dims import MLADims
 from . import parts
 from .communicator import Communicator
@@ -59,7 +59,7 @@ class PackedExchange:
         if cache_dtype in _E4M3:
             write_latent_cache(self._packed, cache.view(torch.float8_e4m3fn), slots, scale=scale)
         elif cache.dtype == kv_c.dtype:
-            torch.ops.pcp_mla.write_latent_cache.default(self._packed, cache, slots, None)
+            write_rows(self._packed, cache, slots, None)
         else:
             return False
         parts.counts["cache_write"] += 1
