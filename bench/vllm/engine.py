@@ -100,12 +100,13 @@ def forget(llm: Any) -> None:
 
 
 def _spread(worker: Any) -> None:
-    """Weights of a size that keeps activations' in place of vLLM's dummy ones, of 1e-3 at most: with those every score is nearly 0,
-    attention is a mean, and logits are so flat that hardly a fault would change a token."""
+    """Weights that keep the size of activations in place of vLLM's dummy ones, of 1e-3 at most, those of norms among them: with
+    these every score is nearly 0, attention is a mean, and logits are so flat that hardly a fault would change a token."""
     import torch
 
     for number, (name, weight) in enumerate(worker.model_runner.model.named_parameters()):
-        if weight.dim() < 2 or not weight.is_floating_point():
+        if weight.dim() < 2:
+            weight.data.fill_(1 if "norm" in name else 0)
             continue
         generator = torch.Generator(weight.device).manual_seed(number)
         size = 1.0 if "embed" in name else 1.5 * weight.shape[-1] ** -0.5

@@ -61,7 +61,7 @@ class LatentExchange:
                 self.world_size * max_tokens if self.world_size > 1 else 0, self.width, dtype=dtype, device=device
             )
         self._in_place = gathers_in_place(group) and self.world_size > 1
-        self._last: tuple[int, torch.Tensor, torch.Tensor, Callable[[], None] | None] = self._prepared(0)
+        self._last: tuple[int, torch.Tensor, torch.Tensor, Callable[[], None] | None] | None = None
 
     def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
         """One collective; none for a world of one, and none for a step of replicated decodes alone, which every rank has.
@@ -121,9 +121,9 @@ class LatentExchange:
         exchange's dtype, of the same n on every rank, at most ``max_tokens``. Returns [P * n, W], rank-major, as
         :meth:`all_gather`.
         """
-        count, rows, gathered, collective = self._last
-        if count != kv_c.shape[0]:  # the layers of a step have the same rows
-            self._last = count, rows, gathered, collective = self._prepared(kv_c.shape[0])
+        if self._last is None or self._last[0] != kv_c.shape[0]:  # the layers of a step have the same rows
+            self._last = self._prepared(kv_c.shape[0])
+        _, rows, gathered, collective = self._last
         pack_latents(kv_c, k_pe, rows)
         if collective is not None:
             (self.around or _call)(collective)

@@ -6,7 +6,7 @@ vLLM's own. The rows of a request are its head and its tail, in this order, each
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import copy
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class StepPlanner:
         )
         self._no_pads = torch.zeros(buffers.max_num_tokens, dtype=torch.bool, device=manager.device)
         rank, world = manager.pcp_rank, manager.pcp_world_size
-        self._chunks = np.array([rank, 2 * world - 1 - rank], np.int64)
+        self._chunks = np.array([rank, 2 * world - 1 - rank], np.int32)
         self.plan: Plan | None = None
 
     def partition(self, batch: Any) -> Any:
@@ -106,12 +106,12 @@ class StepPlanner:
 
     def _local(self, batch: Any, meta: PlannedMetadata) -> Any:
         buffers, tokens, padded = self._manager._input_buffers, meta.num_tokens, meta.num_tokens_padded
-        length = batch.num_scheduled_tokens.astype(np.int64)[:, None]
+        length = batch.num_scheduled_tokens[:, None]
         chunk = -(-length // (2 * self._manager.pcp_world_size))
-        offsets = chunk * self._chunks
-        lengths = np.clip(length - offsets, 0, chunk).astype(np.int32).reshape(-1)
-        starts = (batch.num_computed_tokens_np[:, None] + np.minimum(offsets, length)).astype(np.int32).reshape(-1)
-        requests = np.repeat(np.arange(batch.num_reqs), 2)
+        offsets = np.minimum(chunk * self._chunks, length)
+        lengths = np.minimum(length - offsets, chunk).ravel()
+        starts = (batch.num_computed_tokens_np[:, None] + offsets).ravel()
+        requests = np.arange(2 * batch.num_reqs) // 2
         query_start_loc = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=query_start_loc[1:])
         prefill_lens = batch.prefill_len_np[requests]
@@ -126,11 +126,10 @@ class StepPlanner:
             is_padding[tokens:].fill_(True)
             input_ids[tokens:].zero_()
             positions[tokens:].zero_()
-        names = {field.name for field in fields(batch)}
         # Tensors for sampling stay those of the whole batch, with which it will be done.
-        return replace(
-            batch,
-            req_ids=[batch.req_ids[request] for request in requests],
+        local = copy.copy(batch)
+        vars(local).update(
+            req_ids=[name for name in batch.req_ids for _ in range(2)],
             num_reqs=len(lengths),
             num_reqs_after_padding=len(lengths),
             idx_mapping_np=batch.idx_mapping_np[requests],
@@ -151,8 +150,9 @@ class StepPlanner:
             positions=positions,
             is_padding=is_padding,
             prompt_lens=None,
-            **{name: value for name, value in _ALL_PREFILLS.items() if name in names},
         )
+        vars(local).update((name, value) for name, value in _ALL_PREFILLS.items() if hasattr(batch, name))
+        return local
 
     def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[Np, width] of this rank to [tokens, width] of the whole batch, in its order."""
