@@ -16,17 +16,15 @@ class Communicator:
         self.rank: int = coordinator.rank_in_group
         self.world_size: int = coordinator.world_size
         pynccl = getattr(coordinator.device_communicator, "pynccl_comm", None)
-        self._pynccl = None if pynccl is None or pynccl.disabled else pynccl
         self._group = coordinator.device_group
+        # [n, ...] of this rank, which may be its part of the other tensor, to [P * n, ...] of all.
+        self.all_gather_into = self._by_torch if pynccl is None or pynccl.disabled else pynccl.all_gather
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
         self.all_gather_into(gathered, tensor)
         return gathered
 
-    def all_gather_into(self, gathered: torch.Tensor, rows: torch.Tensor) -> None:
-        if self._pynccl is not None:
-            self._pynccl.all_gather(gathered, rows)
-        else:
-            # gloo says nothing of a part of the result as its input
-            dist.all_gather_into_tensor(gathered, rows.clone() if rows.device.type == "cpu" else rows, group=self._group)
+    def _by_torch(self, gathered: torch.Tensor, rows: torch.Tensor) -> None:
+        # gloo says nothing of a part of the result as its input
+        dist.all_gather_into_tensor(gathered, rows.clone() if rows.device.type == "cpu" else rows, group=self._group)
