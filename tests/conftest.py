@@ -8,6 +8,35 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Counts the calls past the dispatcher, and those that did nothing."""
+    from pcp_mla.ops import native
+
+    class Counted:
+        def __init__(self):
+            self.count = self.calls = 0
+
+        def __getattr__(self, name):
+            def call(*args):
+                done = getattr(native_direct, name)(*args)
+                self.calls += 1
+                self.count += not done
+                return done
+
+            return call
+
+    native_direct, counted = native.direct, Counted()
+    monkeypatch.setattr(native, "direct", counted)
+    return counted
+
+
 def pytest_collection_modifyitems(items):
     gpus = torch.cuda.device_count()
     for item in items:

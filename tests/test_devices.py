@@ -14,6 +14,7 @@ from pcp_mla import MLADims, kv_up_project
 ON_THE_SECOND = """
 import torch
 from pcp_mla import PCPMetadata, PCPPlanner, concat_k, gather_latents, merge_attn_states, pcp_fused_gather, write_latent_cache
+from pcp_mla.ops import native
 
 def used(gpu):
     return torch._C._cuda_hasPrimaryContext(gpu)
@@ -25,6 +26,11 @@ out, lse = torch.ones(4, 2, 16, device="cuda:1"), torch.ones(4, 2, device="cuda:
 merged = torch.empty_like(out)
 with torch.inference_mode():
     merge_attn_states(out, lse, out.clone(), lse, out=merged)
+    concat_k(out, lse, out=torch.empty(4, 2, 18, device="cuda:1"))
+    write_latent_cache(out.flatten(1), torch.zeros(2, 4, 32, device="cuda:1"), torch.arange(4, device="cuda:1"))
+    if native.direct is not None:  # on Hopper it is done
+        latents, weight = (torch.ones(n, w, dtype=torch.bfloat16, device="cuda:1") for n, w in ((8, 128), (128, 64)))
+        native.direct.kv_up_project(latents, None, weight, *(latents.new_empty(8, 1, n) for n in (128, 64)))
 merge_attn_states(out, lse, out.clone(), lse, backend="cuda")
 cache, slots = torch.zeros(4, 4, 24, device="cuda:1"), torch.arange(4, device="cuda:1")
 write_latent_cache(concat_k(out[:, :1], lse[:, :1], backend="cuda").flatten(1)[:, :1].expand(4, 24).contiguous(), cache, slots)

@@ -17,6 +17,8 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 on_hopper = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="the CUDA kernel is for Hopper")
 
+with_direct = pytest.mark.skipif(native.direct is None, reason="no calls past the dispatcher here")
+
 # Widths, dtype and what is odd about a tensor: numbers between its rows, between its heads (or blocks), before its first.
 CASES = {
     "plain": ({}, torch.bfloat16, {}, "cuda"),
@@ -146,6 +148,20 @@ def test_auto_takes(device, case, monkeypatch):
 
 
 @pytest.mark.gpu
+@with_direct
+@pytest.mark.parametrize("case", CASES)
+def test_the_direct_call_takes_the_same(case, inference):
+    dims, values, rows, factors, (latents, listed, weight, k, v) = made(case, "cuda")
+    taken = native.direct.kv_up_project(latents, listed, torch.nn.Parameter(weight, requires_grad=False), k, v)
+    assert taken == (HOPPER and CASES[case][3] == "cuda")
+    if taken:
+        check(dims, values, rows, factors, k, v)
+    else:
+        assert k.isnan().all()
+        assert v.isnan().all()
+
+
+@pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize(("rank", "wide"), [(576, 128), (640, 128), (704, 64)])
 def test_more_of_a_rank_than_auto_gives_the_kernel(rank, wide, monkeypatch):
@@ -221,6 +237,8 @@ def test_the_native_op_refuses_what_does_not_fit(change, words):
         given[name] = of(given[name])
     with pytest.raises(RuntimeError, match=f"kv_up_project: {words}"):
         torch.ops.pcp_mla.kv_up_project_wgmma(*given.values())
+    with torch.inference_mode():
+        assert native.direct is None or not native.direct.kv_up_project(*given.values())
     torch.cuda.synchronize()
     assert given["k"].isnan().all()
     assert given["v"].isnan().all()

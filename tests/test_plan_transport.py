@@ -14,12 +14,26 @@ from test_planner_sending import Submission, Transport
 class DirectOps(ctypes.Structure):
     """csrc/direct_ops.h."""
 
-    _fields_ = [("view_bytes", ctypes.c_size_t), *((name, ctypes.c_void_p) for name in ("merge", "merge_n", "correct"))]
+    _fields_ = [
+        ("layout", ctypes.c_size_t),
+        *((name, ctypes.c_void_p) for name in ("merge", "merge_n", "correct", "concat", "write", "up_project")),
+    ]
 
 
-def test_direct_calls_of_another_version_are_refused():
+VIEW_BYTES = 96
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(VIEW_BYTES, id="without the table's size"),
+        pytest.param(VIEW_BYTES << 16 | ctypes.sizeof(DirectOps) - 8, id="an op less"),
+        pytest.param(VIEW_BYTES + 8 << 16 | ctypes.sizeof(DirectOps), id="other views"),
+    ],
+)
+def test_direct_calls_of_another_version_are_refused(layout):
     direct = pytest.importorskip("pcp_mla._direct")
-    other = DirectOps(16, None, None, None)
+    other = DirectOps(layout)
     with pytest.raises(RuntimeError, match="pcp_mla: _direct and _native_cuda are of different versions: build both again"):
         direct.connect(ctypes.addressof(other), torch)
 
