@@ -37,6 +37,15 @@ def refused(monkeypatch):
     return counted
 
 
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """Writes what the plug-in sees of a vLLM, and imports nothing of it."""
+    from fake_vllm import played_vllm
+
+    with played_vllm(tmp_path, monkeypatch) as write:
+        yield write
+
+
 def pytest_collection_modifyitems(items):
     gpus = torch.cuda.device_count()
     for item in items:

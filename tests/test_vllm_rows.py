@@ -14,7 +14,7 @@ ORDERS = ("starts at 0 last", "by request", "any")
 
 
 def rows_of_rank(requests, world, rank, order, shuffle):
-    """(request, first position, tokens) of each row of a rank: the chunks ``rank`` and ``2 * world - 1 - rank`` of each request's new
+    """(request, first position, tokens) of each row of a rank: chunks ``rank`` and ``2 * world - 1 - rank`` of each request's new
     tokens, as vLLM 0.26 orders them, as 0.33 does, or in any order."""
     rows = []
     for request, (length, context) in enumerate(requests):
@@ -102,7 +102,7 @@ def test_each_query_sees_its_keys_once(step):
         at = 0
         for row, (_, _, tokens) in enumerate(step["rows"]):
             first, used = int(rows.cu_seqlens_k[row]), int(rows.seqused_k[row])
-            assert 0 <= first
+            assert first >= 0
             assert first + used <= chunk.num_keys
             for query in range(tokens):
                 sees = used - (tokens - 1 - query) if rows.causal else used
