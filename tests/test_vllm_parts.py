@@ -11,15 +11,17 @@ from fake_vllm import MLA_ATTENTION, PCP_MANAGER, modules, write_vllm
 from pcp_mla.integrations.vllm import hooks, parts, register, switch
 from pcp_mla.integrations.vllm.prefill import LayerPrefill
 
+ALL = ["exchange", "prefill", "planner"]
+
 # What is asked for.
 
 
 @pytest.mark.parametrize(
     ("value", "names"),
     [
-        (None, ("exchange", "prefill")),
-        ("", ("exchange", "prefill")),
-        (" 1 ", ("exchange", "prefill")),
+        (None, ("exchange", "prefill", "planner")),
+        ("", ("exchange", "prefill", "planner")),
+        (" 1 ", ("exchange", "prefill", "planner")),
         ("0", ()),
         ("prefill", ("prefill",)),
         (" prefill , exchange,", ("prefill", "exchange")),
@@ -35,7 +37,7 @@ def test_the_variable(value, names, vllm, monkeypatch):
 def test_the_variable_names_a_part_that_there_is_not(vllm, monkeypatch):
     vllm()
     monkeypatch.setenv(parts.VARIABLE, "prefill,decode")
-    with pytest.raises(ValueError, match="PCP_MLA_VLLM must be 0, 1 or some of exchange, prefill, got 'decode'"):
+    with pytest.raises(ValueError, match="PCP_MLA_VLLM must be 0, 1 or some of exchange, prefill, planner, got 'decode'"):
         register()
     assert not finders()
 
@@ -48,7 +50,7 @@ def test_switch(vllm):
     switch(["exchange"])
     assert parts.enabled == set()
     switch({"prefill"})
-    with pytest.raises(ValueError, match="switch: names must be some of exchange, prefill, got decode"):
+    with pytest.raises(ValueError, match="switch: names must be some of exchange, prefill, planner, got decode"):
         switch(["decode", "prefill"])
     assert parts.enabled == {"prefill"}
 
@@ -77,11 +79,12 @@ def test_parameters_are():
 @pytest.mark.parametrize(
     ("names", "refused", "layers", "line"),
     [
-        (["exchange", "prefill"], {}, {}, "exchange, prefill"),
-        (["exchange"], {}, {}, "exchange; prefill not: PCP_MLA_VLLM leaves it out"),
-        ([], {"exchange": "odd"}, {}, "nothing; exchange not: odd; prefill not: PCP_MLA_VLLM leaves it out"),
-        (["exchange", "prefill"], {}, {"prefill": {"a": "LoRA", "b": "LoRA"}}, "exchange; prefill not: LoRA"),
-        (["exchange", "prefill"], {}, {"prefill": {"a": "LoRA", "b": ""}}, "exchange, prefill (but 1 layers: LoRA)"),
+        (ALL, {}, {}, "exchange, prefill, planner"),
+        (["exchange", "planner"], {}, {}, "exchange, planner; prefill not: PCP_MLA_VLLM leaves it out"),
+        (["planner"], {"exchange": "odd"}, {}, "planner; exchange not: odd; prefill not: PCP_MLA_VLLM leaves it out"),
+        (ALL, {}, {"prefill": {"a": "LoRA", "b": "LoRA"}}, "exchange, planner; prefill not: LoRA"),
+        (ALL, {}, {"prefill": {"a": "LoRA", "b": ""}}, "exchange, planner; prefill not: LoRA in 1 of 2 layers"),
+        (ALL, dict.fromkeys(ALL, "odd"), {}, "nothing; exchange not: odd; prefill not: odd; planner not: odd"),
     ],
 )
 def test_summary(names, refused, layers, line, vllm):
@@ -102,6 +105,10 @@ def changed(module):
     return {
         name for name in ("maybe_gather_mla_latent_cache_inputs", "build_mla_chunked_context_metadata") if wrapped(module, name)
     }
+
+
+def is_ours(layer):
+    return all(isinstance(getattr(call, "__self__", None), LayerPrefill) for call in (layer.impl.forward_mha, layer.forward_impl))
 
 
 def wrapped(owner, name):
@@ -146,6 +153,8 @@ def test_everything_is_changed_once(vllm):
         (attention.MLAAttention, "__init__"),
         (attention.MLACommonMetadataBuilder, "build"),
         (manager.PCPManager, "partition_batch"),
+        (manager.PCPManager, "prepare_attn"),
+        (manager.PCPManager, "restore_hidden_states"),
     ):
         assert not hasattr(getattr(owner, name).__wrapped__, "__wrapped__"), name
 
@@ -186,11 +195,11 @@ def test_an_unknown_signature_disables_its_part_with_one_warning(old, new, part,
     assert f"pcp-mla: {part} stays vLLM's own: " in record.message
     assert why in record.message
     other = {"exchange": "prefill", "prefill": "exchange"}[part]
-    assert parts.enabled == {other}
+    assert parts.enabled == {other, "planner"}
     mine = {"exchange": "maybe_gather_mla_latent_cache_inputs", "prefill": "build_mla_chunked_context_metadata"}
     assert changed(attention) == {mine[other]}
     layer = attention.MLAAttention()
-    assert isinstance(layer.impl.forward_mha, LayerPrefill) is (part == "exchange")
+    assert is_ours(layer) is (part == "exchange")
     assert wrapped(layer.impl, "do_kv_cache_update") is (part == "prefill")
 
 
@@ -204,7 +213,7 @@ def test_a_missing_name_disables_all(missing, vllm, caplog):
     )
     register()
     attention, _ = modules()
-    assert sorted(record.message.split(" ")[1] for record in caplog.records) == ["exchange", "prefill"]
+    assert sorted(record.message.split(" ")[1] for record in caplog.records) == sorted(ALL)
     assert all(
         "this vLLM is not known (" in record.message and missing.split(" ")[-1].strip("(") in record.message
         for record in caplog.records
@@ -224,7 +233,7 @@ def test_one_line_says_what_runs(vllm, caplog):
         manager.PCPManager()
     (record,) = caplog.records
     assert record.name == "vllm.pcp_mla"
-    assert record.message.endswith("takes the place of vLLM's exchange, prefill")
+    assert record.message.endswith("takes the place of vLLM's exchange, prefill; planner not: layers whose prefill stays vLLM's")
 
 
 QUIET = """
@@ -301,7 +310,7 @@ def test_layers(options, why, vllm):
     attention, _ = modules()
     layer = change(attention, **options)
     assert parts.layers["prefill"] == {"layer": why}
-    assert isinstance(layer.impl.forward_mha, LayerPrefill) is (not why)
+    assert is_ours(layer) is (not why)
     sparse = why == "sparse MLA"
     assert parts.layers["exchange"] == {"layer": why if sparse else ""}
     assert wrapped(layer.impl, "do_kv_cache_update") is (not sparse)
@@ -314,3 +323,4 @@ def test_without_pcp_layers_are_left_alone(vllm):
     layer = change(attention, parallel_config__prefill_context_parallel_size=1)
     assert not parts.layers
     assert not vars(layer.impl)
+    assert not is_ours(layer)

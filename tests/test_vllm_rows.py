@@ -179,8 +179,18 @@ class Impl:
         self.own.append(args)
 
 
+class Layer:
+    def __init__(self, impl, k_scale=None):
+        self.impl, self._k_scale = impl, k_scale
+
+    def forward_impl(self, *args, **named):
+        self.impl.own.append((args, named))
+        return "vLLM's"
+
+
 class Metadata:
-    def __init__(self, rows):
+    def __init__(self, rows, tokens=0, decodes=0):
+        self.num_actual_tokens, self.num_decode_tokens = tokens, decodes
         self.prefill = type("Prefill", (), {})()
         if rows is not None:
             setattr(self.prefill, FIELD, rows)
@@ -209,8 +219,16 @@ def run_part(step, weight, linear, cache, q, cache_dtype="auto", scale=None):
     _, planned = plan(step)
     output = torch.full((len(q), HEADS * V), torch.nan)
     before = parts.counts["prefill"]
-    LayerPrefill(impl)(q, None, None, cache, Metadata(planned), scale, output)
-    assert parts.counts["prefill"] == before + 1
+    LayerPrefill(Layer(impl)).forward_mha(q, None, None, cache, Metadata(planned), scale, output)
+    # The whole layer, with pads behind the tokens, whatever they hold.
+    pads = torch.full((3, *q.shape[1:]), torch.nan, dtype=q.dtype, device=q.device)
+    whole = torch.full((len(q) + 3, HEADS * V), torch.nan, dtype=q.dtype, device=q.device)
+    raw = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+    call = LayerPrefill(Layer(impl, scale)).forward_impl
+    assert call(torch.cat((q, pads)), None, None, raw, Metadata(planned, len(q)), whole) is whole
+    assert torch.equal(whole[: len(q)], output)
+    assert not whole[len(q) :].any()
+    assert parts.counts["prefill"] == before + 2
     assert not impl.own
     return output.view(len(q), HEADS, V)
 
@@ -280,16 +298,45 @@ def test_a_rank_without_tokens_has_a_plan_without_keys():
 
 def test_unplanned_steps_are_vllms():
     impl = Impl(ColumnParallelLinear(torch.zeros(HEADS * (NOPE + V), RANK)))
-    prefill = LayerPrefill(impl)
+    prefill = LayerPrefill(Layer(impl))
     args = (torch.zeros(1), None, None, torch.zeros(1), Metadata(None), None, torch.zeros(1))
-    prefill(*args)
+    prefill.forward_mha(*args)
     assert impl.own == [(*args, None)]
+
+
+@pytest.mark.parametrize(
+    "case", ["profile run", "decodes alone", "decodes beside", "unplanned", "quantised", "another dtype", "keyword"]
+)
+def test_layers_that_are_vllms(case):
+    impl = Impl(ColumnParallelLinear(torch.zeros(HEADS * (NOPE + V), RANK)))
+    planned = plan(FIXED)[1]
+    metadata = Metadata(None if case == "unplanned" else planned, 16, 1 if case == "decodes beside" else 0)
+    if case == "profile run":
+        metadata = None
+    elif case == "decodes alone":
+        metadata.prefill = None
+    output = torch.zeros(16, dtype=torch.float64 if case == "another dtype" else torch.float32)
+    more = (torch.ones(1),) if case == "quantised" else ()
+    named = {"q_dcp_replicated": torch.ones(1)} if case == "keyword" else {"quant_group_size": None}
+    args = (torch.zeros(16), 1, 2, torch.zeros(1), metadata, output, *more)
+    assert LayerPrefill(Layer(impl)).forward_impl(*args, **named) == "vLLM's"
+    assert impl.own == [(args, named)]
+    assert not output.any()
+
+
+def test_a_rank_without_tokens_attends_to_nothing():
+    impl = Impl(ColumnParallelLinear(torch.zeros(HEADS * (NOPE + V), RANK)))
+    output = torch.full((4, HEADS * V), torch.nan)
+    metadata = Metadata(plan(FIXED)[1], 0)
+    assert LayerPrefill(Layer(impl)).forward_impl(torch.zeros(4, HEADS, 1), 1, 2, torch.zeros(1), metadata, output) is output
+    assert not output.any()
+    assert not impl.own
 
 
 def test_a_quantised_output_is_refused_before_anything_is_written():
     weight, cache, q = tensors_of(FIXED)
     output = torch.full((len(q), HEADS * V), torch.nan)
-    prefill = LayerPrefill(Impl(ColumnParallelLinear(weight)))
+    prefill = LayerPrefill(Layer(Impl(ColumnParallelLinear(weight))))
     with pytest.raises(NotImplementedError, match="prefill output must not be quantised"):
-        prefill(q, None, None, cache, Metadata(plan(FIXED)[1]), None, output, torch.ones(1))
+        prefill.forward_mha(q, None, None, cache, Metadata(plan(FIXED)[1]), None, output, torch.ones(1))
     assert output.isnan().all()

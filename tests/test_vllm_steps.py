@@ -83,7 +83,7 @@ def test_steps_that_are_vllms(case, vllm):
     if case != "no layer yet":
         attention.MLAAttention()
     if case == "a layer refused":
-        parts.layers["prefill"]["other"] = "LoRA"
+        parts.made("prefill", "other", "LoRA")
     if case == "switched off":
         switch(["exchange"])
     builder = attention.MLACommonMetadataBuilder()
@@ -195,9 +195,10 @@ def test_latents_that_are_vllms(case, exchanging):
     if case == "switched off":
         switch(["prefill"])
     elif case == "a sparse layer":
-        parts.layers["exchange"]["other"] = "sparse MLA"
+        parts.made("exchange", "other", "sparse MLA")
     else:
         parts.layers.clear()
+        switch(["exchange"])
     attention.maybe_gather_mla_latent_cache_inputs(*latents(3), torch.arange(6), 0, True)
     impl.do_kv_cache_update(*latents(6), torch.zeros(2, 4, 16), torch.arange(6), "auto", torch.ones(1))
     assert attention.CALLS == ["gather", "write"]

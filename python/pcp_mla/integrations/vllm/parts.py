@@ -104,7 +104,9 @@ def summary() -> str:
         elif part not in enabled:
             waiting.append(f"{part} not: {VARIABLE} leaves it out")
         elif reasons:
-            waiting.append(f"{part} not: {', '.join(f'{count} layers of {reason}' for reason, count in reasons.items())}")
+            made = len(layers[part])
+            words = (reason if count == made else f"{reason} in {count} of {made} layers" for reason, count in reasons.items())
+            waiting.append(f"{part} not: {', '.join(words)}")
         else:
             taken.append(part)
     return f"takes the place of vLLM's {', '.join(taken) or 'nothing'}" + "".join(f"; {reason}" for reason in waiting)
