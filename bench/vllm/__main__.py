@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..__main__ import commit
 from . import engine, marks
 
 DEFAULT_PARTS = "exchange,prefill,planner"
@@ -99,7 +100,8 @@ def decodes(timer: Timer, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _differences(one: Any, other: Any) -> tuple[int, int, float, float]:
     """Tokens that were compared, up to the first of a prompt that differs, and how many do; by how much ``one`` preferred its own
-    there, at most; and the largest difference of the log-probabilities that both sides have of a token."""
+    there, at most (at least, where the other is not among its five likeliest); and the largest difference of the log-probabilities
+    that both sides have of a token."""
     compared = differ = 0
     gap = apart = 0.0
     for ours, theirs in zip(one, other, strict=True):
@@ -108,7 +110,7 @@ def _differences(one: Any, other: Any) -> tuple[int, int, float, float]:
             apart = max([apart, *(abs(likely[n] - also[n]) for n in likely.keys() & also.keys())])
             if token != second:
                 differ += 1
-                gap = max(gap, likely[token] - likely.get(second, -float("inf")))
+                gap = max(gap, likely[token] - likely.get(second, min(likely.values())))
                 break
     return compared, differ, gap, apart
 
@@ -117,6 +119,7 @@ def batches(timer: Timer, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prompts of several lengths at once, in chunks, decode steps of some beside prefills of others: how far log-probabilities
     are apart, and how many tokens differ. vLLM's own code on the same prompts in another order is what to compare with."""
     rows = []
+    engine.likely(timer.llm, [engine.prompt(count, count) for count in (5000, 300)], 8)  # an engine's first batch compiles kernels
     for step in (4096, 32768):
         engine.set_step(timer.llm, step)
         for turn in range(4):
@@ -226,7 +229,7 @@ def main() -> int:
         import vllm
 
         about = {"model": args.model, "tp": args.tp, "pcp": args.pcp}
-        head = {"hardware": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__}
+        head = {"hardware": torch.cuda.get_device_name(), "commit": commit(), "vllm": vllm.__version__, "torch": torch.__version__}
         args.out.write_text(json.dumps({"benchmark": "vllm", **head, "results": [about | row for row in rows]}, indent=1) + "\n")
     llm.llm_engine.engine_core.shutdown()
     return 0
