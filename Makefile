@@ -46,7 +46,8 @@ $(VLLM)/ready: requirements-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM)/ready
-	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" PCP_MLA_CUDA=0 \
+	    $(VLLM)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	$(VLLM)/bin/python -m pytest tests/vllm_engine
 
 # Small wrong changes, one at a time, in a copy of the tree: each must fail a test. ONLY="planner slots" makes those alone that name one.
