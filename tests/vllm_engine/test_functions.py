@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillMetadata, build_mla_chunked_context_metadata
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
+from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 from vllm.v1.attention.ops import pcp
 from vllm.v1.worker.gpu.pcp_manager import PCPManager
 
 from pcp_mla.integrations.vllm.latents import PackedExchange
-from pcp_mla.integrations.vllm.rows import host_rows
+from pcp_mla.integrations.vllm.prefill import FIELD, LayerPrefill
+from pcp_mla.integrations.vllm.rows import host_rows, step_rows
 from pcp_mla.testing.played import play
 
 RANK, ROPE = 12, 4
@@ -89,3 +92,60 @@ def test_rows_of_vllms_layout(world):
         seen += [(request, position) for request, first, count in rows for position in range(first, first + count)]
     wanted = [(r, computed[r] + n) for r in range(len(lengths)) if prefilling[r] for n in range(lengths[r])]
     assert sorted(seen) == wanted
+
+
+@pytest.mark.parametrize("workspace", [32, 1000])
+def test_attention_is_vllms_own(workspace):
+    """Tails, heads and a continued prompt, as vLLM 0.26 and 0.33 order them, through forward_mha on one cache."""
+    heads, nope, rope, v, rank, block = 4, 64, 64, 64, 512, 16
+    tokens, ends = np.array([20, 9, 20, 9], np.int32), np.array([80, 59, 20, 32], np.int32)
+    requests = np.array([1, 0, 1, 0])
+    tables = torch.tensor([[9, 2, 7, 0, 5], [3, 8, 1, 6, 4]], dtype=torch.int32)[requests]
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(heads * (nope + v), rank, generator=generator) / rank**0.5
+    cache = torch.randn(10, block, rank + rope, generator=generator)
+    q = torch.randn(int(tokens.sum()), heads, nope + rope, generator=generator)
+    new = torch.cat([cache[tables[r].long()].flatten(0, 1)[ends[r] - tokens[r] : ends[r]] for r in range(4)])
+
+    impl = CPUMLAImpl.__new__(CPUMLAImpl)
+    vars(impl).update(num_heads=heads, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v, kv_lora_rank=rank, scale=0.1)
+    vars(impl).update(kv_cache_dtype="auto", dcp_world_size=1, _use_flashinfer_concat_mla_k=False)
+    impl.kv_b_proj = lambda latents: (latents @ weight.T, None)
+    impl.kv_b_proj.weight = weight
+    backend = CPUSDPAMLAPrefillBackend.__new__(CPUSDPAMLAPrefillBackend)
+    backend.scale = impl.scale
+    starts = torch.from_numpy(np.cumsum([0, *tokens], dtype=np.int32))
+    chunked = build_mla_chunked_context_metadata(
+        context_lens_cpu=torch.from_numpy(ends - tokens),
+        prefill_query_start_loc_cpu=starts,
+        chunked_prefill_workspace=torch.empty(workspace, rank + rope),
+        chunked_prefill_workspace_size=workspace,
+        block_size=block,
+        align_chunk_to_block=True,
+        device=torch.device("cpu"),
+        dcp_world_size=1,
+        dcp_local_block_size=1,
+        dcp_virtual_block_size=1,
+    )
+    prefill = MLACommonPrefillMetadata(
+        block_table=tables,
+        query_start_loc=starts,
+        max_query_len=int(tokens.max()),
+        chunked_context=chunked,
+        output_dtype=torch.float32,
+        q_data_type=torch.float32,
+        prefill_backend=backend,
+    )
+    backend._prefill_metadata = prefill
+    metadata = SimpleNamespace(prefill=prefill)
+
+    def run(forward):
+        output = torch.full((len(q), heads * v), torch.nan)
+        forward(q, new[:, :rank], new[:, None, rank:], cache, metadata, torch.ones(1), output=output)
+        return output
+
+    stock = run(impl.forward_mha)
+    ours = LayerPrefill(impl)
+    assert torch.equal(run(ours), stock)  # a step that was not planned
+    setattr(prefill, FIELD, step_rows(host_rows(tokens, ends, requests, workspace), 4, tables, block))
+    torch.testing.assert_close(run(ours), stock, rtol=1e-5, atol=1e-5)
