@@ -17,6 +17,7 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
 )
+STEP = 256  # new tokens of a step, at most
 SHARED = 160  # tokens, ten blocks, that several prompts begin with
 
 
@@ -105,7 +106,8 @@ def run_waves(llm: Any) -> dict[str, Any]:
 
 
 def begin(worker: Any, names: list[str] | None, workspace: int | None, damage: str | None) -> None:
-    from pcp_mla.integrations.vllm import parts, prefill, switch
+    from pcp_mla.integrations.vllm import hooks, parts, prefill, switch
+    from pcp_mla.integrations.vllm.planner import StepPlanner
 
     if names is not None:
         switch(names)
@@ -114,8 +116,12 @@ def begin(worker: Any, names: list[str] | None, workspace: int | None, damage: s
         for part in group:
             builder = part.get_metadata_builder()
             builder.chunked_prefill_workspace_size = workspace or builder.chunked_prefill_workspace.shape[0]
-    worker.whole = getattr(worker, "whole", (prefill.expand, prefill.run_rows))
-    prefill.expand, prefill.run_rows = worker.whole
+    made = hooks._Engine.planner
+    if made is not None:
+        limit = hooks._Engine.workspace[0] if workspace is None else max(workspace, STEP)  # a plan keeps new tokens together
+        hooks._Engine.planner = StepPlanner(made._manager, limit, made._communicator)
+    worker.whole = getattr(worker, "whole", (prefill.expand_into, prefill.run_rows))
+    prefill.expand_into, prefill.run_rows = worker.whole
     if damage is not None:
         DAMAGE[damage]()
 
@@ -138,16 +144,14 @@ def swap_two_keys() -> None:
     """The keys, not the values, of two tokens."""
     from pcp_mla.integrations.vllm import prefill
 
-    own = prefill.expand
+    own = prefill.expand_into
 
-    def expand(*args: Any) -> Any:
-        k, v = own(*args)
-        k = k.clone()
+    def expand_into(latents: Any, rows: Any, weight: Any, k: Any, v: Any) -> None:
+        own(latents, rows, weight, k, v)
         if len(k) > 40:
             k[[20, 40]] = k[[40, 20]]
-        return k, v
 
-    prefill.expand = expand
+    prefill.expand_into = expand_into
 
 
 def drop_context() -> None:
@@ -181,7 +185,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=8,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=STEP,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         dtype="float32",

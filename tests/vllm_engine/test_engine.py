@@ -11,14 +11,15 @@ from model import LAYERS
 
 PROMPTS = {name: prompt for wave in waves() for name, (_, prompt) in wave.items()}
 CACHED = {"shared": 160, "late too": 160, "cached": 320, "again": 64}
-BOTH = ["exchange", "prefill"]
+ALL = ["exchange", "prefill", "planner"]
 PHASES = (
     {},
     {"workspace": 64},  # several calls a layer
     {"switch": []},
     {"switch": ["exchange"]},
     {"switch": ["prefill"]},
-    {"switch": BOTH},
+    {"switch": ["exchange", "prefill"]},
+    {"switch": ALL},
     {"damage": "swap"},
     {"damage": "drop"},
 )
@@ -72,7 +73,7 @@ def ran(phase):
         assert rank["rank"] == number
         assert not rank["refused"]
         assert not rank["driver"]
-        found.append({name: count if name == "rows" else count / LAYERS for name, count in rank["counts"].items()})
+        found.append({name: count if name in ("rows", "plan") else count / LAYERS for name, count in rank["counts"].items()})
     return found
 
 
@@ -108,30 +109,33 @@ def both(run):
 
 
 def everything(phase):
-    """Both parts ran on both ranks: in each layer as often as in any other, and no step was left out."""
+    """The parts ran on both ranks: in each layer as often as in any other, and no step was left out."""
     first, second = ran(phase)
     assert first["exchange"] == first["cache_write"] == second["exchange"] == second["cache_write"] > 0
-    assert first["prefill"] == first["rows"] == second["rows"]
+    assert {name: second[name] for name in second if name in ("rows", "plan")} == {
+        name: first[name] for name in first if name in ("rows", "plan")
+    }
+    assert first["prefill"] == first["rows"] + first.get("plan", 0)
     assert second["prefill"] == first["prefill"] - 1  # of the prompt of one token it has none
     return first
 
 
-@pytest.mark.parametrize("number", [0, 1, 5])
+@pytest.mark.parametrize("number", [0, 1, 5, 6])
 def test_the_plug_in(number, both, truth, room):
     phase = both[0][number]
     check(phase, truth, room)
-    everything(phase)
+    assert ("plan" in everything(phase)) is (number != 5)
 
 
 def test_one_line_of_each_rank_says_what_runs(both):
     lines = [line for line in both[1].splitlines() if "pcp-mla" in line]
     assert len(lines) == 2
-    assert all(line.endswith("takes the place of vLLM's exchange, prefill") for line in lines)
+    assert all(line.endswith("takes the place of vLLM's exchange, prefill, planner") for line in lines)
 
 
 @pytest.mark.parametrize(("number", "names"), [(2, []), (3, ["exchange"]), (4, ["prefill"])])
 def test_switched_in_one_engine(number, names, both, truth, room):
-    phase, whole = both[0][number], everything(both[0][0])
+    phase, whole = both[0][number], everything(both[0][5])
     check(phase, truth, room)
     only_some(phase, names, whole)
 
@@ -144,17 +148,17 @@ def only_some(phase, names, whole):
     assert second.keys() == first.keys()
 
 
-@pytest.mark.parametrize("part", BOTH)
+@pytest.mark.parametrize("part", ["exchange", "prefill"])
 def test_one_part_by_the_environment(part, run, both, truth, room):
     (phase,), log = run(2, part)
     check(phase, truth, room)
-    only_some(phase, [part], everything(both[0][0]))
-    (other,) = set(BOTH) - {part}
-    assert f"takes the place of vLLM's {part}; {other} not: PCP_MLA_VLLM leaves it out" in log
+    only_some(phase, [part], everything(both[0][5]))
+    others = "; ".join(f"{other} not: PCP_MLA_VLLM leaves it out" for other in ALL if other != part)
+    assert f"takes the place of vLLM's {part}; {others}" in log
 
 
 @pytest.mark.parametrize(
-    ("number", "seen"), [(6, {"shared", "chunked"}), (7, {"shared", "chunked", "late too", "cached", "again"})]
+    ("number", "seen"), [(7, {"shared", "chunked"}), (8, {"shared", "chunked", "late too", "cached", "again"})]
 )
 def test_damage_is_seen(number, seen, both, truth, room):
     """Two keys that change places, or context that is left out, change tokens; so equal tokens mean something."""

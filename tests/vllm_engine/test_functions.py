@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBac
 from vllm.v1.attention.ops import pcp
 from vllm.v1.worker.gpu.pcp_manager import PCPManager
 
+from pcp_mla.integrations.vllm.communicator import Communicator
 from pcp_mla.integrations.vllm.latents import PackedExchange
 from pcp_mla.integrations.vllm.prefill import FIELD, LayerPrefill
 from pcp_mla.integrations.vllm.rows import host_rows, step_rows
@@ -50,7 +51,7 @@ def test_the_cache_is_vllms_own(decodes, sharded, slots, monkeypatch):
             device_communicator=SimpleNamespace(pynccl_comm=pynccl),
             device_group=None,
         )
-        exchange = PackedExchange(coordinator)
+        exchange = PackedExchange(Communicator(coordinator))
         got = exchange.gather(kv_c, k_pe, slot_mapping)
         assert exchange.write(got[0], ours, got[2], "auto", torch.ones(1))
         assert torch.equal(ours, stock)
@@ -145,7 +146,7 @@ def test_attention_is_vllms_own(workspace):
         return output
 
     stock = run(impl.forward_mha)
-    ours = LayerPrefill(impl)
+    ours = LayerPrefill(SimpleNamespace(impl=impl, forward_impl=None)).forward_mha
     assert torch.equal(run(ours), stock)  # a step that was not planned
     setattr(prefill, FIELD, step_rows(host_rows(tokens, ends, requests, workspace), 4, tables, block))
     torch.testing.assert_close(run(ours), stock, rtol=1e-5, atol=1e-5)
