@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench.__main__ as benchmarks
+import bench.vllm.__main__ as vllm_benchmark
 from pcp_mla import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ SETTING = re.compile(r"(\w+)=\S*")
 MAKEFILE = (ROOT / "Makefile").read_text()
 SOURCES = "".join(path.read_text() for folder in ("python", "bench") for path in (ROOT / folder).rglob("*.py"))
 SOURCES += (ROOT / "setup.py").read_text()
-MAINS = {"pcp_mla": cli.main, "bench": benchmarks.main}
+MAINS = {"pcp_mla": cli.main, "bench": benchmarks.main, "bench.vllm": vllm_benchmark.main}
 
 
 def test_links_lead_somewhere():

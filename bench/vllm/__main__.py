@@ -203,7 +203,7 @@ def show(row: dict[str, Any]) -> None:
     print(f"{text}n {row['repeats']}", flush=True)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.vllm", description=__doc__)
     engine.arguments(parser)
     parser.add_argument("--parts", default=DEFAULT_PARTS, help="of the plug-in that are compared with vLLM's own code")
@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--profile", default="", help=f"also where the time goes, of {', '.join(CASES)}")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no case later than this")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     llm = engine.build(args)
     timer, rows = Timer(llm, args), []
     for name, run in (("batch", batches), ("ttft", first_tokens), ("tpot", decodes)):

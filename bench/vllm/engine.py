@@ -13,11 +13,6 @@ from typing import Any
 
 from . import models
 
-# Before vLLM is imported. PCP needs the V2 model runner; an engine core in this process lets the step budget be changed between
-# prompts; functions are sent to the workers; vLLM sets OMP_NUM_THREADS for worker processes alone.
-os.environ.update(VLLM_USE_V2_MODEL_RUNNER="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
-os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_USE_FLASHINFER_SAMPLER="0")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 MAX_LENGTH = 131072
 
 
@@ -30,7 +25,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile and graphs")
 
 
+def _prepare() -> None:
+    """Before vLLM is imported. PCP needs the V2 model runner; an engine core in this process lets the step budget be changed
+    between prompts; functions are sent to the workers; vLLM has one thread an operator in worker processes, but not in this one."""
+    import torch
+
+    os.environ.update(VLLM_USE_V2_MODEL_RUNNER="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+    os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_USE_FLASHINFER_SAMPLER="0")
+    torch.set_num_threads(1)
+
+
 def build(args: argparse.Namespace) -> Any:
+    _prepare()
     from vllm import LLM
 
     folder = Path(tempfile.gettempdir()) / f"pcp_mla_bench_{args.model}_{args.layers or 'all'}"

@@ -1,4 +1,4 @@
-"""transformers' models."""
+"""transformers' models, and vLLM."""
 
 from mutants.change import Change
 
@@ -37,5 +37,82 @@ CHANGES = (
         "if user is not self._maker and user.is_alive():",
         "if user.is_alive():",
         "tests/test_integration_threads.py::test_one_thread_over_several_ranks",
+    ),
+    Change(
+        "rows of a request expand its keys each",
+        "python/pcp_mla/integrations/vllm/rows.py",
+        "mine = longest[group]  # of",
+        "mine = np.arange(count)  # of",
+        "tests/test_vllm_rows.py",
+    ),
+    Change(
+        "new tokens seen without a mask",
+        "python/pcp_mla/integrations/vllm/rows.py",
+        "calls.append((int(old[-1]), int(new[-1]), True,",
+        "calls.append((int(old[-1]), int(new[-1]), False,",
+        "tests/test_vllm_rows.py",
+    ),
+    Change(
+        "pads of a layer's output keep what was there",
+        "python/pcp_mla/integrations/vllm/prefill.py",
+        "            output[count:].zero_()\n",
+        "",
+        "tests/test_vllm_rows.py::test_attention",
+    ),
+    Change(
+        "decodes beside prefills go the short way",
+        "python/pcp_mla/integrations/vllm/prefill.py",
+        "prefill = None if attn_metadata is None or attn_metadata.num_decode_tokens else",
+        "prefill = None if attn_metadata is None else",
+        "tests/test_vllm_rows.py::test_layers_that_are_vllms",
+    ),
+    Change(
+        "a fp8 cache without its scale",
+        "python/pcp_mla/integrations/vllm/prefill.py",
+        "scale = k_scale if self._quantised else None",
+        "scale = None",
+        "tests/test_vllm_rows.py::test_attention_over_an_fp8_cache_with_its_scale",
+    ),
+    Change(
+        "any tensor taken for the gathered one",
+        "python/pcp_mla/integrations/vllm/latents.py",
+        " or kv_c is not self._views[0]:",
+        ":",
+        "tests/test_vllm_steps.py::test_writes_that_are_vllms",
+    ),
+    Change(
+        "steps with decodes planned as prefills",
+        "python/pcp_mla/integrations/vllm/planner.py",
+        "if not batch.is_prefilling_np.all() or batch.num_draft_tokens:",
+        "if batch.num_draft_tokens:",
+        "tests/test_vllm_planner.py::test_what_is_left_to_vllm",
+    ),
+    Change(
+        "a tail where the head is",
+        "python/pcp_mla/integrations/vllm/planner.py",
+        "np.array([rank, 2 * world - 1 - rank], np.int32)",
+        "np.array([rank, 2 * world - 2 - rank], np.int32)",
+        "tests/test_vllm_planner.py::test_a_step_of_prefills",
+    ),
+    Change(
+        "rows of the batch before",
+        "python/pcp_mla/integrations/vllm/hooks.py",
+        "if _Engine.batch is not None and np.array_equal(",
+        "if _Engine.batch is not None and not np.array_equal(",
+        "tests/test_vllm_steps.py",
+    ),
+    Change(
+        "context chunks skipped in steps that are vLLM's",
+        "python/pcp_mla/integrations/vllm/hooks.py",
+        "            _Engine.taking_rows = False\n",
+        "            pass\n",
+        "tests/test_vllm_steps.py::test_a_build_that_fails_leaves_the_next_one_alone",
+    ),
+    Change(
+        "a refused layer's part runs",
+        "python/pcp_mla/integrations/vllm/parts.py",
+        "if layers.get(part) and not any(layers[part].values()))",
+        "if layers.get(part))",
+        "tests/test_vllm_steps.py::test_steps_that_are_vllms",
     ),
 )
