@@ -80,10 +80,20 @@ def test_parameters_are():
     ("names", "refused", "layers", "line"),
     [
         (ALL, {}, {}, "exchange, prefill, planner"),
-        (["exchange", "planner"], {}, {}, "exchange, planner; prefill not: PCP_MLA_VLLM leaves it out"),
-        (["planner"], {"exchange": "odd"}, {}, "planner; exchange not: odd; prefill not: PCP_MLA_VLLM leaves it out"),
-        (ALL, {}, {"prefill": {"a": "LoRA", "b": "LoRA"}}, "exchange, planner; prefill not: LoRA"),
-        (ALL, {}, {"prefill": {"a": "LoRA", "b": ""}}, "exchange, planner; prefill not: LoRA in 1 of 2 layers"),
+        (["exchange", "planner"], {}, {}, "exchange; prefill not: OUT PLANNER"),
+        (
+            ["planner"],
+            {"exchange": "odd"},
+            {},
+            "nothing; exchange not: odd; prefill not: OUT PLANNER",
+        ),
+        (ALL, {}, {"prefill": {"a": "LoRA", "b": "LoRA"}}, "exchange; prefill not: LoRA PLANNER"),
+        (
+            ALL,
+            {},
+            {"prefill": {"a": "LoRA", "b": ""}},
+            "exchange; prefill not: LoRA in 1 of 2 layers PLANNER",
+        ),
         (ALL, dict.fromkeys(ALL, "odd"), {}, "nothing; exchange not: odd; prefill not: odd; planner not: odd"),
     ],
 )
@@ -91,6 +101,7 @@ def test_summary(names, refused, layers, line, vllm):
     parts.refused.update(refused)
     parts.layers.update(layers)
     switch(names)
+    line = line.replace(" PLANNER", "; planner not: it needs prefill").replace("OUT", "PCP_MLA_VLLM leaves it out")
     assert parts.summary() == f"takes the place of vLLM's {line}"
 
 

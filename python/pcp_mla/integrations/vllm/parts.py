@@ -103,6 +103,8 @@ def summary() -> str:
             waiting.append(f"{part} not: {refused[part]}")
         elif part not in enabled:
             waiting.append(f"{part} not: {VARIABLE} leaves it out")
+        elif part == "planner" and "prefill" not in taken:
+            waiting.append("planner not: it needs prefill")
         elif reasons:
             made = len(layers[part])
             words = (reason if count == made else f"{reason} in {count} of {made} layers" for reason, count in reasons.items())
