@@ -56,6 +56,10 @@ GATHER = """bf16, widths 192, 192, 128, rank 0. From the first implementation's 
 and two `index_select`) to ours. A key that head and tail share counts as one read and two writes."""
 
 
+VLLM = """Time to first token, median (least), PCP 2 by vLLM 0.26's own code and with the plug-in in turn on one engine, and tensor
+parallelism on the same two GPUs. What it means: [vllm.md](vllm.md)."""
+
+
 def table(columns: str, rows: Iterable[Iterable[Any]]) -> Iterator[str]:
     names = columns.split(" | ")
     for cells in (names, ["---"] * len(names), *rows):
@@ -131,6 +135,22 @@ def merge_cells(r: dict[str, Any]) -> list[Any]:
         us(r, f"vllm,{best}", "graph_us", 1),
         us(r, f"vllm,{best}", "cpu_us"),
     ]
+
+
+def vllm() -> Iterator[str]:
+    """Every prompt, and beside PCP tensor parallelism on the same GPUs where it was timed."""
+    rows = []
+    for file in ("vllm_v2-lite_h200x2", "vllm_v3-4l_h200x2"):
+        results = [r for r in load(file)["results"] if r["case"] == "ttft"]
+        tensor = {(r["prompt"], r["step_tokens"]): r for r in results if r["tp"] > 1}
+        for r in results:
+            if r["pcp"] > 1:
+                times = [f"{r[f'{side}_ms']:.1f} ({r[f'{side}_min_ms']:.1f})" for side in ("vllm", "ours")]
+                beside = tensor.get((r["prompt"], r["step_tokens"]))
+                other = "-" if beside is None else f"{beside['vllm_ms']:.1f} ({beside['vllm_min_ms']:.1f})"
+                rows.append([r["model"], r["prompt"], r["step_tokens"], *times, f"{r['vllm_ms'] / r['ours_ms']:.2f}", other])
+    yield from head("Inside vLLM", source("vllm_v2-lite_h200x2").replace("bench vllm", "bench.vllm"), VLLM)
+    yield from table("model | prompt | tokens a step | vLLM, ms | with the plug-in, ms | times | TP 2, ms", rows)
 
 
 def lines() -> Iterator[str]:
@@ -239,6 +259,7 @@ def lines() -> Iterator[str]:
             us(r, "seed,auto,auto out=", "cpu_us"),
         ],
     )
+    yield from vllm()
 
 
 if __name__ == "__main__":
