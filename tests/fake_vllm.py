@@ -21,6 +21,7 @@ CONFIG = SimpleNamespace(
     scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
     lora_config=None,
     speculative_config=None,
+    compilation_config=SimpleNamespace(pass_config=SimpleNamespace(fuse_attn_quant=False)),
 )
 
 
@@ -137,7 +138,10 @@ def played_vllm(folder: Path, monkeypatch: Any) -> Iterator[Callable[..., None]]
         ("planner", None),
         ("batch", None),
         ("taking_rows", False),
-        ("workspace", (0, 0)),
+        ("layers", []),
+        ("max_tokens", 0),
+        ("workspace_rows", 0),
+        ("reserved", False),
         ("told", False),
     ):
         monkeypatch.setattr(hooks._Engine, name, value)

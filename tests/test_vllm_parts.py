@@ -4,6 +4,7 @@ import inspect
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,7 +120,8 @@ def changed(module):
 
 
 def is_ours(layer):
-    return all(isinstance(getattr(call, "__self__", None), LayerPrefill) for call in (layer.impl.forward_mha, layer.forward_impl))
+    calls = layer.impl.forward_mha, getattr(layer.forward_impl, "__wrapped__", None)
+    return all(isinstance(getattr(call, "__self__", None), LayerPrefill) for call in calls)
 
 
 def wrapped(owner, name):
@@ -238,13 +240,36 @@ def test_a_missing_name_disables_all(missing, vllm, caplog):
 def test_one_line_says_what_runs(vllm, caplog):
     vllm()
     register()
-    _, manager = modules()
+    attention, manager = modules()
+    attention.MLAAttention()
     with caplog.at_level(logging.INFO):
         manager.PCPManager()
         manager.PCPManager()
     (record,) = caplog.records
     assert record.name == "vllm.pcp_mla"
-    assert record.message.endswith("takes the place of vLLM's exchange, prefill; planner not: layers whose prefill stays vLLM's")
+    why = "a manager that is not known (it has no _block_tables)"
+    assert record.message.endswith(f"takes the place of vLLM's exchange, prefill; planner not: {why}")
+
+
+LATER = f"""{PCP_MANAGER}
+    def set_block_tables(self, block_tables):
+        self.given = block_tables
+"""
+
+
+def test_a_manager_that_is_made_before_the_layers(vllm, caplog):
+    """As that of 0.33: nothing is said before there are layers, and its batches are not planned here."""
+    vllm(manager=LATER)
+    with caplog.at_level(logging.INFO):
+        register()
+        attention, module = modules()
+        made = module.PCPManager()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "planner stays vLLM's own: a manager that is made before the layers" in caplog.records[0].message
+        attention.MLAAttention()
+        made.set_block_tables("tables")
+    assert made.given == "tables"
+    assert "takes the place of vLLM's exchange, prefill; planner not: a manager that is made" in caplog.records[1].message
 
 
 QUIET = """
@@ -308,6 +333,10 @@ def change(attention, layer=None, impl=None, **config):
         ({"layer": {"kv_cache_dtype": "fp8_e5m2"}}, "a cache of fp8_e5m2"),
         ({"attention_config__use_prefill_query_quantization": True}, "quantised queries"),
         ({"speculative_config": object()}, "speculative decoding"),
+        (
+            {"compilation_config__pass_config": SimpleNamespace(fuse_attn_quant=True)},
+            "attention fused with the quantisation of its output",
+        ),
         ({"impl": "own"}, "Own has a forward_mha of its own"),
         ({"impl": "inherited"}, "Own has a forward_mha of its own"),
         ({"layer": {"kv_cache_dtype": "fp8"}}, ""),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fake_vllm import modules
-from pcp_mla.integrations.vllm import hooks, parts, register, switch
+from pcp_mla.integrations.vllm import hooks, parts, prefill, register, switch
 from pcp_mla.integrations.vllm.prefill import FIELD
 
 # The part prefill: rows.
@@ -177,16 +177,37 @@ def test_which_latents_are_gathered(named, slots, decodes, shard, use_pcp, ours,
     assert ([] if ours else ["gather"]) == attention.CALLS
 
 
-def test_the_profile_run_makes_the_buffers(exchanging):
+@pytest.mark.parametrize("names", [["exchange", "prefill"], ["exchange"], ["prefill"]])
+def test_the_profile_run_allocates_what_a_step_needs(names, exchanging, monkeypatch):
+    """vLLM's profile run has no metadata and no slots; what lives or lived then is not given to the cache."""
     attention, _ = exchanging()
+    monkeypatch.setattr(prefill, "WORKSPACE", prefill.Workspace())
+    monkeypatch.setattr(hooks, "WORKSPACE", prefill.WORKSPACE)
+    switch(names)
+    layer, other = attention.MLAAttention("one"), attention.MLAAttention("two")
+    made = []
+
+    class Latents(torch.Tensor):
+        def new_empty(self, *shape):
+            made.append(shape)
+            return torch.empty(*shape)
+
     kv_c, k_pe = latents(50)
-    result = attention.maybe_gather_mla_latent_cache_inputs(kv_c, k_pe, torch.arange(100), None, True)
-    assert result[0] is kv_c
-    assert attention.CALLS == ["gather"]
+    for one in (layer, other, layer):
+        one.forward_impl(torch.zeros(50), kv_c.as_subclass(Latents), k_pe, None, None, output=torch.zeros(50))
+    assert attention.CALLS == ["layer"] * 3
+    assert not hasattr(layer.forward_impl, "__wrapped__")
+    # 100 rows for 2 heads: K of 12 and V of 8, what kv_b_proj gives of K besides, 8, as it is no plain one, and latents of 16
+    width = 2 * (12 + 8 + 8) + 16
+    assert made == ([(100 * width + 128,), (100, width)] if "prefill" in names else [])
+    if "exchange" not in names:
+        assert hooks._Engine.exchange is None
+        return
     exchange = hooks._Engine.exchange.of(*latents(20))
-    assert exchange.max_tokens == 50
-    assert hooks._Engine.exchange.of(*latents(50)) is exchange
-    assert hooks._Engine.exchange.of(*latents(51)).max_tokens == 51
+    assert exchange.max_tokens == 64  # max_num_batched_tokens
+    assert hooks._Engine.exchange.of(*latents(64)) is exchange
+    assert hooks._Engine.exchange.of(*latents(65)).max_tokens == 65
+    assert hooks._Engine.exchange._outgrown == [exchange]
 
 
 @pytest.mark.parametrize("case", ["switched off", "a sparse layer", "no layer yet"])

@@ -118,7 +118,7 @@ def begin(worker: Any, names: list[str] | None, workspace: int | None, damage: s
             builder.chunked_prefill_workspace_size = workspace or builder.chunked_prefill_workspace.shape[0]
     made = hooks._Engine.planner
     if made is not None:
-        limit = hooks._Engine.workspace[0] if workspace is None else max(workspace, STEP)  # a plan keeps new tokens together
+        limit = hooks._Engine.workspace_rows if workspace is None else max(workspace, STEP)  # a plan keeps new tokens together
         hooks._Engine.planner = StepPlanner(made._manager, limit, made._communicator)
     worker.whole = getattr(worker, "whole", (prefill.expand_into, prefill.run_rows))
     prefill.expand_into, prefill.run_rows = worker.whole

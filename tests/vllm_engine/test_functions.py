@@ -51,7 +51,7 @@ def test_the_cache_is_vllms_own(decodes, sharded, slots, monkeypatch):
             device_communicator=SimpleNamespace(pynccl_comm=pynccl),
             device_group=None,
         )
-        exchange = PackedExchange(Communicator(coordinator))
+        exchange = PackedExchange(Communicator(coordinator), 64)
         got = exchange.gather(kv_c, k_pe, slot_mapping)
         assert exchange.write(got[0], ours, got[2], "auto", torch.ones(1))
         assert torch.equal(ours, stock)

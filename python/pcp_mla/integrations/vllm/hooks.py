@@ -22,7 +22,7 @@ from . import parts
 from . import planner as step_planner
 from .communicator import Communicator
 from .latents import PackedExchange
-from .prefill import FIELD, LayerPrefill, refusal
+from .prefill import FIELD, WORKSPACE, LayerPrefill, refusal
 from .rows import host_rows, step_rows
 
 logger = logging.getLogger("vllm.pcp_mla")  # a child of vLLM's logger, so that it is formatted and shown as the engine's lines are
@@ -34,7 +34,10 @@ class _Engine:
     communicator: Communicator | None = None
     exchange: PackedExchange | None = None
     batch: Any = None  # the last step's rows on this rank
-    workspace = (0, 0)  # rows of K and V of a layer that a step may need at a time, and numbers of the widest one
+    layers: list[LayerPrefill] = []  # noqa: RUF012  the state of a process
+    max_tokens = 0  # of a step
+    workspace_rows = 0  # rows of K and V that a call may need, if its keys can be shared out over several
+    reserved = False
     taking_rows = False  # while metadata is built for layers whose context this package attends to
     planner: step_planner.StepPlanner | None = None
     told = False
@@ -58,7 +61,7 @@ def _communicator() -> Communicator:
 
 def _exchange() -> PackedExchange:
     if _Engine.exchange is None:
-        _Engine.exchange = PackedExchange(_communicator())
+        _Engine.exchange = PackedExchange(_communicator(), _Engine.max_tokens)
     return _Engine.exchange
 
 
@@ -70,22 +73,42 @@ def _on_layer(layer: Any, config: Any) -> None:
     parts.made("exchange", layer.layer_name, "sparse MLA" if sparse else "")
     why = refusal(layer, config)
     parts.made("prefill", layer.layer_name, why)
-    if not sparse and "exchange" not in parts.refused:
+    _Engine.max_tokens = config.scheduler_config.max_num_batched_tokens
+    exchanged = not sparse and "exchange" not in parts.refused
+    if exchanged:
         _take_write(layer.impl)
     if not why and "prefill" not in parts.refused:
         ours = LayerPrefill(layer)
         layer.impl.forward_mha, layer.forward_impl = ours.forward_mha, ours.forward_impl
-        rows = max(layer.chunked_prefill_workspace_size, config.scheduler_config.max_num_batched_tokens)
-        width = layer.num_heads * (layer.qk_head_dim + layer.v_head_dim)
-        _Engine.workspace = (max(rows, _Engine.workspace[0]), max(width, _Engine.workspace[1]))
+        _Engine.layers.append(ours)
+        _Engine.workspace_rows = max(_Engine.workspace_rows, layer.chunked_prefill_workspace_size, _Engine.max_tokens)
+    if exchanged or not why:
+        _reserve_first(layer)
 
 
-def _profile(kv_c: Any, k_pe: Any) -> None:
-    """In vLLM's profile run, which finds out how much memory is left for the cache: what a step needs here."""
+def _reserve_first(layer: Any) -> None:
+    """Let the layer's first call, which is in vLLM's profile run, allocate what a step needs: that run finds out how much memory is
+    left for the cache. Weights are there by then."""
+    forward = layer.forward_impl
+
+    @functools.wraps(forward)
+    def forward_impl(q: Any, k_c_normed: Any, k_pe: Any, *args: Any, **named: Any) -> Any:
+        layer.forward_impl = forward
+        if not _Engine.reserved:
+            _Engine.reserved = True
+            _reserve(k_c_normed, k_pe)
+        return forward(q, k_c_normed, k_pe, *args, **named)
+
+    layer.forward_impl = forward_impl
+
+
+def _reserve(kv_c: Any, k_pe: Any) -> None:
     if "exchange" in parts.running:
         _exchange().of(kv_c, k_pe)
     if "prefill" in parts.running:
-        kv_c.new_empty(_Engine.workspace)
+        width = max(layer.workspace_width() for layer in _Engine.layers)
+        WORKSPACE.keep(kv_c, _Engine.workspace_rows * width)
+        kv_c.new_empty(_Engine.workspace_rows, width)
 
 
 def _take_write(impl: Any) -> None:
@@ -136,14 +159,11 @@ def _in_mla_attention(module: ModuleType) -> None:
     def maybe_gather(
         kv_c_normed: Any, k_pe: Any, slot_mapping: Any, num_decode_tokens: int | None, use_pcp: bool, *rest: Any, **named: Any
     ) -> Any:
-        if use_pcp and slot_mapping is not None:
-            if num_decode_tokens is None:
-                _profile(kv_c_normed, k_pe)
-            elif "exchange" in parts.running:
-                count = kv_c_normed.shape[0]
-                sharded = named.get("pcp_shard_decode_requests", rest[0] if rest else False)
-                if slot_mapping.shape[0] > count and (sharded or num_decode_tokens < count):
-                    return _exchange().gather(kv_c_normed, k_pe, slot_mapping)
+        if use_pcp and slot_mapping is not None and num_decode_tokens is not None and "exchange" in parts.running:
+            count = kv_c_normed.shape[0]
+            sharded = named.get("pcp_shard_decode_requests", rest[0] if rest else False)
+            if slot_mapping.shape[0] > count and (sharded or num_decode_tokens < count):
+                return _exchange().gather(kv_c_normed, k_pe, slot_mapping)
         return gather(kv_c_normed, k_pe, slot_mapping, num_decode_tokens, use_pcp, *rest, **named)
 
     @functools.wraps(chunks)
@@ -162,7 +182,7 @@ def _build(module: ModuleType, own: Callable[..., Any]) -> Callable[..., Any]:
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         mine = "prefill" in parts.running and self.use_pcp
         plan = None if _Engine.planner is None else _Engine.planner.plan
-        if mine and plan is not None and plan.slots.data_ptr() == common_attn_metadata.slot_mapping.data_ptr():
+        if mine and plan is not None and plan.is_of(common_attn_metadata):
             return _planned_metadata(module, self, common_attn_metadata, plan)
         _Engine.taking_rows = mine
         try:
@@ -214,15 +234,37 @@ def _add_rows(builder: Any, common: Any, metadata: Any) -> None:
     parts.counts["rows"] += 1
 
 
-def _plan_for(manager: Any) -> None:
+def _look_at(manager: Any) -> None:
     """Look at a manager that was just made, once."""
-    try:
-        why = step_planner.refusal(manager) if _Engine.workspace[0] else "layers whose prefill stays vLLM's"
-        if not why and "planner" not in parts.refused:
-            _Engine.planner = step_planner.StepPlanner(manager, _Engine.workspace[0], _communicator())
-    except AttributeError as error:
-        why = f"a manager that is not known ({error})"
+    why = step_planner.refusal(manager) if _Engine.workspace_rows else "no layer whose prefill is taken"
     parts.made("planner", "manager", why)
+    if parts.layers.get("exchange"):  # else there are no layers yet
+        _tell()
+
+
+def _planner(manager: Any) -> step_planner.StepPlanner | None:
+    """The planner of a step that is to be planned here, made for the first one."""
+    if not {"planner", "prefill"} <= parts.running:
+        return None
+    if _Engine.planner is None:
+        try:
+            _Engine.planner = step_planner.StepPlanner(manager, _Engine.workspace_rows, _communicator())
+        except AttributeError as error:
+            parts.made("planner", "manager", f"a manager that is not known ({error})")
+            logger.warning("pcp-mla: planner stays vLLM's own: a manager that is not known (%s)", error)
+    return _Engine.planner
+
+
+def _tell_later(manager: Any) -> None:
+    own = manager.set_block_tables
+
+    @functools.wraps(own)
+    def set_block_tables(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = own(self, *args, **kwargs)
+        _tell()
+        return result
+
+    manager.set_block_tables = set_block_tables
 
 
 def _graphed(batch_desc: Any = None) -> bool:
@@ -234,6 +276,9 @@ def _in_pcp_manager(module: ModuleType) -> None:
     manager = module.PCPManager
     made, partition, prepare = manager.__init__, manager.partition_batch, manager.prepare_attn
     restore = manager.restore_hidden_states
+    if hasattr(manager, "set_block_tables"):
+        parts.refuse("planner", "a manager that is made before the layers and their cache, as that of 0.33")
+        _tell_later(manager)
     parts.refuse(
         "planner",
         parts.parameters_are(partition, "self", "input_batch", more=("batch_desc",))
@@ -244,17 +289,16 @@ def _in_pcp_manager(module: ModuleType) -> None:
     @functools.wraps(made)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
-        if "prefill" not in parts.refused:
-            _plan_for(self)
-        _tell()
+        _look_at(self)
 
     @functools.wraps(partition)
     def partition_batch(self: Any, input_batch: Any, *rest: Any, **named: Any) -> Any:
         batch = None
         if _Engine.planner is not None:
             _Engine.planner.plan = None
-            if {"planner", "prefill"} <= parts.running and not _graphed(*rest, **named):
-                batch = _Engine.planner.partition(input_batch)
+        planner = _planner(self)
+        if planner is not None and not _graphed(*rest, **named):
+            batch = planner.partition(input_batch)
         if batch is None:
             batch = partition(self, input_batch, *rest, **named)
         else:

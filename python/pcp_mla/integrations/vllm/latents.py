@@ -22,20 +22,22 @@ class PackedExchange:
     are views of the exchange's buffer, so that vLLM's own write works too.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
-        self._communicator = communicator
+    def __init__(self, communicator: Communicator, max_tokens: int) -> None:
+        self._communicator, self._max_tokens = communicator, max_tokens
+        self._outgrown: list[LatentExchange] = []  # graphs may have their addresses
         self._exchanges: dict[tuple[Any, ...], LatentExchange] = {}
         self._packed: torch.Tensor | None = None
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def of(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> LatentExchange:
-        """The exchange for such latents; the first call of an engine, its profile run, has as many rows as any later one."""
+        """The exchange for such latents, made for steps of ``max_tokens`` or, if there are more, for these."""
         key = (kv_c.dtype, kv_c.device, kv_c.shape[1], k_pe.shape[-1])
         found = self._exchanges.get(key)
         if found is None or found.max_tokens < kv_c.shape[0]:
-            dims = MLADims(1, 1, key[3], 1, key[2])
-            found = LatentExchange(self._communicator, kv_c.shape[0], dims, kv_c.dtype, kv_c.device)
-            self._exchanges[key] = found
+            if found is not None:
+                self._outgrown.append(found)
+            dims, room = MLADims(1, 1, key[3], 1, key[2]), max(self._max_tokens, kv_c.shape[0])
+            found = self._exchanges[key] = LatentExchange(self._communicator, room, dims, kv_c.dtype, kv_c.device)
         return found
 
     def gather(

@@ -30,6 +30,9 @@ _ALL_PREFILLS: dict[str, Any] = {
 
 def refusal(manager: Any) -> str:
     """Why a manager's steps stay vLLM's; the empty string where this part takes them."""
+    missing = [name for name in ("_block_tables", "_input_buffers", "dcp_world_size", "pcp_rank") if not hasattr(manager, name)]
+    if missing:
+        return f"a manager that is not known (it has no {missing[0]})"
     tables = manager._block_tables
     if manager.dcp_world_size > 1:
         return "decode context parallelism"
@@ -50,6 +53,9 @@ def step_rows(meta: PlannedMetadata) -> StepRows:
     return StepRows(meta.kv_rows, tuple(chunks), {})
 
 
+_MAX_WINDOWS = 16  # calls that context may be split into
+
+
 class Plan:
     """A step of prefills: the plan, the batch that vLLM runs, and what attention reads."""
 
@@ -57,6 +63,11 @@ class Plan:
         assert meta.slot_mapping is not None
         self.meta, self.batch, self.tables, self.rows = meta, batch, tables, step_rows(meta)
         self.slots, self.hidden_rows = meta.slot_mapping, meta.hidden_restore_idx
+
+    def is_of(self, common: Any) -> bool:
+        """Whether vLLM's common metadata are of this step's whole batch."""
+        same = common.slot_mapping.data_ptr() == self.slots.data_ptr()
+        return same and (common.num_reqs, common.num_actual_tokens) == (self.batch.num_reqs, self.batch.num_tokens)
 
 
 class StepPlanner:
@@ -70,17 +81,15 @@ class StepPlanner:
         self._manager, self._limit, self._communicator = manager, limit, communicator
         buffers, tables = manager._input_buffers, manager._block_tables
         block_size = getattr(tables, "kernel_block_sizes", tables.block_sizes)[0]
-        requests, blocks = buffers.max_num_reqs // 2, tables.block_tables[0].gpu.shape[1]
         self._planner = PCPPlanner(
-            requests,
+            buffers.max_num_reqs // 2,
             buffers.max_num_tokens,
             manager.pcp_world_size,
             manager.pcp_rank,
             block_size=block_size,
             device=manager.device,
-            max_context_chunks=-(-requests * blocks * block_size // limit),
+            max_context_chunks=_MAX_WINDOWS,
         )
-        self._no_pads = torch.zeros(buffers.max_num_tokens, dtype=torch.bool, device=manager.device)
         rank, world = manager.pcp_rank, manager.pcp_world_size
         self._chunks = np.array([rank, 2 * world - 1 - rank], np.int32)
         self.plan: Plan | None = None
@@ -89,6 +98,8 @@ class StepPlanner:
         """The local batch, or None where the step is vLLM's."""
         self.plan = None
         if not batch.is_prefilling_np.all() or batch.num_draft_tokens:
+            return None
+        if int(batch.num_computed_tokens_np.sum()) > _MAX_WINDOWS * self._limit:
             return None
         tables = self._tables(batch)
         query_lens, context_lens = batch.num_scheduled_tokens, batch.num_computed_tokens_np
@@ -119,10 +130,9 @@ class StepPlanner:
         input_ids, positions = buffers.input_ids[:padded], buffers.positions[:padded]
         torch.index_select(batch.input_ids, 0, meta.local_token_indices, out=input_ids[:tokens])
         positions[:tokens].copy_(meta.positions)
-        is_padding = self._no_pads[:padded]
+        is_padding = buffers.is_padding[:padded]
+        is_padding[:tokens].fill_(False)
         if tokens < padded:
-            is_padding = buffers.is_padding[:padded]
-            is_padding[:tokens].fill_(False)
             is_padding[tokens:].fill_(True)
             input_ids[tokens:].zero_()
             positions[tokens:].zero_()

@@ -32,6 +32,8 @@ def refusal(layer: Any, config: Any) -> str:
         return f"a cache of {layer.kv_cache_dtype}"
     if config.attention_config.use_prefill_query_quantization:
         return "quantised queries"
+    if getattr(config.compilation_config.pass_config, "fuse_attn_quant", False):
+        return "attention fused with the quantisation of its output"
     if config.speculative_config is not None:
         return "speculative decoding"
     owner = next(kind.__name__ for kind in type(impl).__mro__ if "forward_mha" in vars(kind))
@@ -54,6 +56,11 @@ class Workspace:
         self._kept: dict[tuple[Any, ...], torch.Tensor] = {}
         self._last: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor] | None = None
 
+    def keep(self, like: torch.Tensor, numbers: int) -> None:
+        """Allocate what is kept, for steps that never need more than so many numbers."""
+        room = min(_KEPT_BYTES // like.element_size(), numbers + 128)
+        self._kept[like.dtype, like.device] = like.new_empty(room)
+
     def of(self, count: int, dims: MLADims, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K [count, heads, nope + rope] and V [count, heads, v] to be written, of the dtype and on the device of ``like``."""
         key = (count, dims, like.dtype, like.device)
@@ -61,12 +68,9 @@ class Workspace:
             return self._last[1:]
         heads, widths = dims.num_heads, (dims.qk_head_dim, dims.v_head_dim)
         numbers = [count * heads * width for width in widths]
-        room = _KEPT_BYTES // like.element_size()
-        if sum(numbers) + 128 > room:
-            return like.new_empty(count, heads, widths[0]), like.new_empty(count, heads, widths[1])
         kept = self._kept.get(key[2:])
-        if kept is None:
-            kept = self._kept[key[2:]] = like.new_empty(room)
+        if kept is None or sum(numbers) + 128 > kept.shape[0]:
+            return like.new_empty(count, heads, widths[0]), like.new_empty(count, heads, widths[1])
         start = -(-numbers[0] // 128) * 128  # V begins at a multiple of 128 bytes, for tensor copies
         k = kept[: numbers[0]].view(count, heads, widths[0])
         self._last = key, k, kept[start : start + numbers[1]].view(count, heads, widths[1])
@@ -93,6 +97,13 @@ class LayerPrefill:
         )
         self._quantised = impl.kv_cache_dtype in _E4M3
         self._backend = ""
+
+    def workspace_width(self) -> int:
+        """Numbers that a call needs at a time for each of its keys: K and V, what a module gives before K is put together, and
+        latents that are gathered first."""
+        dims, plain = self._dims, _is_plain(self._linear)
+        latents = dims.latent_dim if self._quantised or not plain else 0
+        return dims.num_heads * (dims.qk_head_dim + dims.v_head_dim + (0 if plain else dims.qk_nope_head_dim)) + latents
 
     def forward_impl(
         self,
