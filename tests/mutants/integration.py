@@ -76,7 +76,7 @@ CHANGES = (
     Change(
         "any tensor taken for the gathered one",
         "python/pcp_mla/integrations/vllm/latents.py",
-        " or kv_c is not self._views[0]:",
+        " or kv_c is not self._last[1]:",
         ":",
         "tests/test_vllm_steps.py::test_writes_that_are_vllms",
     ),

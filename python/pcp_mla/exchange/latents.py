@@ -102,8 +102,7 @@ class LatentExchange:
         alone = self.world_size > 1 and meta.is_replicated  # what counts then is the place of rank 0's copy
         rows = self._side_by_side(kv_c, k_pe) if tokens == padded and not alone else None
         if rows is None:
-            in_place = alone or self._in_place
-            rows = gathered[0 if alone else self.rank * padded :][:padded] if in_place else self._send[:padded]
+            rows = gathered[:padded] if alone else self._place(gathered, padded)
             if tokens:
                 pack_latents(kv_c, k_pe, rows[:tokens] if tokens < padded else rows)
             if tokens < padded:
@@ -129,12 +128,16 @@ class LatentExchange:
             (self.around or _call)(collective)
         return gathered
 
+    def _place(self, gathered: torch.Tensor, count: int) -> torch.Tensor:
+        """Where this rank packs ``count`` rows: where they stay, if the group gathers in place."""
+        return gathered[self.rank * count :][:count] if self._in_place else self._send[:count]
+
     def _prepared(self, count: int) -> tuple[int, torch.Tensor, torch.Tensor, Callable[[], None] | None]:
         """Where ``count`` rows of each rank are packed, where they come together, and the collective."""
         if self.world_size == 1:
             return count, self._send[:count], self._send[:count], None
         gathered = self._gathered[: self.world_size * count]
-        rows = gathered[self.rank * count :][:count] if self._in_place else self._send[:count]
+        rows = self._place(gathered, count)
         return count, rows, gathered, self._collective(gathered, rows)
 
     def _collective(self, gathered: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:

@@ -130,7 +130,8 @@ def _through_module(
     return k_out, v_out
 
 
-def _project(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def expand_into(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """:func:`kv_up_project` into given tensors, for arguments that are known to fit."""
     calls = direct()
     if calls is not None and calls.kv_up_project(latents, rows, weight, k, v):
         return
@@ -140,14 +141,11 @@ def _project(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Ten
         _up_project(latents, rows, weight, k, v)
 
 
-expand_into = _project  # :func:`kv_up_project` into given tensors, for arguments that are known to fit
-
-
 def expand(latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`kv_up_project` for arguments that are known to fit."""
     k = latents.new_empty(rows.shape[0], dims.num_heads, dims.qk_head_dim)
     v = latents.new_empty(rows.shape[0], dims.num_heads, dims.v_head_dim)
-    _project(latents, rows, weight, k, v)
+    expand_into(latents, rows, weight, k, v)
     return k, v
 
 
@@ -213,6 +211,6 @@ def kv_up_project(
     room = next((len(out) for out in (k_out, v_out) if out is not None), count)
     k = latents.new_empty(room, dims.num_heads, dims.qk_head_dim) if k_out is None else k_out
     v = latents.new_empty(room, dims.num_heads, dims.v_head_dim) if v_out is None else v_out
-    call = _project if backend == "auto" else select(op, backend, latents.device.type)
+    call = expand_into if backend == "auto" else select(op, backend, latents.device.type)
     call(latents, rows, weight, k, v)
     return k, v

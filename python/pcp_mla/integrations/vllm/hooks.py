@@ -75,14 +75,15 @@ def _on_layer(layer: Any, config: Any) -> None:
     parts.made("prefill", layer.layer_name, why)
     _Engine.max_tokens = config.scheduler_config.max_num_batched_tokens
     exchanged = not sparse and "exchange" not in parts.refused
+    attended = not why and "prefill" not in parts.refused
     if exchanged:
         _take_write(layer.impl)
-    if not why and "prefill" not in parts.refused:
+    if attended:
         ours = LayerPrefill(layer)
         layer.impl.forward_mha, layer.forward_impl = ours.forward_mha, ours.forward_impl
         _Engine.layers.append(ours)
         _Engine.workspace_rows = max(_Engine.workspace_rows, layer.chunked_prefill_workspace_size, _Engine.max_tokens)
-    if exchanged or not why:
+    if exchanged or attended:
         _reserve_first(layer)
 
 

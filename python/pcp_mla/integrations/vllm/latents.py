@@ -12,7 +12,7 @@ from ...plan.dims import MLADims
 from . import parts
 from .communicator import Communicator
 
-_E4M3 = ("fp8", "fp8_e4m3")
+E4M3 = ("fp8", "fp8_e4m3")  # what vLLM calls caches of float8_e4m3fn with a scale
 
 
 class PackedExchange:
@@ -26,8 +26,7 @@ class PackedExchange:
         self._communicator, self._max_tokens = communicator, max_tokens
         self._outgrown: list[LatentExchange] = []  # graphs may have their addresses
         self._exchanges: dict[tuple[Any, ...], LatentExchange] = {}
-        self._packed: torch.Tensor | None = None
-        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # all, kv_c and k_pe of what was gathered last
 
     def of(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> LatentExchange:
         """The exchange for such latents, made for steps of ``max_tokens`` or, if there are more, for these."""
@@ -48,20 +47,21 @@ class PackedExchange:
         Replicated decodes travel too, and rank 0's copies are what every rank caches: others have no slot.
         """
         packed = self.of(kv_c, k_pe).all_gather_rows(kv_c, k_pe.view(kv_c.shape[0], -1))
-        if packed is not self._packed or self._views is None:  # one for all layers of a step
-            self._packed, self._views = packed, (packed[:, : kv_c.shape[1]], packed[:, None, kv_c.shape[1] :])
+        if self._last is None or packed is not self._last[0]:  # one for all layers of a step
+            self._last = packed, packed[:, : kv_c.shape[1]], packed[:, None, kv_c.shape[1] :]
         parts.counts["exchange"] += 1
         slots = slot_mapping if slot_mapping.shape[0] == packed.shape[0] else slot_mapping[: packed.shape[0]]
-        return *self._views, slots
+        return *self._last[1:], slots
 
     def write(self, kv_c: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, cache_dtype: str, scale: torch.Tensor) -> bool:
         """Write the rows that were gathered last, if these are they and the cache is of a kind that the op knows."""
-        if self._packed is None or self._views is None or kv_c is not self._views[0]:
+        if self._last is None or kv_c is not self._last[1]:
             return False
-        if cache_dtype in _E4M3:
-            write_latent_cache(self._packed, cache.view(torch.float8_e4m3fn), slots, scale=scale)
+        packed = self._last[0]
+        if cache_dtype in E4M3:
+            write_latent_cache(packed, cache.view(torch.float8_e4m3fn), slots, scale=scale)
         elif cache.dtype == kv_c.dtype:
-            write_rows(self._packed, cache, slots, None)
+            write_rows(packed, cache, slots, None)
         else:
             return False
         parts.counts["cache_write"] += 1

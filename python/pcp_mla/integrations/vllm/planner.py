@@ -57,11 +57,11 @@ _MAX_WINDOWS = 16  # calls that context may be split into
 
 
 class Plan:
-    """A step of prefills: the plan, the batch that vLLM runs, and what attention reads."""
+    """A step of prefills: the batch that vLLM runs, its slots, what attention reads, and where hidden states come from."""
 
     def __init__(self, meta: PlannedMetadata, batch: Any, tables: torch.Tensor) -> None:
         assert meta.slot_mapping is not None
-        self.meta, self.batch, self.tables, self.rows = meta, batch, tables, step_rows(meta)
+        self.batch, self.tables, self.rows = batch, tables, step_rows(meta)
         self.slots, self.hidden_rows = meta.slot_mapping, meta.hidden_restore_idx
 
     def is_of(self, common: Any) -> bool:

@@ -12,10 +12,10 @@ from ...ops.attention.support import choose
 from ...ops.kv_up_project import expand_into, kv_up_project
 from ...plan.dims import MLADims
 from . import parts
+from .latents import E4M3
 from .rows import RowChunk, StepRows
 
 FIELD = "pcp_mla_rows"  # of vLLM's prefill metadata: the step's rows, where they are this part's
-_E4M3 = ("fp8", "fp8_e4m3")
 _KEPT_BYTES = 2**28  # K and V of smaller steps, whose host time counts, lie in a buffer that is kept
 
 
@@ -28,7 +28,7 @@ def refusal(layer: Any, config: Any) -> str:
         return "decode context parallelism"
     if config.lora_config is not None:
         return "LoRA"
-    if layer.kv_cache_dtype != "auto" and layer.kv_cache_dtype not in _E4M3:
+    if layer.kv_cache_dtype != "auto" and layer.kv_cache_dtype not in E4M3:
         return f"a cache of {layer.kv_cache_dtype}"
     if config.attention_config.use_prefill_query_quantization:
         return "quantised queries"
@@ -71,7 +71,7 @@ class Workspace:
         kept = self._kept.get(key[2:])
         if kept is None or sum(numbers) + 128 > kept.shape[0]:
             return like.new_empty(count, heads, widths[0]), like.new_empty(count, heads, widths[1])
-        start = -(-numbers[0] // 128) * 128  # V begins at a multiple of 128 bytes, for tensor copies
+        start = -(-numbers[0] // 128) * 128  # V begins at a multiple of 128 numbers, for tensor copies
         k = kept[: numbers[0]].view(count, heads, widths[0])
         self._last = key, k, kept[start : start + numbers[1]].view(count, heads, widths[1])
         return self._last[1:]
@@ -95,7 +95,7 @@ class LayerPrefill:
             v_head_dim=impl.v_head_dim,
             kv_lora_rank=impl.kv_lora_rank,
         )
-        self._quantised = impl.kv_cache_dtype in _E4M3
+        self._quantised = impl.kv_cache_dtype in E4M3
         self._backend = ""
 
     def workspace_width(self) -> int:
@@ -173,7 +173,8 @@ class LayerPrefill:
 
     def _prepared(self, q: torch.Tensor, chunk: RowChunk) -> Any:
         """A call of the step's attention that all layers with this scale can share, or False if the library has none."""
-        library = find(self._chosen(q)) if self._chosen(q) in LIBRARIES else None
+        name = self._chosen(q)
+        library = find(name) if name in LIBRARIES else None
         return isinstance(library, Library) and (prepared(library, chunk.rows, self._scale) or False)
 
     def _chosen(self, q: torch.Tensor) -> str:
