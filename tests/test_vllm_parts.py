@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fake_vllm import MLA_ATTENTION, PCP_MANAGER, modules, write_vllm
-from pcp_mla.integrations.vllm import hooks, parts, register, switch
+from pcp_mla.integrations.vllm import finder, parts, register, switch
 from pcp_mla.integrations.vllm.prefill import LayerPrefill
 
 ALL = ["exchange", "prefill", "planner"]
@@ -110,7 +110,7 @@ def test_summary(names, refused, layers, line, vllm):
 
 
 def finders():
-    return [finder for finder in sys.meta_path if isinstance(finder, hooks._Finder)]
+    return [found for found in sys.meta_path if isinstance(found, finder._Finder)]
 
 
 def changed(module):
@@ -182,7 +182,7 @@ def test_0_changes_nothing(value, vllm, monkeypatch):
 
 
 def test_without_vllm_nothing_happens(vllm, monkeypatch):
-    monkeypatch.setattr(hooks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(finder.importlib.util, "find_spec", lambda name: None)
     register()
     assert not finders()
     assert not parts.enabled

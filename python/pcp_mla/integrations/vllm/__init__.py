@@ -19,6 +19,6 @@ def register() -> None:
     from one that has called this needs no call of its own; further calls do nothing. Without PCP, or for models without MLA, all
     changes are without effect.
     """
-    from .hooks import install
+    from .finder import install
 
     install()

@@ -1,18 +1,10 @@
-"""Where vLLM is changed: each module right after vLLM itself imported it, in whatever process that is.
-
-The plug-in's function runs before vLLM's workers are forked, where importing vLLM's layers would be slow, and waking the GPU's
-driver would break the workers. So nothing is imported: a finder waits for the modules.
-"""
+"""What is changed of vLLM: of its MLA layers and their metadata, and of its manager of prefill context parallelism."""
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +14,7 @@ from . import parts
 from . import planner as step_planner
 from .communicator import Communicator
 from .latents import PackedExchange
-from .prefill import FIELD, WORKSPACE, LayerPrefill, refusal
+from .prefill import FIELD, WORKSPACE, LayerPrefill, is_sparse, refusal
 from .rows import host_rows, step_rows
 
 logger = logging.getLogger("vllm.pcp_mla")  # a child of vLLM's logger, so that it is formatted and shown as the engine's lines are
@@ -69,7 +61,7 @@ def _on_layer(layer: Any, config: Any) -> None:
     """Look at a layer that was just made, once."""
     if config.parallel_config.prefill_context_parallel_size <= 1:
         return
-    sparse = getattr(layer, "use_sparse", False) or getattr(layer.impl, "is_sparse", False)
+    sparse = is_sparse(layer)
     parts.made("exchange", layer.layer_name, "sparse MLA" if sparse else "")
     why = refusal(layer, config)
     parts.made("prefill", layer.layer_name, why)
@@ -331,58 +323,3 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "vllm.model_executor.layers.attention.mla_attention": _in_mla_attention,
     "vllm.v1.worker.gpu.pcp_manager": _in_pcp_manager,
 }
-
-
-def _change(module: ModuleType) -> None:
-    """Change a module of vLLM, once; an unknown version of it disables what does not fit."""
-    if getattr(module, "pcp_mla_changed", False):
-        return
-    module.pcp_mla_changed = True  # type: ignore[attr-defined]
-    known = set(parts.refused)
-    try:
-        HOOKS[module.__name__](module)
-    except AttributeError as error:
-        for part in parts.PARTS:
-            parts.refuse(part, f"this vLLM is not known ({error})")
-    for part, why in parts.refused.items():
-        if part not in known:
-            logger.warning("pcp-mla: %s stays vLLM's own: %s", part, why)
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: Any) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        _change(module)
-
-    def __getattr__(self, name: str) -> Any:  # sources, for inspect and torch.compile
-        return getattr(self._loader, name)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name not in HOOKS:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-def install() -> None:
-    """See :func:`pcp_mla.integrations.vllm.register`."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
-    names = parts.from_environment()
-    if not names or importlib.util.find_spec("vllm") is None:
-        return
-    parts.switch(names)
-    sys.meta_path.insert(0, _Finder())
-    for name in HOOKS:
-        if name in sys.modules:
-            _change(sys.modules[name])

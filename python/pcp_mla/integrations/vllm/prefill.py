@@ -19,10 +19,14 @@ FIELD = "pcp_mla_rows"  # of vLLM's prefill metadata: the step's rows, where the
 _KEPT_BYTES = 2**28  # K and V of smaller steps, whose host time counts, lie in a buffer that is kept
 
 
+def is_sparse(layer: Any) -> bool:
+    return getattr(layer, "use_sparse", False) or getattr(layer.impl, "is_sparse", False)
+
+
 def refusal(layer: Any, config: Any) -> str:
     """Why a layer's prefill stays vLLM's; the empty string where this part takes it. ``layer`` is an ``MLAAttention`` just made."""
     impl = layer.impl
-    if getattr(layer, "use_sparse", False) or getattr(impl, "is_sparse", False):
+    if is_sparse(layer):
         return "sparse MLA"
     if config.parallel_config.decode_context_parallel_size > 1:
         return "decode context parallelism"

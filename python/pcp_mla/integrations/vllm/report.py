@@ -18,7 +18,8 @@ def print_report() -> int:
         except importlib.metadata.PackageNotFoundError:
             print("vllm is not installed")
             return 1
-    from .hooks import HOOKS, install
+    from .finder import install
+    from .hooks import HOOKS
 
     print(f"vllm {version}; tried with {parts.TRIED}")
     names = parts.from_environment()
