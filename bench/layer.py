@@ -36,6 +36,7 @@ from pcp_mla.layer import prefill
 from pcp_mla.ops.attention import support
 from pcp_mla.ops.attention.call import run_rows
 from pcp_mla.ops.attention.libraries import Rows
+from pcp_mla.ops.latent_cache import write_rows
 from pcp_mla.testing.launch import run_distributed
 
 from . import attention, peers, plain, timing
@@ -70,10 +71,11 @@ class Copied:
     def __init__(self, exchange: LatentExchange, gathered: torch.Tensor) -> None:
         self._exchange, self._others, self._buffer = exchange, gathered, torch.empty_like(gathered)
 
-    def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: Any) -> torch.Tensor:
+    def publish(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: Any, cache: torch.Tensor) -> torch.Tensor:
         self._buffer.copy_(self._others)
         pack_latents(kv_c, k_pe, self._buffer[: meta.num_tokens])
-        return self._buffer
+        write_rows(self._buffer, cache, meta.slot_mapping, None)
+        return cache
 
 
 class Layer:
@@ -179,7 +181,7 @@ class _Clock:
 
 def stages_cpu_us(call: Callable[[], Any], repeats: int, calls: int) -> dict[str, float]:
     """Host time of each stage of our layer and of the checks around them, as :func:`timing.cpu_us` of the whole."""
-    clocks = {name: _Clock() for name in ("exchange", "cache_write", "up_project", "attention")}
+    clocks = {name: _Clock() for name in ("exchange", "up_project", "attention")}
     samples = []
     with mock.patch.dict(prefill._STAGES, clocks):
         for _ in range(repeats):

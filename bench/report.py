@@ -22,7 +22,7 @@ on slow virtual machines: compare within a row. Columns of vLLM and FlashAttenti
 LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result), FlashAttention 3
 in all columns. "seed": the first implementation's way. "rows": virtual rows, keys gathered and expanded for each head
 and tail. "Floor": all FLOPs at the rate of a large GEMM, and the bytes of exchange and cache. The last column is ours by
-stages: checks and exchange, cache write, up-projection, attention. A row with cached tokens is a serving step drawn from
+stages: checks, exchange and cache write; up-projection; attention. A row with cached tokens is a serving step drawn from
 a trace of requests (`--trace FILE`)."""
 
 GRAPHS = """4096 tokens through eight MLA layers with their projections, DeepSeek-V2-Lite's widths, P = 2. "Piecewise": CUDA
@@ -93,9 +93,9 @@ def section(title: str, file: str, text: str, columns: str, cells: Callable[[dic
 
 
 def by_stages(stages: dict[str, float]) -> str:
-    """Host time of checks and exchange, cache write, up-projection and attention."""
-    first = stages["checks"] + stages["exchange"]
-    return " / ".join(f"{t:.0f}" for t in (first, stages["cache_write"], stages["up_project"], stages["attention"]))
+    """Host time of checks, exchange and cache write, of up-projection, and of attention."""
+    first = stages["checks"] + stages["exchange"] + stages.get("cache_write", 0.0)
+    return " / ".join(f"{t:.0f}" for t in (first, stages["up_project"], stages["attention"]))
 
 
 def graphs() -> Iterator[str]:

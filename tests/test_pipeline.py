@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pcp_mla import LatentExchange, MLAPrefill, PCPMetadata, PCPPlanner
 from pcp_mla.compare.seed_path import seed_cu_seqlens, seed_layer
+from pcp_mla.exchange import latents as exchange_module
 from pcp_mla.groups import group_rank, group_world_size
-from pcp_mla.layer import prefill
 from pcp_mla.ops.attention import rows
 from pcp_mla.ops.attention.rows import attend_row
 from pcp_mla.plan.dims import MLADims
@@ -504,12 +504,12 @@ def test_a_module_that_does_not_take_any_number_of_rows() -> None:
 @pytest.mark.parametrize("native", [True, False])
 def test_latents_in_the_cache_itself(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused while they are where they were: a world of one sends nothing."""
-    monkeypatch.setattr(prefill, "ALL_NATIVE", native and prefill.ALL_NATIVE)
+    monkeypatch.setattr(exchange_module, "ALL_NATIVE", native and exchange_module.ALL_NATIVE)
     cache = torch.randn(2, BLOCK, 11)
     rows = cache.flatten(0, 1)[2:]
     layer = MLAPrefill(DIMS, SCALE, LatentExchange(None, 6, DIMS, torch.float32))
     before = cache.clone()
-    with pytest.raises(ValueError, match="MLAPrefill: cache must not share memory with kv_c and k_pe"):
+    with pytest.raises(ValueError, match="cache must not share memory with kv_c and k_pe"):
         layer(torch.zeros(6, 3, 12), rows[:, :7], rows[:, 7:], torch.zeros(39, 7), planned(), cache)
     assert torch.equal(cache, before)
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from ..checks import check_count, check_last_dim
+from ..checks import check_apart, check_count, check_last_dim
 from ..groups import Group, check_group, check_latents, gathering_into, gathers_in_place, group_rank, group_world_size
 from ..ops.concat_k import concat_row
+from ..ops.latent_cache import write_rows
+from ..ops.registry import ALL_NATIVE
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
 
@@ -112,6 +114,37 @@ class LatentExchange:
         if not alone:
             (self.around or _call)(self._collective(gathered, rows))
         return gathered
+
+    def publish(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, cache: torch.Tensor | None = None) -> torch.Tensor:
+        """The latents of all ranks where the layer reads them: :meth:`all_gather`, and with a cache from there to their slots.
+
+        Args:
+            kv_c, k_pe, meta: as :meth:`all_gather`; with a cache, ``meta`` has slots (:meth:`PCPPlanner.plan` with block tables).
+            cache: [num_blocks, block_size, W], of the latents' dtype, any strides with a contiguous last dimension. It must share
+                no memory with the latents.
+
+        Returns:
+            ``cache``, with the rows of all ranks at ``meta.slot_mapping``; without one, [P * Np, W] as :meth:`all_gather`.
+
+        Raises:
+            ValueError, TypeError: as :meth:`all_gather`, or the cache shares memory with the latents.
+        """
+        latents = self.all_gather(kv_c, k_pe, meta)
+        if cache is None:
+            return latents
+        op = "LatentExchange.publish"
+        if meta.slot_mapping is None:
+            raise ValueError(f"{op}: meta must have cache slots, as a cache is given: plan it with block tables, got none")
+        # In a world of one the latents may be the caller's, and no collective was made. Native ops look by themselves.
+        beside = {"kv_c and k_pe": latents}
+        if not (ALL_NATIVE or torch.compiler.is_compiling()):
+            check_apart(op, "cache", cache, beside)
+        try:
+            write_rows(latents, cache, meta.slot_mapping, None)
+        except RuntimeError:
+            check_apart(op, "cache", cache, beside)
+            raise
+        return cache
 
     def all_gather_rows(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
         """The same for an engine that pads by itself and plans without this package: every row of every rank, pads as they are.

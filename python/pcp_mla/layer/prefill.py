@@ -13,14 +13,12 @@ from functools import partial
 import torch
 from torch.nn.modules import module as _modules
 
-from ..checks import check_apart, check_last_dim, check_no_gradients, check_not_expanded
+from ..checks import check_last_dim, check_no_gradients, check_not_expanded
 from ..exchange.latents import LatentExchange
 from ..ops.attention.call import attend, check_library, choose
 from ..ops.attention.checks import check_scale
 from ..ops.kv_up_project import expand, kv_up_project
 from ..ops.kv_up_project_checks import check_projection
-from ..ops.latent_cache import write_rows
-from ..ops.registry import ALL_NATIVE
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
 from ..plan.slots import KeyChunk
@@ -163,7 +161,7 @@ class _Stage:
         torch.cuda.nvtx.range_pop()
 
 
-_STAGES = {name: _Stage(name) for name in ("exchange", "cache_write", "up_project", "attention")}
+_STAGES = {name: _Stage(name) for name in ("exchange", "up_project", "attention")}
 
 
 def _stage(name: str, q: torch.Tensor) -> AbstractContextManager[None]:
@@ -236,22 +234,9 @@ class MLAPrefill:
         backend = choose(self.backend, q.device, q.dtype, q.shape[2], self.dims.v_head_dim, False)
         check_library(backend, len(meta.key_chunks) > 1)
         with _stage("exchange", q):
-            latents = self.exchange.all_gather(kv_c, k_pe, meta)
-        rows = meta.allgather_restore_idx
-        if cache is not None:
-            assert meta.slot_mapping is not None
-            assert meta.kv_rows is not None
-            with _stage("cache_write", q):
-                # In a world of one the latents may be the caller's, and no collective was made. Native ops look by themselves.
-                beside = {"kv_c and k_pe": latents}
-                if not (ALL_NATIVE or torch.compiler.is_compiling()):
-                    check_apart("MLAPrefill", "cache", cache, beside)
-                try:
-                    write_rows(latents, cache, meta.slot_mapping, None)
-                except RuntimeError:
-                    check_apart("MLAPrefill", "cache", cache, beside)
-                    raise
-            latents, rows = cache, meta.kv_rows
+            latents = self.exchange.publish(kv_c, k_pe, meta, cache)
+        rows = meta.allgather_restore_idx if cache is None else meta.kv_rows
+        assert rows is not None
         *context, new = meta.key_chunks or (None,)
         if not context:
             return self._attend(backend, q, latents, rows, kv_b_proj, meta, None, None)[0]
