@@ -30,6 +30,7 @@ from bench import (
 )
 from bench.__main__ import main
 from pcp_mla import MLADims, PCPMetadata, PCPPlanner
+from pcp_mla.exchange import latents
 from pcp_mla.testing.played import play
 
 DIMS = MLADims(2, 16, 8, 16, 32)
@@ -56,7 +57,7 @@ def plans() -> None:
 MAKE: dict[str, Callable[[], Any]] = {
     "attention": lambda: attention.make_paths(*attention.inputs(40, 1, 2, "cpu"), "cpu"),
     "cp_merge": lambda: play(2, merges_over_ranks),
-    "exchange": lambda: play(2, lambda group: exchange.paths(128, group, "cpu")),
+    "exchange": lambda: play(2, lambda group: exchange.paths(exchange.Step(128, group, "cpu"))),
     "gather": lambda: fused_gather.gather_paths(META, 2, ["auto"]),
     "graphs": lambda: graphs.Stack(graphs.Echo(), 32, "cpu").paths(False),
     "latent_cache": lambda: latent_cache.make_paths(128, "cpu", ["auto"]),
@@ -114,8 +115,8 @@ def into(op: Callable[..., Any], argument: int) -> Callable[..., Any]:
 def elsewhere(op: Callable[..., Any]) -> Callable[..., Any]:
     """A write into the cache that touches one row more."""
 
-    def call(latents: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, **options: Any) -> None:
-        op(latents, cache, slots, **options)
+    def call(latents: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, *rest: Any, **options: Any) -> None:
+        op(latents, cache, slots, *rest, **options)
         free = torch.ones(cache.shape[0] * cache.shape[1], dtype=torch.bool)
         free[slots] = False
         cache.view(-1, cache.shape[2])[free.nonzero()[0]] = 1
@@ -141,8 +142,8 @@ def with_other_scale(make: Callable[..., Any]) -> Callable[..., Any]:
         ("cp_merge", cp_merge, "cp_lse_ag_out_rs", spoiled),
         ("cp_merge", cp_merge, "torch_a2a", spoiled),
         ("cp_merge", cp_merge, "torch_ag_out_rs", spoiled),
-        ("exchange", exchange, "write_latent_cache", elsewhere),
-        ("exchange", exchange, "write_latent_cache", lambda op: lambda x, *rest: op(x.roll(1, 0), *rest)),
+        ("exchange", latents, "write_rows", elsewhere),
+        ("exchange", latents, "write_rows", lambda op: lambda x, *rest: op(x.roll(1, 0), *rest)),
         ("exchange", exchange, "gather_part", spoiled),
         ("gather", fused_gather, "pcp_fused_gather", lambda op: spoiled(op, 5)),
         ("graphs", graphs, "MLAPrefill", with_other_scale),

@@ -1,7 +1,7 @@
 // write_latent_cache and gather_latents: a block looks up the slots of a tile of rows, then all threads move their accesses.
 #include "../latent_cache.h"
-#include "convert.cuh"
 #include "direct.h"
+#include "latent_forms.cuh"
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
@@ -12,36 +12,6 @@ struct CacheParams {
   int32_t tile;
   uint32_t vecs;  // of a row
   Divider per_row;
-};
-
-// Bytes as they are.
-template <typename Vec>
-struct Copy {
-  static constexpr int blocks_per_sm = kBlocksPerSm;
-  using Cached = Vec;
-  using Outside = Vec;
-  __device__ static Vec to_cache(const Vec& v, float) { return v; }
-  __device__ static Vec from_cache(const Vec& v, float) { return v; }
-};
-
-// float8_e4m3fn with a scale in the cache, T outside.
-template <typename T, int n>
-struct Scaled {
-  static constexpr int blocks_per_sm = 4;  // conversions want more registers than copies
-  using Cached = Pack<__nv_fp8_e4m3, n>;
-  using Outside = Pack<T, n>;
-  __device__ static Cached to_cache(const Outside& v, float scale) {
-    Cached to;
-#pragma unroll
-    for (int i = 0; i < n; ++i) to.values[i] = from_float<__nv_fp8_e4m3>(to_float(v.values[i]) / scale);
-    return to;
-  }
-  __device__ static Outside from_cache(const Cached& v, float scale) {
-    Outside to;
-#pragma unroll
-    for (int i = 0; i < n; ++i) to.values[i] = from_float<T>(to_float(v.values[i]) * scale);
-    return to;
-  }
 };
 
 template <typename Form, bool kWrite>

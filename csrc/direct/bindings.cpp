@@ -125,6 +125,19 @@ bool kv_up_project(py::handle latents, py::handle rows, py::handle weight, py::h
   return a.ok() && ops->kv_up_project(vl, vr, vw, vk, vv) == nullptr;
 }
 
+// Where the rows went (Published), 0 as other functions' false, or the words of what was wrong.
+py::object publish_latents(int64_t mailbox, py::handle kv_c, py::handle k_pe, py::handle slot_mapping, py::handle cache,
+                           py::handle scale, int64_t first, int64_t padded, int64_t step, bool alone) {
+  Arguments a;
+  const View &vc = a.need(kv_c), &vp = a.need(k_pe), *vm = a.take(slot_mapping), *vk = a.take(cache), *vs = a.take(scale);
+  if (!a.ok()) return py::int_(0);
+  Published where{};
+  const char* wrong =
+      ops->publish_latents(*reinterpret_cast<Mailbox*>(mailbox), {vc, vp, vm, vk, vs, first, padded, step, alone}, where);
+  if (wrong != nullptr) return py::str(wrong);
+  return py::int_(static_cast<int>(where));
+}
+
 // From now on calls go to the ops at this address, with the tensors of this torch.
 void connect(int64_t address, const py::module_& torch) {
   const py::object type = torch.attr("Tensor");
@@ -157,4 +170,5 @@ PYBIND11_MODULE(_direct, m) {
   m.def("concat_k", &pcp_mla::concat_k);
   m.def("write_latent_cache", &pcp_mla::write_latent_cache);
   m.def("kv_up_project", &pcp_mla::kv_up_project);
+  m.def("publish_latents", &pcp_mla::publish_latents);
 }

@@ -2,6 +2,7 @@
 
 from .exchange.cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
 from .exchange.latents import LatentExchange
+from .exchange.peers import PeerExchange
 from .layer.prefill import MLAPrefill
 from .ops.attention.call import pcp_attention
 from .ops.concat_k import concat_k
@@ -25,6 +26,7 @@ __all__ = [
     "PCPMetadata",
     "PCPPlanner",
     "Partition",
+    "PeerExchange",
     "RowOp",
     "concat_k",
     "cp_correct_out",

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..checks import check_apart, check_count, check_last_dim
+from ..checks import check_apart, check_count, check_last_dim, check_not_expanded
 from ..groups import Group, check_group, check_latents, gathering_into, gathers_in_place, group_rank, group_world_size
 from ..ops.concat_k import concat_row
-from ..ops.latent_cache import write_rows
+from ..ops.latent_cache import check_cache, write_rows
 from ..ops.registry import ALL_NATIVE
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
@@ -115,19 +115,26 @@ class LatentExchange:
             (self.around or _call)(self._collective(gathered, rows))
         return gathered
 
-    def publish(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, cache: torch.Tensor | None = None) -> torch.Tensor:
+    def publish(
+        self,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        meta: PCPMetadata,
+        cache: torch.Tensor | None = None,
+        *,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The latents of all ranks where the layer reads them: :meth:`all_gather`, and with a cache from there to their slots.
 
         Args:
             kv_c, k_pe, meta: as :meth:`all_gather`; with a cache, ``meta`` has slots (:meth:`PCPPlanner.plan` with block tables).
-            cache: [num_blocks, block_size, W], of the latents' dtype, any strides with a contiguous last dimension. It must share
-                no memory with the latents.
+            cache, scale: as :func:`write_latent_cache`. The cache must share no memory with the latents.
 
         Returns:
             ``cache``, with the rows of all ranks at ``meta.slot_mapping``; without one, [P * Np, W] as :meth:`all_gather`.
 
         Raises:
-            ValueError, TypeError: as :meth:`all_gather`, or the cache shares memory with the latents.
+            ValueError, TypeError: as :meth:`all_gather`, before the collective; as :func:`write_latent_cache`, behind it.
         """
         latents = self.all_gather(kv_c, k_pe, meta)
         if cache is None:
@@ -138,10 +145,13 @@ class LatentExchange:
         # In a world of one the latents may be the caller's, and no collective was made. Native ops look by themselves.
         beside = {"kv_c and k_pe": latents}
         if not (ALL_NATIVE or torch.compiler.is_compiling()):
+            check_cache(op, cache, "latents", latents, scale)
             check_apart(op, "cache", cache, beside)
+        check_not_expanded(op, "cache", cache)
         try:
-            write_rows(latents, cache, meta.slot_mapping, None)
+            write_rows(latents, cache, meta.slot_mapping, scale)
         except RuntimeError:
+            check_cache(op, cache, "latents", latents, scale)
             check_apart(op, "cache", cache, beside)
             raise
         return cache

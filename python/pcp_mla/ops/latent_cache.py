@@ -32,7 +32,7 @@ def write_rows(latents: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.T
         _write(latents, cache, slot_mapping, scale)
 
 
-def _check_pair(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
+def check_cache(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
     """Raise unless ``rows`` [n, W] and ``cache`` hold latents of one width, in one dtype or in float8 with a scale."""
     if not isinstance(cache, torch.Tensor):
         raise TypeError(f"{op}: cache must be a torch.Tensor, got {type(cache).__name__}")
@@ -86,7 +86,7 @@ def write_latent_cache(
         RuntimeError: the named backend is not available.
     """
     op = "write_latent_cache"
-    _check_pair(op, cache, "latents", latents, scale)
+    check_cache(op, cache, "latents", latents, scale)
     check_not_expanded(op, "cache", cache)
     check_list(op, "slot_mapping", slot_mapping, (latents.shape[0],), "[rows]", torch.int64, cache.device)
     others = {"latents": latents, "slot_mapping": slot_mapping, "scale": scale}
@@ -153,7 +153,7 @@ def gather_latents(
             raise ValueError(f"{op}: cache must be [num_blocks, block_size, width] or [num_slots, width], got {tuple(cache.shape)}")
         of = cache.dtype if scale is None else dtype or torch.bfloat16
         out = torch.empty(num_rows, cache.shape[-1], dtype=of, device=cache.device)
-    _check_pair(op, cache, "out", out, scale)
+    check_cache(op, cache, "out", out, scale)
     check_not_expanded(op, "out", out)
     if rows is not None:
         check_list(op, "rows", rows, (out.shape[0],), "[rows]", torch.int32, cache.device)

@@ -1,0 +1,253 @@
+// publish_latents: each row is read once and stored at its slot in every rank's cache, 16 bytes an access. Then every block tells
+// every rank, and the first one waits for the blocks of all: when the kernel has ended, the rows of all ranks are here.
+#include "../publish_latents.h"
+
+#include <algorithm>
+
+#include "direct.h"
+#include "latent_forms.cuh"
+#include "system_flags.cuh"
+
+namespace pcp_mla::cuda {
+namespace {
+
+constexpr int kPublishThreads = 512, kWarps = kPublishThreads / 32;
+constexpr int64_t kWarpRows = 4;  // at most, of a warp at a time
+constexpr int kLoads = 9;         // of a lane in flight: four rows of 576 two-byte numbers are nine accesses of 16 bytes
+
+struct PublishParams {
+  const char *kv_c, *k_pe;
+  int64_t kv_c_stride, k_pe_stride;  // bytes
+  int32_t count, rows, warp_rows;    // rows there are; with pads, which become zeros
+  uint32_t kv_c_accesses, accesses;  // of a row
+  Divider per_row;
+  const int64_t* slots;  // of this rank's rows; null: they lie one behind the other from `first` on
+  int64_t first, num_slots, block_size, block_stride, row_stride;
+  const float* scale;
+  Mailbox::Everywhere to;
+  Flags* flags[kMaxPeers];
+  PeerStatus* status;
+  uint64_t timeout_ns;
+  int32_t rank, world;  // a world of one: nothing is sent or waited for
+  bool wait_first;      // until all ranks have done with what they read before
+
+  // Offset of a row in a cache, -1 for none.
+  __device__ int64_t place(int32_t row) const {
+    const int64_t slot = slots == nullptr ? first + row : slots[row];
+    return slot < 0 || slot >= num_slots ? -1 : slot / block_size * block_stride + slot % block_size * row_stride;
+  }
+};
+
+template <typename Form>
+__device__ void store_rows(const PublishParams& p) {
+  using Outside = typename Form::Outside;
+  using Cached = typename Form::Cached;
+  constexpr int loads = sizeof(Outside) >= 16 ? kLoads : 2;
+  const float scale = p.scale == nullptr ? 1.0f : *p.scale;
+  const int lane = threadIdx.x % 32, step = gridDim.x * kWarps * p.warp_rows;
+  for (int32_t first = (blockIdx.x * kWarps + threadIdx.x / 32) * p.warp_rows; first < p.rows; first += step) {
+    const int32_t rows = min(p.warp_rows, p.rows - first);
+    const int64_t place = lane < rows ? p.place(first + lane) : -1;
+    const uint32_t total = rows * p.accesses;
+    for (uint32_t base = lane; base - lane < total; base += 32 * loads) {
+      Outside value[loads];
+      int64_t at[loads];
+#pragma unroll
+      for (int u = 0; u < loads; ++u) {
+        const uint32_t e = base + 32 * u, row = min(p.per_row.divide(e), static_cast<uint32_t>(rows - 1)), n = e - row * p.accesses;
+        const int64_t of_row = __shfl_sync(~0u, place, row);
+        at[u] = e < total && of_row >= 0 ? of_row + static_cast<int64_t>(n * sizeof(Cached)) : -1;
+        if (at[u] < 0) continue;
+        const int32_t number = first + static_cast<int32_t>(row);
+        const char* from = n < p.kv_c_accesses ? p.kv_c + number * p.kv_c_stride + n * sizeof(Outside)
+                                               : p.k_pe + number * p.k_pe_stride + (n - p.kv_c_accesses) * sizeof(Outside);
+        value[u] = number < p.count ? *reinterpret_cast<const Outside*>(from) : Outside{};
+      }
+#pragma unroll
+      for (int u = 0; u < loads; ++u) {
+        if (at[u] < 0) continue;
+        const Cached cached = Form::to_cache(value[u], scale);
+        for (int r = 0; r < p.world; ++r) *reinterpret_cast<Cached*>(p.to.of[r] + at[u]) = cached;
+      }
+    }
+  }
+}
+
+template <typename Form>
+__global__ void __launch_bounds__(kPublishThreads, 2) publish_latents_kernel(const __grid_constant__ PublishParams p) {
+  if (p.world == 1) return store_rows<Form>(p);
+  Flags& own = *p.flags[p.rank];
+  const uint32_t epoch = *const_cast<volatile uint32_t*>(&own.epoch) + 1;
+  const uint64_t deadline = nanoseconds() + p.timeout_ns;
+  if (blockIdx.x == 0 && threadIdx.x < p.world) set_flag(&p.flags[threadIdx.x]->entered[p.rank], epoch);
+  if (p.wait_first) {
+    wait_for_flags(p.world, epoch, deadline, p.status, [&](uint32_t i) { return &own.entered[i]; }, [](uint32_t i) { return i; });
+  }
+  store_rows<Form>(p);
+  __syncthreads();
+  if (threadIdx.x < p.world) set_flag(&p.flags[threadIdx.x]->published[p.rank][blockIdx.x], epoch);
+  if (blockIdx.x != 0) return;
+  const uint32_t blocks = gridDim.x;
+  wait_for_flags(
+      p.world * blocks, epoch, deadline, p.status, [&](uint32_t i) { return &own.published[i / blocks][i % blocks]; },
+      [&](uint32_t i) { return i / blocks; });
+  // The flags of this rank's own blocks were among them: all have read the epoch.
+  if (threadIdx.x == 0) own.epoch = epoch;
+}
+
+template <typename Form>
+void launch_form(PublishParams& p, const Kind& kind, int64_t width, int64_t kv_c_width, int64_t elements, unsigned grid) {
+  p.kv_c_accesses = static_cast<uint32_t>(kv_c_width / elements);
+  p.accesses = static_cast<uint32_t>(width / elements);
+  check(p.accesses < (1u << 20), "publish_latents: a row must be smaller than 2**20 accesses");
+  p.per_row = Divider(p.accesses);
+  launch(publish_latents_kernel<Form>, grid, kPublishThreads, kind, p);
+}
+
+void check_latents(const Mailbox& mailbox, const View& kv_c, const View& k_pe) {
+  const bool fit = kv_c.dims == 2 && k_pe.dims == 2 && kv_c.sizes[0] == k_pe.sizes[0] && kv_c.sizes[1] == mailbox.kv_lora_rank &&
+                   k_pe.sizes[1] == mailbox.rope;
+  check(fit, "publish_latents: kv_c and k_pe must be [tokens, ", mailbox.kv_lora_rank, "] and [tokens, ", mailbox.rope, "]");
+  check(kv_c.kind.dtype == mailbox.dtype && k_pe.kind.dtype == mailbox.dtype && kv_c.kind.same_device(k_pe.kind) &&
+            kv_c.kind.device_type == kCudaDevice && kv_c.kind.device_index == mailbox.device,
+        "publish_latents: kv_c and k_pe must be of the exchange's dtype, on its GPU ", mailbox.device);
+  check((kv_c.strides[1] == 1 || kv_c.sizes[1] == 1) && (k_pe.strides[1] == 1 || k_pe.sizes[1] == 1),
+        "publish_latents: kv_c and k_pe must have a contiguous last dimension");
+}
+
+// Where rows go: to `call.cache` in all ranks, if all have opened one another's, else to the staging buffers.
+Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall& call, int64_t width) {
+  const View &kv_c = call.kv_c, *cache = call.cache;
+  const auto known = cache == nullptr ? mailbox.caches.end() : mailbox.caches.find(cache->data);
+  const bool local = cache != nullptr && (call.alone || mailbox.world == 1);
+  if (!local && known == mailbox.caches.end()) {
+    const int64_t row = width * kv_c.item, all = int64_t{mailbox.world} * call.padded;
+    check(all * row <= mailbox.staging_bytes, "publish_latents: the exchange has no room for ", call.padded, " tokens a rank");
+    p.to = mailbox.staging;
+    p.first = call.first;
+    p.num_slots = all;
+    p.block_size = 1;
+    p.block_stride = row;
+    p.rows = static_cast<int32_t>(call.padded);
+    return Published::kStaging;
+  }
+  const View& c = *cache;
+  const int last = c.dims - 1;
+  check((c.dims == 3 || c.dims == 2) && c.sizes[last] == width && c.kind.same_device(kv_c.kind) &&
+            (c.strides[last] == 1 || c.sizes[last] == 1),
+        "publish_latents: cache must be [num_blocks, block_size, width] or [num_slots, width] with a contiguous last dimension");
+  for (int i = 0; i < last; ++i) check(c.sizes[i] <= 1 || c.strides[i] != 0, "publish_latents: cache must not be expanded");
+  if (call.scale == nullptr) {
+    check(c.kind.dtype == kv_c.kind.dtype, "publish_latents: cache must have the latents' dtype, or come with a scale");
+  } else {
+    const int32_t dtype = kv_c.kind.dtype;
+    check(
+        c.kind.dtype == kFloat8E4M3 && (dtype == kBFloat16 || dtype == kFloat16 || dtype == kFloat32) &&
+            call.scale->kind.same_device(kv_c.kind) && call.scale->kind.dtype == kFloat32 && call.scale->numel() == 1,
+        "publish_latents: with a scale, one float32, the cache must be float8_e4m3fn and the latents bfloat16, float16 or float32");
+    p.scale = reinterpret_cast<const float*>(call.scale->data);
+  }
+  check(call.slot_mapping != nullptr, "publish_latents: a cache must come with slots");
+  const View& slots = *call.slot_mapping;
+  check(slots.kind.same_device(kv_c.kind) && slots.kind.dtype == kInt64 && slots.dims == 1 && slots.is_contiguous() &&
+            slots.sizes[0] >= call.first + kv_c.sizes[0],
+        "publish_latents: slot_mapping must be a contiguous int64 list of all ranks' rows");
+  const Span written = span_of(c);
+  for (const View* other : {&call.kv_c, &call.k_pe, &slots}) {
+    check_apart("publish_latents", "cache", written, "what is read", span_of(*other));
+  }
+  if (local) {
+    p.to.of[0] = c.data;
+  } else {
+    p.to = known->second;
+  }
+  p.slots = reinterpret_cast<const int64_t*>(slots.data) + (call.alone ? 0 : call.first);
+  p.block_size = c.dims == 3 ? c.sizes[1] : 1;
+  check(p.block_size > 0, "publish_latents: a block must have at least one token");
+  p.num_slots = c.sizes[0] * p.block_size;
+  p.block_stride = c.strides[0] * c.item;
+  p.row_stride = c.dims == 3 ? c.strides[1] * c.item : 0;
+  return Published::kCache;
+}
+
+// Whether somebody may still read what this call overwrites, as far as the calls tell, which every rank makes alike: a cache that
+// was written to since all ranks were last waited for, also by each rank alone, may be read until a rank's next call.
+bool must_wait(Mailbox& mailbox, const char* written, const PublishCall& call, cudaStream_t stream) {
+  if (call.alone) {
+    mailbox.published.insert(written);
+    return false;
+  }
+  cudaStreamCaptureStatus status{};
+  unsigned long long capture = 0;
+  check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture));
+  const bool first = call.step != mailbox.step || capture != mailbox.capture;
+  mailbox.step = call.step;
+  mailbox.capture = capture;
+  if (!first && mailbox.published.insert(written).second) return false;
+  mailbox.published = {written};
+  return true;
+}
+
+// The widest accesses that all addresses and strides allow, which may be others on another rank.
+void launch_rows(PublishParams& p, const Mailbox& mailbox, const PublishCall& call, int64_t width) {
+  const View& kv_c = call.kv_c;
+  // The grid, though, is the same on all ranks, whatever rows they have.
+  const int64_t rows = std::max<int64_t>(p.world == 1 ? p.rows : call.padded, 1);
+  p.warp_rows = static_cast<int32_t>(std::clamp<int64_t>(rows / (int64_t{mailbox.max_blocks} * kWarps), 1, kWarpRows));
+  const unsigned grid = std::min<int64_t>(blocks(rows, p.warp_rows * kWarps), mailbox.max_blocks);
+  const int64_t kv_c_width = kv_c.sizes[1], item = kv_c.item;
+  uint64_t outside = p.kv_c_stride | p.k_pe_stride | reinterpret_cast<uintptr_t>(p.kv_c) | reinterpret_cast<uintptr_t>(p.k_pe);
+  uint64_t cached = p.block_stride | p.row_stride;
+  for (int r = 0; r < p.world; ++r) cached |= reinterpret_cast<uintptr_t>(p.to.of[r]);
+  if (p.scale == nullptr) {
+    const uint64_t bits = outside | cached | kv_c_width * item | width * item | 16;
+    with_access(static_cast<int>(bits & (~bits + 1)), [&](auto vec) {
+      launch_form<Copy<decltype(vec)>>(p, kv_c.kind, width * item, kv_c_width * item, sizeof(vec), grid);
+    });
+    return;
+  }
+  const auto scaled = [&](auto type) {
+    using T = decltype(type);
+    constexpr int n = 8;
+    if ((kv_c_width | width | cached) % n == 0 && outside % std::min<size_t>(16, n * sizeof(T)) == 0) {
+      return launch_form<Scaled<T, n>>(p, kv_c.kind, width, kv_c_width, n, grid);
+    }
+    launch_form<Scaled<T, 1>>(p, kv_c.kind, width, kv_c_width, 1, grid);
+  };
+  if (kv_c.kind.dtype == kBFloat16) return scaled(__nv_bfloat16{});
+  if (kv_c.kind.dtype == kFloat16) return scaled(__half{});
+  scaled(float{});
+}
+
+void publish(Mailbox& mailbox, const PublishCall& call, Published& where) {
+  const View &kv_c = call.kv_c, &k_pe = call.k_pe;
+  check(mailbox.status == nullptr || mailbox.status->failed == 0, "publish_latents: a rank was missing");
+  check_latents(mailbox, kv_c, k_pe);
+  const int64_t width = kv_c.sizes[1] + k_pe.sizes[1], count = kv_c.sizes[0];
+  check(call.first >= 0 && call.padded >= count && call.padded <= INT32_MAX / 2 && width * kv_c.item <= INT32_MAX,
+        "publish_latents: there must be at most ", call.padded, " tokens, got ", count);
+  PublishParams p{};
+  p.kv_c = kv_c.data;
+  p.k_pe = k_pe.data;
+  p.kv_c_stride = kv_c.strides[0] * kv_c.item;
+  p.k_pe_stride = k_pe.strides[0] * k_pe.item;
+  p.count = p.rows = static_cast<int32_t>(count);
+  where = set_places(p, mailbox, call, width);
+  p.rank = mailbox.rank;
+  p.world = call.alone ? 1 : mailbox.world;
+  if (call.alone && where == Published::kStaging) p.to.of[0] = p.to.of[mailbox.rank], p.first = 0;
+  p.timeout_ns = mailbox.timeout_ns;
+  p.status = mailbox.status;
+  std::copy(mailbox.flags, mailbox.flags + mailbox.world, p.flags);
+  const DeviceGuard guard(kv_c.kind);
+  if (mailbox.world > 1) p.wait_first = must_wait(mailbox, p.to.of[call.alone ? 0 : mailbox.rank], call, current_stream(kv_c.kind));
+  if (p.world == 1 && p.rows == 0) return;
+
+  launch_rows(p, mailbox, call, width);
+}
+
+}  // namespace
+
+void add_publish_latents(DirectOps& ops) { ops.publish_latents = directly<publish, Mailbox&, const PublishCall&, Published&>; }
+
+}  // namespace pcp_mla::cuda

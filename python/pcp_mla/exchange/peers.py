@@ -1,0 +1,281 @@
+"""The latents of all ranks without a collective: each rank stores its own at their slots in the caches of all, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..checks import check_apart, check_count, check_last_dim, check_not_expanded
+from ..groups import Group, check_group, check_latents, group_rank, group_world_size
+from ..ops import native
+from ..ops.latent_cache import check_cache, write_rows
+from ..ops.registry import direct
+from ..plan.dims import MLADims
+from ..plan.metadata import PCPMetadata, check_meta
+from . import peer_memory
+from .peer_memory import FLAG_BYTES, MAX_PEERS, MAX_SMS, MailboxForm, PeerMemory, PeersUnavailable
+
+_IN_CACHE, _IN_STAGING = 1, 2  # csrc/publish_latents.h
+_DTYPES = {  # and their numbers in csrc/view.h
+    torch.uint8: 0,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.bfloat16: 15,
+    torch.float8_e4m3fn: 24,
+}
+
+
+def refusal(device: torch.device, dtype: torch.dtype, world_size: int) -> str:
+    """Why a rank cannot take part, as far as it knows alone; the empty string where it can."""
+    if device.type != "cuda":
+        return f"tensors on {device.type}"
+    if native.direct is None:
+        return f"no calls past the dispatcher ({native.status['_direct']})"
+    if dtype not in _DTYPES:
+        return f"latents of {dtype}"
+    return f"{world_size} ranks, more than {MAX_PEERS}" if world_size > MAX_PEERS else ""
+
+
+class PeerExchange:
+    """:class:`LatentExchange` for ranks of one host whose GPUs see one another's memory. One kernel stores this rank's rows at
+    their slots in the caches of all ranks, tells them, and ends when the rows of all ranks are here. docs/peers.md says why no
+    rank overwrites what another one still reads.
+
+    Every rank of the group makes it, attaches and closes alike, and publishes the same steps in the same order, on one stream
+    each, or on several that wait for one another.
+
+    Args:
+        group, max_tokens, dims, dtype: as :class:`LatentExchange`. With ``group=None`` rows go straight to their slots.
+        device: a GPU.
+        caches: to :meth:`attach`.
+        timeout: seconds that a call waits for other ranks.
+        max_sms: blocks that the kernel may have, of one multiprocessor each; the same on all ranks. All by default: with 16 and
+            more it is nearly as fast, and leaves the others to a product beside it.
+        why_not: why this rank does not want it, if so: it is told to all.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong kind.
+        PeersUnavailable: (a RuntimeError) memory cannot be shared; raised on every rank alike, with the reason.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        max_tokens: int,
+        dims: MLADims,
+        dtype: torch.dtype,
+        device: torch.device | str = "cuda",
+        *,
+        caches: Sequence[torch.Tensor] = (),
+        timeout: float = 60.0,
+        max_sms: int = MAX_SMS,
+        why_not: str = "",
+    ) -> None:
+        op = "PeerExchange"
+        self.world_size, self.rank, self.group = group_world_size(group, op), group_rank(group), group
+        check_count(op, "max_tokens", max_tokens)
+        check_count(op, "max_sms", max_sms, 1)
+        if max_sms > MAX_SMS:
+            raise ValueError(f"{op}: max_sms must be at most {MAX_SMS}, got {max_sms}")
+        if not hasattr(dims, "latent_dim"):
+            raise TypeError(f"{op}: dims must be MLADims, got {type(dims).__name__}")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{op}: dtype must be a torch.dtype, got {type(dtype).__name__}")
+        if not timeout > 0:
+            raise ValueError(f"{op}: timeout must be positive, got {timeout}")
+        self.max_tokens, self.kv_lora_rank, self.width, self.dtype = max_tokens, dims.kv_lora_rank, dims.latent_dim, dtype
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device, self.timeout = device, timeout
+        self._attached: list[torch.Tensor] = []
+        self._meta: PCPMetadata | None = None
+        why_not = why_not or refusal(device, dtype, self.world_size)
+        if why_not and self.world_size == 1:
+            raise PeersUnavailable(why_not)
+        self._open(why_not, max_sms)
+        self.attach(caches)
+
+    def _open(self, why_not: str, max_sms: int) -> None:
+        """Memory of this rank, where all see it, and the mailbox that knows where that of all lies."""
+        self._memory = PeerMemory(self.group, self.device)
+        staging = self.world_size * self.max_tokens * self.width * self.dtype.itemsize
+        self._own = 0
+        if not why_not:
+            try:
+                self._own = peer_memory.allocate(self.device.index, FLAG_BYTES + staging)
+            except RuntimeError as error:
+                why_not = str(error)
+        try:
+            kind = [self.max_tokens, self.kv_lora_rank, self.width, str(self.dtype), max_sms]
+            of = [self._own] if self.world_size == 1 else self._memory.everywhere([self._own], kind, why_not)[0]
+        except PeersUnavailable:
+            if self._own:
+                peer_memory.call("peer_release", self.device.index, self._own)
+            raise
+        form = MailboxForm(self.device.index, self.rank, self.world_size, max_sms, _DTYPES[self.dtype], self.kv_lora_rank)
+        form.rope = self.width - self.kv_lora_rank
+        form.timeout_ns, form.flag_bytes, form.staging_bytes = int(self.timeout * 1e9), FLAG_BYTES, staging
+        form.memory[: len(of)] = of
+        self._mailbox = peer_memory.make_mailbox(form)
+        self._staging = torch.empty(0, self.width, dtype=self.dtype, device=self.device)
+        if staging:
+            rows = peer_memory.as_tensor(self._own + FLAG_BYTES, staging, self.device)
+            self._staging = rows.view(self.dtype).view(-1, self.width)
+
+    def attach(self, caches: Sequence[torch.Tensor]) -> None:
+        """Open the caches of all ranks to one another: layers in the same order, of the same shape everywhere. A cache that was
+        not attached is filled from the staging buffer, by a launch more.
+
+        Args:
+            caches: [num_blocks, block_size, W] each, any strides with a contiguous last dimension, on this exchange's GPU. They
+                must not be freed before :meth:`close`.
+
+        Raises:
+            PeersUnavailable: on every rank, if one cannot share its memory (that of expandable segments, say).
+        """
+        why = next((f"a cache on {cache.device}, not on {self.device}" for cache in caches if cache.device != self.device), "")
+        if self.world_size > 1 and (caches or why):
+            kind = [[list(cache.shape), list(cache.stride()), str(cache.dtype)] for cache in caches]
+            for of in self._memory.everywhere([cache.data_ptr() for cache in caches], kind, why):
+                peer_memory.attach(self._mailbox, of)
+        self._attached += caches
+
+    def publish(
+        self,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        meta: PCPMetadata,
+        cache: torch.Tensor | None = None,
+        *,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As :meth:`LatentExchange.publish`, in one launch. A step of replicated decodes alone sends nothing.
+
+        Raises:
+            ValueError, TypeError: as :meth:`LatentExchange.publish`, before anything is launched: the other ranks wait for this
+                one then, until their time is up.
+            NotImplementedError: a tensor requires gradients, or a mode of torch's dispatcher is active.
+            RuntimeError: an earlier call waited for a rank in vain.
+        """
+        if meta is not self._meta:
+            self._take(meta)
+        calls = direct()
+        where: Any = 0
+        if calls is not None:
+            where = calls.publish_latents(self._mailbox, kv_c, k_pe, self._slots, cache, scale, *self._step)
+        if where == _IN_CACHE:
+            assert cache is not None
+            return cache
+        if where != _IN_STAGING:
+            return self._refused(where, kv_c, k_pe, meta, cache, scale)
+        if cache is None:
+            return self._rows
+        assert self._slots is not None
+        write_rows(self._rows, cache, self._slots, scale)
+        return cache
+
+    def publish_rows(
+        self,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        cache: torch.Tensor,
+        scale: torch.Tensor | None = None,
+    ) -> None:
+        """The same for an engine that pads by itself and plans without this package.
+
+        Args:
+            kv_c, k_pe: [n, kv_lora_rank] and [n, qk_rope_head_dim], of the same n on every rank, at most ``max_tokens``.
+            slot_mapping: int64 [P * n], rank-major: no slot (-1) for pads, and of rows that several ranks have in all but one.
+            cache, scale: as :meth:`publish`.
+
+        Raises:
+            RuntimeError: an argument does not fit, or an earlier call waited for a rank in vain.
+        """
+        count, calls = kv_c.shape[0], direct()
+        step = (self.rank * count, count, 0, False)
+        where: Any = 0
+        if calls is not None:
+            where = calls.publish_latents(self._mailbox, kv_c, k_pe, slot_mapping, cache, scale, *step)
+        if where == _IN_STAGING:
+            write_rows(self._staging[: self.world_size * count], cache, slot_mapping, scale)
+        elif where != _IN_CACHE:
+            self._check_status()
+            raise RuntimeError(f"PeerExchange.publish_rows: {where or 'tensors must be plain, without gradients'}")
+
+    def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
+        """[P * Np, W], rank-major, as :meth:`LatentExchange.all_gather`."""
+        return self.publish(kv_c, k_pe, meta)
+
+    def _take(self, meta: PCPMetadata) -> None:
+        """Look at a step once."""
+        op = "PeerExchange.publish"
+        check_meta(op, meta)
+        check_group(op, self.group, meta)
+        padded = meta.num_tokens_padded
+        if padded > self.max_tokens:
+            raise ValueError(f"{op}: meta must have at most {self.max_tokens} tokens a rank (max_tokens), got {padded}")
+        if not self._mailbox:
+            raise RuntimeError(f"{op}: the exchange must not be closed")
+        alone = self.world_size > 1 and meta.is_replicated
+        self._step = (self.rank * padded, padded, getattr(meta, "_plan", id(meta)), alone)
+        self._slots, self._rows = meta.slot_mapping, self._staging[: self.world_size * padded]
+        self._meta = meta
+
+    def _refused(self, wrong: Any, kv_c: Any, k_pe: Any, meta: PCPMetadata, cache: Any, scale: torch.Tensor | None) -> torch.Tensor:
+        """Say why a call was refused, or make it where only gradients were on."""
+        op = "PeerExchange.publish"
+        self._check_status()
+        check_latents(op, kv_c, k_pe, meta)
+        widths = (self.kv_lora_rank, self.width - self.kv_lora_rank)
+        if (kv_c.shape[1], k_pe.shape[1]) != widths:
+            wanted = f"{widths[0]} and {widths[1]} wide"
+            raise ValueError(f"{op}: kv_c and k_pe must be {wanted}, got {kv_c.shape[1]} and {k_pe.shape[1]}")
+        if kv_c.dtype != self.dtype:
+            raise TypeError(f"{op}: kv_c must be {self.dtype}, as the exchange, got {kv_c.dtype}")
+        check_last_dim(op, "kv_c", kv_c)
+        check_last_dim(op, "k_pe", k_pe)
+        if cache is not None:
+            if self._slots is None:
+                raise ValueError(f"{op}: meta must have cache slots, as a cache is given: plan it with block tables, got none")
+            check_cache(op, cache, "latents", kv_c.new_empty(0, self.width), scale)
+            check_not_expanded(op, "cache", cache)
+            check_apart(op, "cache", cache, {"kv_c": kv_c, "k_pe": k_pe, "slot_mapping": self._slots})
+        if isinstance(wrong, str):
+            raise RuntimeError(f"{op}: {wrong}")
+        if not torch.is_grad_enabled():
+            raise NotImplementedError(f"{op}: kv_c must be a plain tensor, outside of modes and compilers of torch")
+        with torch.no_grad():
+            return self.publish(kv_c, k_pe, meta, cache, scale=scale)
+
+    def _check_status(self) -> None:
+        wrong = peer_memory.failure(self._mailbox)
+        if wrong:
+            raise RuntimeError(f"PeerExchange: {wrong}")
+
+    def check(self) -> None:
+        """Wait for all calls so far. RuntimeError says which call waited for which ranks in vain, if one did: this process can do
+        nothing more on its GPU then."""
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            self._check_status()
+            raise
+        self._check_status()
+
+    def close(self) -> None:
+        """Give the memory back, on every rank: when all have done with it. Without it the memory stays until the process ends."""
+        if not self._mailbox:
+            return
+        self.check()
+        peer_memory.agree(self.group, self.device, {})  # nobody writes to the others any more
+        self._memory.close()
+        peer_memory.agree(self.group, self.device, {})  # nobody has the others' memory open
+        mailbox, self._mailbox, self._meta = self._mailbox, 0, None
+        peer_memory.free_mailbox(mailbox)
+        self._staging = self._rows = torch.empty(0, self.width, dtype=self.dtype, device=self.device)
+        peer_memory.call("peer_release", self.device.index, self._own)
+        self._attached.clear()

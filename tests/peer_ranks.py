@@ -1,0 +1,48 @@
+"""Ranks of one process on one GPU: a thread and a stream each, all at once, so that their kernels can wait for one another."""
+
+import threading
+
+import torch
+
+
+class ThreadGroup:
+    """One rank's end of a group of threads."""
+
+    def __init__(self, world_size, rank, shared, barrier):
+        self.world_size, self.rank = world_size, rank
+        self._shared, self._barrier = shared, barrier
+
+    def all_gather(self, tensor):
+        if tensor.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        self._shared[self.rank] = tensor
+        self._barrier.wait(60)
+        gathered = torch.cat([each.to(tensor.device) for each in self._shared])
+        if tensor.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        self._barrier.wait(60)
+        return gathered
+
+
+def run_threads(world_size, fn, *args):
+    """``fn(group, *args)`` of every rank, by rank. A rank that fails ends the others at their next collective."""
+    shared, barrier = [None] * world_size, threading.Barrier(world_size)
+    results, errors = [None] * world_size, []
+
+    def run(rank):
+        try:
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+                results[rank] = fn(ThreadGroup(world_size, rank, shared, barrier), *args)
+                torch.cuda.current_stream().synchronize()
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return results
