@@ -17,7 +17,10 @@ _on_their_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
 def _drop_sent() -> None:
     for _ in range(len(_on_their_way)):
-        host, sent = _on_their_way.popleft()
+        try:
+            host, sent = _on_their_way.popleft()
+        except IndexError:  # another thread, which looks at the rest, was faster
+            return
         if not sent.query():
             _on_their_way.append((host, sent))
 
