@@ -14,11 +14,14 @@ from typing import Any
 MLA_ATTENTION = '''
 from types import SimpleNamespace
 
+import torch
+
 CALLS = []
 CONFIG = SimpleNamespace(
     parallel_config=SimpleNamespace(prefill_context_parallel_size=2, decode_context_parallel_size=1),
     attention_config=SimpleNamespace(use_prefill_query_quantization=False),
     scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+    model_config=SimpleNamespace(dtype=torch.float32, max_model_len=50),
     lora_config=None,
     speculative_config=None,
     compilation_config=SimpleNamespace(pass_config=SimpleNamespace(fuse_attn_quant=False)),

@@ -11,7 +11,7 @@ from pcp_mla import LatentExchange, write_latent_cache
 from pcp_mla.groups import CommunicatorHandle, all_gather_into, gathers_in_place, group_rank, group_world_size
 from pcp_mla.integrations.vllm import parts
 from pcp_mla.integrations.vllm.communicator import Communicator
-from pcp_mla.integrations.vllm.latents import PackedExchange
+from pcp_mla.integrations.vllm.latents import StepExchange
 from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
@@ -152,7 +152,7 @@ def test_rows_of_played_ranks(world, make):
 def mixed_step(group, rank, cache_dtype, dtype):
     """Two decodes, which every rank has, in slots 3 and 9 and -1 on others; three tokens of a prefill, one of them a pad on rank 1.
     Ranks' copies of a decode differ here, so that it can be seen whose is cached."""
-    exchange = PackedExchange(Communicator(played(group)), 0)
+    exchange = StepExchange(Communicator(played(group)), 0)
     kv_c, k_pe = torch.full((5, RANK), 1.0 + rank), torch.full((5, 1, ROPE), -1.0 - rank)
     kv_c[2:] += torch.arange(3)[:, None]
     slots = torch.tensor([3, 9, 0, 1, 2, -1, -1, 4, 5, -1, 77])
@@ -188,7 +188,7 @@ def test_every_rank_caches_the_copies_of_rank_0(cache_dtype, dtype, scale, vllm)
 
 def test_what_write_does_not_know_is_vllms(vllm):
     def rank(group):
-        exchange = PackedExchange(Communicator(played(group)), 0)
+        exchange = StepExchange(Communicator(played(group)), 0)
         kv_c, k_pe, scale = torch.randn(2, RANK), torch.randn(2, 1, ROPE), torch.ones(1)
         cache = torch.zeros(2, 4, RANK + ROPE)
         slots = torch.arange(4)
@@ -211,7 +211,7 @@ def test_vllms_own_write_can_take_them(vllm):
     """What is handed out lies in one buffer, and is still a [n, rank] and a [n, 1, rope]."""
 
     def rank(group):
-        exchange = PackedExchange(Communicator(played(group)), 0)
+        exchange = StepExchange(Communicator(played(group)), 0)
         kv_c, k_pe = torch.randn(3, RANK), torch.randn(3, 1, ROPE)
         got_c, got_pe, _ = exchange.gather(kv_c, k_pe, torch.arange(6))
         mine = slice(3 * group.rank, 3 * group.rank + 3)
@@ -228,7 +228,7 @@ def test_vllms_own_write_can_take_them(vllm):
 
 def test_latents_of_two_kinds_have_exchanges_of_their_own(vllm):
     def rank(group):
-        exchange = PackedExchange(Communicator(played(group)), 0)
+        exchange = StepExchange(Communicator(played(group)), 0)
         small, wide = exchange.gather(torch.ones(2, 8), torch.ones(2, 1, 2), torch.arange(4)), torch.zeros(2, RANK)
         exchange.gather(wide, torch.zeros(2, 1, ROPE), torch.arange(4))
         assert small[0].eq(1).all()

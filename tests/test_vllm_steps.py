@@ -53,6 +53,21 @@ def test_a_step_is_planned_in_place_of_context_chunks(vllm):
     assert parts.counts["rows"] == 1
 
 
+@pytest.mark.parametrize(
+    ("length", "heads", "rows"), [(50, 2, 100), (5000, 2, 5000), (10**7, 2, 2**31 // 288), (10**7, 2**20, 100)]
+)
+def test_small_keys_of_a_longest_prompt_are_all_there_at_once(vllm, length, heads, rows):
+    """As long as K and V of them are small; else vLLM's own limit holds."""
+    vllm()
+    register()
+    attention, _ = modules()
+    attention.CONFIG.model_config.max_model_len = length
+    impl = attention.Impl()
+    impl.num_heads = heads
+    attention.MLAAttention(impl=impl)
+    assert hooks._Engine.workspace_rows == rows
+
+
 def test_a_batch_that_was_not_partitioned_has_rows_of_requests_of_their_own(vllm):
     vllm()
     register()
@@ -70,7 +85,7 @@ def test_the_workspace_of_vllm_is_kept_to(vllm):
     attention, _ = modules()
     attention.MLAAttention()
     builder = attention.MLACommonMetadataBuilder()
-    builder.chunked_prefill_workspace_size = 4
+    hooks._Engine.workspace_rows = 4
     metadata = builder.build(0, batch_of(ROWS, 2))
     assert [chunk.num_keys for chunk in getattr(metadata.prefill, FIELD).chunks] == [4, 4, 7]
 

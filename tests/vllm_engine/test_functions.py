@@ -13,7 +13,7 @@ from vllm.v1.attention.ops import pcp
 from vllm.v1.worker.gpu.pcp_manager import PCPManager
 
 from pcp_mla.integrations.vllm.communicator import Communicator
-from pcp_mla.integrations.vllm.latents import PackedExchange
+from pcp_mla.integrations.vllm.latents import StepExchange
 from pcp_mla.integrations.vllm.prefill import FIELD, LayerPrefill
 from pcp_mla.integrations.vllm.rows import host_rows, step_rows
 from pcp_mla.testing.played import play
@@ -51,7 +51,7 @@ def test_the_cache_is_vllms_own(decodes, sharded, slots, monkeypatch):
             device_communicator=SimpleNamespace(pynccl_comm=pynccl),
             device_group=None,
         )
-        exchange = PackedExchange(Communicator(coordinator), 64)
+        exchange = StepExchange(Communicator(coordinator), 64)
         got = exchange.gather(kv_c, k_pe, slot_mapping)
         assert exchange.write(got[0], ours, got[2], "auto", torch.ones(1))
         assert torch.equal(ours, stock)

@@ -13,18 +13,22 @@ import numpy as np
 from . import parts
 from . import planner as step_planner
 from .communicator import Communicator
-from .latents import PackedExchange
+from .latents import E4M3, PLAIN, StepExchange
 from .prefill import FIELD, WORKSPACE, LayerPrefill, is_sparse, refusal
 from .rows import host_rows, step_rows
 
 logger = logging.getLogger("vllm.pcp_mla")  # a child of vLLM's logger, so that it is formatted and shown as the engine's lines are
 
 
+_SMALL_BYTES = 2**31  # K and V of one call
+
+
 class _Engine:
     """What the parts of a process share."""
 
     communicator: Communicator | None = None
-    exchange: PackedExchange | None = None
+    exchange: StepExchange | None = None
+    by_peers = True  # whether all layers' caches are of kinds that other ranks can store to
     batch: Any = None  # the last step's rows on this rank
     layers: list[LayerPrefill] = []  # noqa: RUF012  the state of a process
     max_tokens = 0  # of a step
@@ -51,9 +55,9 @@ def _communicator() -> Communicator:
     return _Engine.communicator
 
 
-def _exchange() -> PackedExchange:
+def _exchange() -> StepExchange:
     if _Engine.exchange is None:
-        _Engine.exchange = PackedExchange(_communicator(), _Engine.max_tokens)
+        _Engine.exchange = StepExchange(_communicator(), _Engine.max_tokens, _Engine.by_peers)
     return _Engine.exchange
 
 
@@ -69,14 +73,22 @@ def _on_layer(layer: Any, config: Any) -> None:
     exchanged = not sparse and "exchange" not in parts.refused
     attended = not why and "prefill" not in parts.refused
     if exchanged:
+        _Engine.by_peers &= layer.kv_cache_dtype in (*PLAIN, *E4M3)
         _take_write(layer.impl)
     if attended:
         ours = LayerPrefill(layer)
         layer.impl.forward_mha, layer.forward_impl = ours.forward_mha, ours.forward_impl
         _Engine.layers.append(ours)
-        _Engine.workspace_rows = max(_Engine.workspace_rows, layer.chunked_prefill_workspace_size, _Engine.max_tokens)
+        _Engine.workspace_rows = max(_Engine.workspace_rows, _rows_at_a_time(layer, ours.workspace_width(), config.model_config))
     if exchanged or attended:
         _reserve_first(layer)
+
+
+def _rows_at_a_time(layer: Any, width: int, model: Any) -> int:
+    """Keys that a call may need: as many as vLLM's own calls may, a step's new tokens, or those of the longest prompt, if K and V
+    of them are small."""
+    small = _SMALL_BYTES // (width * model.dtype.itemsize)
+    return max(layer.chunked_prefill_workspace_size, _Engine.max_tokens, min(model.max_model_len, small))
 
 
 def _reserve_first(layer: Any) -> None:
@@ -221,7 +233,7 @@ def _add_rows(builder: Any, common: Any, metadata: Any) -> None:
     requests = np.arange(first, last)
     if _Engine.batch is not None and np.array_equal(_Engine.batch.query_start_loc_np, common.query_start_loc_cpu.numpy()):
         requests = _Engine.batch.idx_mapping_np[first:last]
-    host = host_rows(starts[1:] - starts[:-1], ends, requests, builder.chunked_prefill_workspace_size)
+    host = host_rows(starts[1:] - starts[:-1], ends, requests, _Engine.workspace_rows)
     rows = step_rows(host, last - first, metadata.prefill.block_table, builder.page_size)
     setattr(metadata.prefill, FIELD, rows)
     parts.counts["rows"] += 1

@@ -1,34 +1,49 @@
-"""The part ``exchange``: the latents of all ranks in one collective, and from its buffer straight into their cache slots."""
+"""The part ``exchange``: the latents of all ranks in their cache slots: by one kernel that stores to the caches of all of them
+where GPUs see one another's memory, else by one collective and a write out of its buffer."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
+from ...exchange.choose import choose_exchange
 from ...exchange.latents import LatentExchange
+from ...exchange.peer_memory import PeersUnavailable
+from ...exchange.peers import PeerExchange
 from ...ops.latent_cache import write_latent_cache, write_rows
 from ...plan.dims import MLADims
 from . import parts
 from .communicator import Communicator
 
+logger = logging.getLogger("vllm.pcp_mla")
+
 E4M3 = ("fp8", "fp8_e4m3")  # what vLLM calls caches of float8_e4m3fn with a scale
+PLAIN = ("auto", "bfloat16", "float16")  # caches of the latents' dtype
+_TIMEOUT = 300.0  # seconds: ranks compile kernels at their own speed
 
 
-class PackedExchange:
+class StepExchange:
     """The exchanges of a process, one for each kind of latents, whichever layer they are of.
 
-    vLLM asks for the latents to cache in one call and writes them in the next, passing on the very tensors that it was given. They
-    are views of the exchange's buffer, so that vLLM's own write works too.
+    vLLM asks for the latents to cache in one call and writes them in the next, passing on the very tensors that it was given. What
+    a collective gathered is views of the exchange's buffer, so that vLLM's own write works too. Where ranks store to one another's
+    caches the first call gives this rank's own latents back, and the second one does it all.
+
+    Args:
+        by_peers: whether the caches of all layers are of kinds that can be stored to.
     """
 
-    def __init__(self, communicator: Communicator, max_tokens: int) -> None:
-        self._communicator, self._max_tokens = communicator, max_tokens
-        self._outgrown: list[LatentExchange] = []  # graphs may have their addresses
-        self._exchanges: dict[tuple[Any, ...], LatentExchange] = {}
+    def __init__(self, communicator: Communicator, max_tokens: int, by_peers: bool = False) -> None:
+        self._communicator, self._max_tokens, self._by_peers = communicator, max_tokens, by_peers
+        self._outgrown: list[Any] = []  # graphs may have their addresses
+        self._exchanges: dict[tuple[Any, ...], LatentExchange | PeerExchange] = {}
+        self._peers: PeerExchange | None = None  # that has not yet stored what was asked for last
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # all, kv_c and k_pe of what was gathered last
+        self._attached: set[int] = set()
 
-    def of(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> LatentExchange:
+    def of(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> LatentExchange | PeerExchange:
         """The exchange for such latents, made for steps of ``max_tokens`` or, if there are more, for these."""
         key = (kv_c.dtype, kv_c.device, kv_c.shape[1], k_pe.shape[-1])
         found = self._exchanges.get(key)
@@ -36,7 +51,12 @@ class PackedExchange:
             if found is not None:
                 self._outgrown.append(found)
             dims, room = MLADims(1, 1, key[3], 1, key[2]), max(self._max_tokens, kv_c.shape[0])
-            found = self._exchanges[key] = LatentExchange(self._communicator, room, dims, kv_c.dtype, kv_c.device)
+            arguments = (self._communicator, room, dims, kv_c.dtype, kv_c.device)
+            found = choose_exchange(*arguments, timeout=_TIMEOUT) if self._by_peers else LatentExchange(*arguments)
+            self._exchanges[key] = found
+            self._attached.clear()
+            way = "peers" if isinstance(found, PeerExchange) else "a collective"
+            logger.info("pcp-mla: latents of %d ranks by %s", self._communicator.world_size, way)
         return found
 
     def gather(
@@ -46,19 +66,30 @@ class PackedExchange:
 
         Replicated decodes travel too, and rank 0's copies are what every rank caches: others have no slot.
         """
-        packed = self.of(kv_c, k_pe).all_gather_rows(kv_c, k_pe.view(kv_c.shape[0], -1))
+        exchange = self.of(kv_c, k_pe)
+        parts.counts["exchange"] += 1
+        count = self._communicator.world_size * kv_c.shape[0]
+        slots = slot_mapping if slot_mapping.shape[0] == count else slot_mapping[:count]
+        if isinstance(exchange, PeerExchange):
+            self._peers, self._last = exchange, (kv_c, kv_c, k_pe)
+            return kv_c, k_pe, slots
+        packed = exchange.all_gather_rows(kv_c, k_pe.view(kv_c.shape[0], -1))
         if self._last is None or packed is not self._last[0]:  # one for all layers of a step
             self._last = packed, packed[:, : kv_c.shape[1]], packed[:, None, kv_c.shape[1] :]
-        parts.counts["exchange"] += 1
-        slots = slot_mapping if slot_mapping.shape[0] == packed.shape[0] else slot_mapping[: packed.shape[0]]
         return *self._last[1:], slots
 
     def write(self, kv_c: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, cache_dtype: str, scale: torch.Tensor) -> bool:
         """Write the rows that were gathered last, if these are they and the cache is of a kind that the op knows."""
         if self._last is None or kv_c is not self._last[1]:
             return False
-        packed = self._last[0]
-        if cache_dtype in E4M3:
+        exchange, (packed, _, k_pe) = self._peers, self._last
+        if exchange is not None:
+            self._peers = self._last = None
+            quantised = cache_dtype in E4M3
+            view = cache.view(torch.float8_e4m3fn) if quantised else cache
+            self._attach(exchange, view)
+            exchange.publish_rows(kv_c, k_pe.view(kv_c.shape[0], -1), slots, view, scale if quantised else None)
+        elif cache_dtype in E4M3:
             write_latent_cache(packed, cache.view(torch.float8_e4m3fn), slots, scale=scale)
         elif cache.dtype == kv_c.dtype:
             write_rows(packed, cache, slots, None)
@@ -66,3 +97,14 @@ class PackedExchange:
             return False
         parts.counts["cache_write"] += 1
         return True
+
+    def _attach(self, exchange: PeerExchange, cache: torch.Tensor) -> None:
+        """Open a layer's cache to the other ranks when it is first written to, which is on all of them."""
+        address = cache.data_ptr()
+        if address in self._attached or torch.cuda.is_current_stream_capturing():
+            return
+        self._attached.add(address)
+        try:
+            exchange.attach([cache])
+        except PeersUnavailable as error:  # on every rank alike
+            logger.warning("pcp-mla: a cache is filled by a launch of its own: %s", error)
