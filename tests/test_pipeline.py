@@ -567,7 +567,7 @@ CACHE = torch.zeros(2, BLOCK, 11)
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     class NoExchange:
-        def all_gather(self, *_: Any) -> None:
+        def publish(self, *_: Any) -> None:
             pytest.fail("exchanged")
 
     arguments = {
