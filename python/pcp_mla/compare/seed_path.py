@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from ..groups import Group, all_gather_rows, check_group, check_latents
-from ..layer.prefill import KVProjection, check_layer_inputs
+from ..layer.checks import check_layer_inputs
+from ..layer.projection import KVProjection
 from ..ops.attention.rows import attend_row
 from ..ops.latent_cache import gather_latents, write_latent_cache
 from ..plan.dims import MLADims

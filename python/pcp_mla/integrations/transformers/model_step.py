@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ...groups import Group, all_gather_rows
-from ...layer.prefill import MLAPrefill, plain_weight
+from ...layer.prefill import MLAPrefill
+from ...layer.projection import plain_weight
 from ...plan.metadata import PCPMetadata
 from .context import PCPContext
 from .deepseek import project_inputs

@@ -18,7 +18,7 @@ from ..merge_states import merge_attn_states
 from ..registry import HAS_TRITON, fake_in_place, register_composed, triton_form
 from . import support
 from .checks import check_attention
-from .libraries import LIBRARIES, Library, Rows, call, check_placement, find
+from .libraries import LIBRARIES, Library, Rows, call, check_placement, find, prepared
 from .rows import attend_rows
 
 State = tuple[torch.Tensor, torch.Tensor]  # an output and its LSE
@@ -173,6 +173,19 @@ def check_library(name: str, chunked: bool) -> None:
         raise NotImplementedError(f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does")
 
 
+def _rows(meta: PCPMetadata, chunk: KeyChunk | None) -> Rows:
+    """Of one call over the keys of a chunk, without one over all."""
+    of = meta if chunk is None else chunk
+    return Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)
+
+
+def prepared_call(name: str, meta: PCPMetadata, softmax_scale: float) -> Callable[..., None] | None:
+    """What :func:`attend` does with a backend that was chosen, for many layers of a step: a function of q, K, V and ``out``, all
+    keys at once, for tensors that :func:`libraries.in_reach` leaves as they are. None where the backend has no such form."""
+    library = _library(name)
+    return None if library is None else prepared(library, _rows(meta, None), float(softmax_scale))
+
+
 def attend(
     name: str,
     q: torch.Tensor,
@@ -206,9 +219,7 @@ def attend(
         k = k if k_pe is None else concat_k(k, k_pe)
         state = _by_two_calls(name, q, k, v, meta, softmax_scale, return_lse, given, lse)
         return state if return_lse else state[0]
-    of = meta if chunk is None else chunk
-    rows = Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)
-    state = run_rows(name, q, k, v, rows, softmax_scale, return_lse, k_pe, kv_rows, prev, given, lse)
+    state = run_rows(name, q, k, v, _rows(meta, chunk), softmax_scale, return_lse, k_pe, kv_rows, prev, given, lse)
     return state if return_lse else state[0]
 
 

@@ -194,7 +194,7 @@ def find(name: str) -> Library | str:
     return LIBRARIES[name]()
 
 
-def _apart(x: torch.Tensor) -> int:
+def apart(x: torch.Tensor) -> int:
     """0 where rows and heads lie at multiples of 16 bytes, as tensor copies and vector loads want them."""
     strides = x.stride()
     return (x.data_ptr() | (strides[0] | strides[1]) * x.element_size()) & 15
@@ -203,7 +203,7 @@ def _apart(x: torch.Tensor) -> int:
 def in_reach(x: torch.Tensor) -> torch.Tensor:
     """[tokens, heads, dim] where a library can read it: ``x``, or a copy. Libraries take that for granted, and a kernel that cannot
     goes down with the whole context."""
-    return x.clone(memory_format=torch.contiguous_format) if _apart(x) else x
+    return x.clone(memory_format=torch.contiguous_format) if apart(x) else x
 
 
 def prepared(library: Library, rows: Rows, scale: float) -> Callable[..., Any] | None:
@@ -236,7 +236,7 @@ def call(
     if library.flash2 and width < q.shape[2]:
         v, out = F.pad(v, (0, q.shape[2] - width)), None
     q, k, v = in_reach(q), in_reach(k), in_reach(v)
-    if out is not None and _apart(out):
+    if out is not None and apart(out):
         out = None
     values = {"q": q, "k": k, "v": v, "softmax_scale": scale, "out": out, **rows._asdict()}
     if not library.shares_starts:

@@ -1,0 +1,61 @@
+"""``kv_b_proj``: whether it is its weight and nothing else, and K and V by it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.nn.modules import module as _modules
+
+from ..ops.kv_up_project import expand, kv_up_project
+from ..plan.dims import MLADims
+
+KVProjection = torch.nn.Module | torch.Tensor
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _own(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter, past ``Module.__getattr__``, unless something else has its name."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters and name not in module.__dict__ else getattr(module, name)
+
+
+def weight_of(kv_b_proj: KVProjection) -> tuple[torch.Tensor | None, bool]:
+    """The weight of what is called, but has the one that it says, and whether a product with it is all that ``kv_b_proj`` does.
+
+    Subclasses of Linear and of Tensor may hold a weight quantised or in shards, forwards of an instance and hooks before it may put
+    another one in its place: of these modules None. A bias and hooks behind change what comes of it. Looked at in every call, as
+    hooks come and go.
+    """
+    if isinstance(kv_b_proj, torch.Tensor):
+        return kv_b_proj, type(kv_b_proj) in _PLAIN
+    if type(kv_b_proj) is not torch.nn.Linear or "forward" in kv_b_proj.__dict__:
+        return None, False
+    if kv_b_proj._forward_pre_hooks or _modules._global_forward_pre_hooks:
+        return None, False
+    weight = _own(kv_b_proj, "weight")
+    if type(weight) not in _PLAIN:
+        return None, False
+    hooked = kv_b_proj._forward_hooks or _modules._global_forward_hooks
+    return weight, not hooked and _own(kv_b_proj, "bias") is None
+
+
+def plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
+    """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does."""
+    weight, plain = weight_of(kv_b_proj)
+    return weight if plain else None
+
+
+def _linear(weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(latents, weight)
+
+
+def expand_rows(
+    latents: torch.Tensor, rows: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K [n, heads, nope + rope] and V [n, heads, v] of the latents at ``rows`` (int32 [n]), by a weight or a module."""
+    weight = plain_weight(kv_b_proj)
+    if weight is not None:
+        return expand(latents, rows, weight, dims)
+    linear = partial(_linear, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj
+    return kv_up_project(latents, rows, None, dims, linear=linear)

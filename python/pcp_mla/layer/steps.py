@@ -1,0 +1,111 @@
+"""What the layers of a step have in common, worked out in the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..ops.attention.call import check_library, choose, prepared_call
+from ..plan.dims import MLADims
+from ..plan.metadata import PCPMetadata
+
+Kind = tuple[MLADims, float, str, Any, bool]  # dims, softmax scale, backend, dtype, whether there is a cache
+
+
+class LayerStep:
+    """A step for layers of one kind. It knows tensors of the metadata, but not the metadata: it goes with it.
+
+    Attributes:
+        kind: of the layers.
+        backend: that was chosen.
+        rows: int32, of each key its row in the published latents.
+        chunks: of the metadata, those of context first; none, or one alone, for all keys at once.
+        call: attention of all keys at once, for tensors that a library can reach: q [n >= 1, ...], K and V of all ``rows`` in
+            contiguous tensors, and the output. None where there is no such call.
+    """
+
+    def __init__(self, kind: Kind, meta: PCPMetadata) -> None:
+        """Errors as :func:`choose` and :func:`check_library`, and RuntimeError for a plan that is no longer the planner's."""
+        dims, scale, backend, dtype, cached = self.kind = kind
+        self.backend = choose(backend, meta.device, dtype, dims.qk_head_dim, dims.v_head_dim, False)
+        self.chunks = meta.key_chunks
+        check_library(self.backend, len(self.chunks) > 1)
+        rows = meta.kv_rows if cached else meta.allgather_restore_idx
+        assert rows is not None
+        self.rows = rows
+        self.call: Callable[..., Any] | None = None
+        # Rows of K and V, contiguous, begin at multiples of 16 bytes: what else a library needs of them is known here.
+        aligned = (dims.qk_head_dim * dtype.itemsize | dims.v_head_dim * dtype.itemsize) % 16 == 0
+        if len(self.chunks) < 2 and aligned and 0 < rows.shape[0] <= meta.num_kv_tokens:
+            self.call = prepared_call(self.backend, meta, scale)
+        if not torch.compiler.is_compiling():  # which would make a graph for each number of tokens
+            self._expect(dims, dtype, meta)
+
+    def _expect(self, dims: MLADims, dtype: torch.dtype, meta: PCPMetadata) -> None:
+        """Note what the usual inputs are like."""
+        counts = {meta.num_tokens, meta.num_local_rows}
+        self._latents = [((n, dims.kv_lora_rank), (n, dims.qk_rope_head_dim)) for n in counts]
+        self._query = (dims.num_heads, dims.qk_head_dim)
+        self._weight = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
+        self._types, self._places = (dtype,) * 3, (meta.device,) * 3
+        self._needs_cache, paged = meta.num_context_tokens > 0, meta.paged_cache
+        self._block = None if paged is None or paged.dcp_world_size > 1 else (paged.block_size, dims.latent_dim)
+        self._strides = None if self._block is None else (self._block[0] * dims.latent_dim, dims.latent_dim, 1)
+
+    def fits_latents(self, kv_c: Any, k_pe: Any, cache: Any) -> bool:
+        """Whether the checks of these would find nothing, at a glance: they are as usual. Others may be right, too."""
+        if not (isinstance(kv_c, torch.Tensor) and isinstance(k_pe, torch.Tensor)):
+            return False
+        room = kv_c
+        if cache is not None:
+            room = cache
+            if not isinstance(cache, torch.Tensor) or cache.shape[1:] != self._block or cache.stride() != self._strides:
+                return False
+        elif self._needs_cache:
+            return False
+        return (
+            (kv_c.shape, k_pe.shape) in self._latents
+            and (kv_c.dtype, k_pe.dtype, room.dtype) == self._types
+            and (kv_c.device, k_pe.device, room.device) == self._places
+            and kv_c.stride()[1] == k_pe.stride()[1] == 1
+            and not (torch.is_grad_enabled() and (kv_c.requires_grad or k_pe.requires_grad or room.requires_grad))
+        )
+
+    def fits_rest(self, q: Any, weight: torch.Tensor | None, count: int) -> bool:
+        """The same of q, beside so many rows of latents, and of a weight that is all of ``kv_b_proj``."""
+        return (
+            weight is not None
+            and isinstance(q, torch.Tensor)
+            and q.shape == (count, *self._query)
+            and weight.shape == self._weight
+            and (q.dtype, weight.dtype) == self._types[1:]
+            and (q.device, weight.device) == self._places[1:]
+            and q.stride()[2] == weight.stride()[1] == 1
+            and not (torch.is_grad_enabled() and (q.requires_grad or weight.requires_grad))
+        )
+
+
+# By the metadata itself: a copy of one has none, and what is pickled or copied of it is not that of the layers. Of steps that
+# threads make at the same time either will do.
+_steps: WeakKeyDictionary[PCPMetadata, list[LayerStep]] = WeakKeyDictionary()
+
+
+def known_step(kind: Kind, meta: Any) -> LayerStep | None:
+    """That of an earlier layer, if there was one. None for compilers, which make constants of what they see."""
+    if torch.compiler.is_compiling() or not isinstance(meta, PCPMetadata):
+        return None
+    for step in _steps.get(meta, ()):
+        if step.kind == kind:
+            return step
+    return None
+
+
+def new_step(kind: Kind, meta: PCPMetadata) -> LayerStep:
+    """The step for layers of a kind, to be found by :func:`known_step` from now on. Errors as :class:`LayerStep`."""
+    step = LayerStep(kind, meta)
+    if not torch.compiler.is_compiling():
+        _steps.setdefault(meta, []).append(step)
+    return step
