@@ -565,7 +565,8 @@ CACHE = torch.zeros(2, BLOCK, 11)
         ({"cache": torch.zeros(2, BLOCK, 11, device="meta")}, ValueError, "cache must be on cpu, as kv_c, got meta"),
     ],
 )
-def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("first", [True, False], ids=["first layer", "second layer"])
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str, first: bool) -> None:
     class NoExchange:
         def publish(self, *_: Any) -> None:
             pytest.fail("exchanged")
@@ -578,6 +579,8 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         "meta": planned(),
         "cache": CACHE,
     }
+    if not first:
+        MLAPrefill(DIMS, SCALE, LatentExchange(None, 6, DIMS, torch.float32))(**arguments)
     layer = MLAPrefill(DIMS, SCALE, NoExchange())  # type: ignore[arg-type]
     with pytest.raises(error, match=message):
         layer(**(arguments | change))

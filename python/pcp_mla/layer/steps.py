@@ -16,7 +16,8 @@ Kind = tuple[MLADims, float, str, Any, bool]  # dims, softmax scale, backend, dt
 
 
 class LayerStep:
-    """A step for layers of one kind. It knows tensors of the metadata, but not the metadata: it goes with it.
+    """A step for layers of one kind, of which the first was checked. It holds tensors of the metadata, and not the metadata, with
+    which it goes.
 
     Attributes:
         kind: of the layers.
@@ -51,9 +52,9 @@ class LayerStep:
         self._query = (dims.num_heads, dims.qk_head_dim)
         self._weight = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
         self._types, self._places = (dtype,) * 3, (meta.device,) * 3
-        self._needs_cache, paged = meta.num_context_tokens > 0, meta.paged_cache
-        self._block = None if paged is None or paged.dcp_world_size > 1 else (paged.block_size, dims.latent_dim)
-        self._strides = None if self._block is None else (self._block[0] * dims.latent_dim, dims.latent_dim, 1)
+        paged = meta.paged_cache
+        self._block = None if paged is None else (paged.block_size, dims.latent_dim)
+        self._strides = [dims.latent_dim, 1]  # within a block of the cache
 
     def fits_latents(self, kv_c: Any, k_pe: Any, cache: Any) -> bool:
         """Whether the checks of these would find nothing, at a glance: they are as usual. Others may be right, too."""
@@ -62,10 +63,11 @@ class LayerStep:
         room = kv_c
         if cache is not None:
             room = cache
-            if not isinstance(cache, torch.Tensor) or cache.shape[1:] != self._block or cache.stride() != self._strides:
+            if not isinstance(cache, torch.Tensor) or cache.shape[1:] != self._block:
                 return False
-        elif self._needs_cache:
-            return False
+            apart, *strides = cache.stride()
+            if not apart or strides != self._strides:
+                return False
         return (
             (kv_c.shape, k_pe.shape) in self._latents
             and (kv_c.dtype, k_pe.dtype, room.dtype) == self._types
