@@ -80,6 +80,14 @@ def check_rest(
     _check_module(op, kv_b_proj, dims, q)
 
 
+def check_stream(op: str, stream: Any, meta: PCPMetadata) -> None:
+    """Raise unless ``stream`` is a CUDA stream where the metadata is."""
+    if not isinstance(stream, torch.cuda.Stream):
+        raise TypeError(f"{op}: stream must be a torch.cuda.Stream or None, got {type(stream).__name__}")
+    if stream.device != meta.device:
+        raise ValueError(f"{op}: stream must be on {meta.device}, where the metadata is, got {stream.device}")
+
+
 def _check_weight(op: str, kv_b_proj: Any, dims: MLADims, dtype: torch.dtype, of: str, meta: PCPMetadata) -> None:
     if not isinstance(kv_b_proj, torch.Tensor | torch.nn.Module):
         raise TypeError(f"{op}: kv_b_proj must be a torch.Tensor or a torch.nn.Module, got {type(kv_b_proj).__name__}")

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,9 +23,9 @@ from ..ops.kv_up_project import expand
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 from ..plan.slots import KeyChunk
-from .checks import check_layer_inputs
+from .checks import check_layer_inputs, check_published, check_rest, check_stream
 from .projection import KVProjection, expand_rows, plain_weight
-from .steps import LayerStep, known_step, new_step
+from .steps import Kind, LayerStep, known_step, new_step
 
 _NO_TOOL = -2  # NVTX_NO_PUSH_POP_TRACKING: what a push gives where nothing is attached
 
@@ -68,9 +69,30 @@ def _stage(name: str, x: torch.Tensor) -> AbstractContextManager[None]:
     return _STAGES[name] if x.is_cuda and not torch.compiler.is_compiling() else _UNMARKED
 
 
+class Started(NamedTuple):
+    """What a layer has published in a step, for :meth:`MLAPrefill.finish`: of it, or of one with latents of these widths.
+
+    Attributes:
+        meta: the step.
+        latents: that keys are expanded from: the cache if it is ``cached``, else [P * Np, W].
+        dtype, num_rows, widths: of this rank's latents and rotated keys.
+        published: when that is done, if it is on a stream of its own.
+    """
+
+    meta: PCPMetadata
+    latents: torch.Tensor
+    cached: bool
+    dtype: torch.dtype
+    num_rows: int
+    widths: tuple[int, int]
+    published: torch.cuda.Event | None
+
+
 @dataclass(frozen=True)
 class MLAPrefill:
     """MLA attention of a rank's tokens over all tokens of their requests: latents in, the output in local order out.
+
+    A call is :meth:`start` and :meth:`finish`, with everything checked before anything is exchanged.
 
     One collective; rank-major rows to their slots; K and V of the keys' slots, in key order; one attention call. The order of the
     rows is restored by no op of its own. A step whose plan was given ``workspace_tokens`` never holds more rows of K and V at a
@@ -128,14 +150,100 @@ class MLAPrefill:
 
             All before anything is exchanged or written.
         """
-        kind = (self.dims, self.softmax_scale, self.backend, q.dtype if isinstance(q, torch.Tensor) else None, cache is not None)
+        kind = self._kind(q, cache)
         step = known_step(kind, meta)
         weight = plain_weight(kv_b_proj)
         if step is None or not (step.fits_latents(kv_c, k_pe, cache) and step.fits_rest(q, weight, kv_c.shape[0])):
             check_layer_inputs("MLAPrefill", q, kv_c, k_pe, kv_b_proj, meta, self.dims, cache)
         step = step or new_step(kind, meta)
-        with _stage("exchange", q):
-            latents = self.exchange.publish(kv_c, k_pe, meta, cache)
+        return self._finish(step, q, self._publish(kv_c, k_pe, meta, cache), kv_b_proj, weight, meta)
+
+    def start(
+        self,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        meta: PCPMetadata,
+        cache: torch.Tensor | None = None,
+        *,
+        stream: torch.cuda.Stream | None = None,
+    ) -> Started:
+        """The first half of a call, for which q need not be there yet: the latents of all ranks, published.
+
+        Args:
+            kv_c, k_pe, meta, cache: as of a call. They must stay as they are until :meth:`finish`, and so must the plan. Without a
+                cache the result lies in the exchange's buffer: finish before the exchange is used again. With caches, any number
+                of layers can be started before the first is finished, on all ranks in the same order.
+            stream: to publish on beside what the current stream goes on with, behind what it has so far; the stream that is
+                current in :meth:`finish` waits for it. Not while a :class:`PiecewiseGraph` is captured.
+
+        Raises:
+            As a call, as far as the arguments are the same; ValueError or TypeError if ``stream`` is no CUDA stream of the
+            metadata's device. All before anything is exchanged or written.
+        """
+        kind = self._kind(kv_c, cache)
+        step = known_step(kind, meta)
+        if step is None or not step.fits_latents(kv_c, k_pe, cache):
+            check_published("MLAPrefill.start", kv_c, k_pe, meta, self.dims, cache)
+        if stream is not None:
+            check_stream("MLAPrefill.start", stream, meta)
+        if step is None:
+            new_step(kind, meta)
+        published = None
+        if stream is None:
+            latents = self._publish(kv_c, k_pe, meta, cache)
+        else:
+            stream.wait_stream(torch.cuda.current_stream(meta.device))
+            for tensor in (kv_c, k_pe, cache):
+                if tensor is not None:  # whose memory must not go to somebody else before the stream has read it
+                    tensor.record_stream(stream)
+            with torch.cuda.stream(stream):
+                latents = self._publish(kv_c, k_pe, meta, cache)
+                published = stream.record_event()
+        return Started(meta, latents, cache is not None, kv_c.dtype, kv_c.shape[0], (kv_c.shape[1], k_pe.shape[1]), published)
+
+    def finish(self, q: torch.Tensor, kv_b_proj: KVProjection, started: Started) -> torch.Tensor:
+        """The second half: attention over what :meth:`start` published. Arguments and result as of a call, q with as many rows as
+        the latents had.
+
+        Raises:
+            As a call; ValueError or TypeError if ``started`` is none, or of other widths.
+        """
+        op = "MLAPrefill.finish"
+        if not isinstance(started, Started):
+            raise TypeError(f"{op}: started must be what start returned, got {type(started).__name__}")
+        widths = (self.dims.kv_lora_rank, self.dims.qk_rope_head_dim)
+        if started.widths != widths:
+            raise ValueError(f"{op}: started must have latents of widths {widths}, as this layer's, got {started.widths}")
+        meta, weight = started.meta, plain_weight(kv_b_proj)
+        kind = (self.dims, self.softmax_scale, self.backend, started.dtype, started.cached)
+        step = known_step(kind, meta)
+        if step is None or not step.fits_rest(q, weight, started.num_rows):
+            check_rest(op, q, kv_b_proj, started.num_rows, started.dtype, meta, self.dims)
+        step = step or new_step(kind, meta)
+        if started.published is not None:
+            stream = torch.cuda.current_stream(meta.device)
+            stream.wait_event(started.published)
+            started.latents.record_stream(stream)
+        return self._finish(step, q, started.latents, kv_b_proj, weight, meta)
+
+    def _kind(self, like: Any, cache: torch.Tensor | None) -> Kind:
+        dtype = like.dtype if isinstance(like, torch.Tensor) else None
+        return self.dims, self.softmax_scale, self.backend, dtype, cache is not None
+
+    def _publish(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, cache: torch.Tensor | None) -> torch.Tensor:
+        with _stage("exchange", kv_c):
+            return self.exchange.publish(kv_c, k_pe, meta, cache)
+
+    def _finish(
+        self,
+        step: LayerStep,
+        q: torch.Tensor,
+        latents: torch.Tensor,
+        kv_b_proj: KVProjection,
+        weight: torch.Tensor | None,
+        meta: PCPMetadata,
+    ) -> torch.Tensor:
+        """For inputs that are known to fit; ``weight`` if it is all of ``kv_b_proj``."""
         if weight is not None and step.call is not None and q.shape[0] and not apart(q):
             return self._attend_at_once(step, step.call, q, latents, weight)
         *context, new = step.chunks or (None,)
