@@ -72,16 +72,15 @@ def layer_of(dims: MLADims = DIMS, scale: float = SCALE, group: Any = None) -> M
 
 
 def test_plans_of_the_same_sizes(library: list[Any]) -> None:
-    """One layer object, one planner; only lengths differ."""
+    """Only lengths differ: of planners of their own, and of one."""
     plans, layer, inputs = planner(), layer_of(), Inputs()
-    results = []
-    for lengths, contexts in (([20, 4], [3, 9]), ([4, 20], [9, 3]), ([12, 12], [6, 6]), ([20, 4], [3, 9])):
-        meta = plans.plan(lengths, contexts, None, TABLES)
-        results.append(inputs(layer, meta, cache=inputs.cache.clone()))
-        wanted = inputs(layer_of(), plan(lengths, contexts), cache=inputs.cache.clone())
-        assert torch.equal(results[-1], wanted)
+    batches = [([20, 4], [3, 9]), ([4, 20], [9, 3]), ([12, 12], [6, 6]), ([20, 4], [3, 9])]
+    apart = [plan(*batch) for batch in batches]
+    wanted = [inputs(layer, meta, cache=inputs.cache.clone()) for meta in apart]
+    results = [inputs(layer, plans.plan(*batch, None, TABLES), cache=inputs.cache.clone()) for batch in batches]
+    assert all(map(torch.equal, results, wanted))
     assert torch.equal(results[0], results[3])
-    assert not torch.equal(results[0], results[1])
+    assert not any(torch.equal(results[0], other) for other in results[1:3])
     assert len(library) == 8
 
 
