@@ -1,5 +1,5 @@
-"""A prefill of 4096 tokens through eight MLA layers, four ways: the first implementation's path and ours, call by call; ours as
-CUDA graphs in pieces between the collectives; ours under torch.compile.
+"""A prefill of 4096 tokens through eight MLA layers: the first implementation's path and ours, call by call; ours as CUDA graphs in
+pieces between the collectives; ours by peers, call by call and as one CUDA graph; ours under torch.compile.
 
 A layer has DeepSeek-V2-Lite's widths and the four projections around the attention, bf16, the caches in blocks of 64. On one GPU
 rank 0 of two is timed, and the other rank's latents are copies of its own; on several the ranks are real, over NCCL. CPU time is
@@ -8,6 +8,7 @@ what the host takes to issue a prefill, wall time that of a prefill from its cal
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
+from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, PeerExchange
 from pcp_mla.groups import all_gather_rows, group_rank, group_world_size
 from pcp_mla.layer.graphs import PiecewiseGraph
 from pcp_mla.ops.attention import support
@@ -66,6 +67,7 @@ class Stack:
         self.hidden = torch.randn(tokens // world, HIDDEN, device=device, generator=random).bfloat16()
         self.exchange = LatentExchange(group, planner.max_local_tokens, DIMS, torch.bfloat16, device)
         self.layer = MLAPrefill(DIMS, width**-0.5, self.exchange)
+        self.room, self.device = planner.max_local_tokens, device
         backend = support.choose("auto", self.hidden.device, torch.bfloat16, width, DIMS.v_head_dim, False)
         self.seed_path = SeedPath(unpadded.plan([tokens], [0], [True], table), group, DIMS, backend)
 
@@ -88,6 +90,19 @@ class Stack:
 
     def ours(self) -> torch.Tensor:
         return self.forward(self.attend)
+
+    @functools.cached_property
+    def layer_by_peers(self) -> MLAPrefill:
+        exchange = PeerExchange(self.group, self.room, DIMS, torch.bfloat16, self.device, caches=self.caches)
+        return MLAPrefill(DIMS, self.layer.softmax_scale, exchange)
+
+    def attend_by_peers(
+        self, q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, weight: torch.Tensor, cache: torch.Tensor
+    ) -> torch.Tensor:
+        return self.layer_by_peers(q, kv_c, k_pe, weight, self.meta, cache)
+
+    def peers(self) -> torch.Tensor:
+        return self.forward(self.attend_by_peers)
 
     def checked(self, name: str, attend: Callable[..., torch.Tensor]) -> None:
         """``attend`` in every layer beside what it must give, on the same inputs."""
@@ -119,6 +134,15 @@ class Stack:
             graph.replay()
             plain.check_equal("piecewise", out, wanted)
             calls["piecewise"] = graph.replay  # type: ignore[assignment]
+        if graphs and isinstance(self.group, dist.ProcessGroup):
+            self.checked("peers", self.attend_by_peers)
+            calls["peers"], graph = self.peers, PiecewiseGraph()
+            out = graph.capture(self.peers)
+            out.fill_(torch.nan)
+            graph.replay()
+            plain.check_equal("one graph", out, wanted)
+            assert graph.num_pieces == 1
+            calls["one graph"] = graph.replay  # type: ignore[assignment]
         calls["compiled"] = torch.compile(self.ours, fullgraph=True)
         # What the layers add to their input, as a whole: of a late token it is small beside the rounding of the sum.
         got = calls["compiled"]()

@@ -18,6 +18,7 @@ of a large copy.
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import statistics
 import time
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
+from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, PeerExchange
 from pcp_mla.compare.seed_path import build_kv
 from pcp_mla.exchange.latents import pack_latents
 from pcp_mla.layer import prefill
@@ -50,7 +51,7 @@ GPU_BATCHES: list[Batch] = [
     ([32768], [], 128, 8),
 ]
 CPU_BATCHES: list[Batch] = [([128], [], 2, 2)]
-RANKS_TOKENS = (8192, 32768, 131072)
+RANKS_BATCHES = ([2048], [4096], [8192], [4096] * 4, [32768], [131072])  # new tokens of each request
 
 
 def trace_batch(path: str, tokens: int = 32768, ranks: int = 2) -> Batch:
@@ -109,7 +110,7 @@ class Layer:
         self.parts = [x.contiguous() for x in gathered.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)]
         self.gathered = gathered
         exchange = LatentExchange(group, planner.max_local_tokens, dims, torch.bfloat16, device)
-        self.group = group
+        self.group, self.room, self.device = group, planner.max_local_tokens, device
         self.backend = support.choose("auto", self.q.device, torch.bfloat16, 192, 128, False)
         self.layer = MLAPrefill(dims, SCALE, exchange if group is not None else Copied(exchange, gathered), self.backend)  # type: ignore[arg-type]
         # Virtual rows: every row's keys on their own.
@@ -129,6 +130,14 @@ class Layer:
 
     def ours(self) -> torch.Tensor:
         return self.layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+
+    @functools.cached_property
+    def layer_by_peers(self) -> MLAPrefill:
+        exchange = PeerExchange(self.group, self.room, self.dims, torch.bfloat16, self.device, caches=[self.cache])
+        return MLAPrefill(self.dims, SCALE, exchange, self.backend)
+
+    def peers(self) -> torch.Tensor:
+        return self.layer_by_peers(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
 
     def rows(self) -> torch.Tensor:
         meta = self.meta
@@ -216,29 +225,30 @@ def played(batch: Batch, device: str, rates: tuple[float, float] | None) -> dict
     return result
 
 
-def on_ranks(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+def on_ranks(group: Any, batches: tuple[list[int], ...]) -> list[dict[str, Any]]:
     """Time of a layer on real ranks, in microseconds: of calls one after another, on the slowest rank."""
     peers.load_fa3()
     results = []
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     with torch.inference_mode():
-        for tokens in sizes:
-            layer = Layer(([tokens], [], 16, world), group, rank, "cuda")
-            result: dict[str, Any] = {"op": "layer", "tokens": tokens, "heads": 16, "P": world, "backend": layer.backend}
-            for name, call in layer.paths("seed", "ours").items():
+        for lengths in batches:
+            layer = Layer((lengths, [], 16, world), group, rank, "cuda")
+            result: dict[str, Any] = {"op": "layer", "tokens": sum(lengths), "requests": len(lengths), "heads": 16, "P": world}
+            result["backend"] = layer.backend
+            for name, call in layer.paths("seed", "rows", "ours", "peers").items():
                 times = []
-                for _ in range(7):
+                for _ in range(9):
                     dist.barrier(group)
-                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    begin.record()
-                    for _ in range(5):
-                        call()
-                    end.record()
                     torch.cuda.synchronize()
-                    times.append(begin.elapsed_time(end) / 5 * 1e3)
+                    began = time.perf_counter()
+                    for _ in range(10):
+                        call()
+                    torch.cuda.synchronize()
+                    times.append((time.perf_counter() - began) / 10 * 1e6)
                 slowest = torch.tensor(statistics.median(times[2:]), device="cuda")
                 dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
-                result[name] = {"wall_us": float(slowest), "cpu_us": timing.cpu_us(call, 5, 5)}
+                result[name] = {"wall_us": float(slowest), "cpu_us": timing.cpu_us(call, 5, 5), "launches": timing.launches(call)}
+            layer.layer_by_peers.exchange.close()  # type: ignore[union-attr]
             results.append(result)
     return results
 
@@ -247,14 +257,15 @@ def run(device: str) -> Iterator[dict[str, Any]]:
     """One result a batch, or on several GPUs one a size and number of ranks."""
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if gpus > 1:
-        alone: dict[int, float] = {}
+        alone: dict[tuple[int, int], float] = {}
         for world in (1, 2, 4, 8):
             if world > gpus:
                 break
-            for result in run_distributed(world, on_ranks, RANKS_TOKENS, backend="nccl", timeout=300.0)[0]:
-                for name in ("seed", "ours"):
-                    alone.setdefault(result["tokens"], result["ours"]["wall_us"])
-                    result[name]["efficiency"] = alone[result["tokens"]] / world / result[name]["wall_us"]
+            for result in run_distributed(world, on_ranks, RANKS_BATCHES, backend="nccl", timeout=300.0)[0]:
+                size = result["tokens"], result["requests"]
+                alone.setdefault(size, result["peers"]["wall_us"])
+                for name in ("seed", "rows", "ours", "peers"):
+                    result[name]["efficiency"] = alone[size] / world / result[name]["wall_us"]
                 yield result
         return
     batches, rates = (GPU_BATCHES, (timing.gemm_tflops(), timing.copy_gbps())) if gpus else (CPU_BATCHES, None)
@@ -276,7 +287,7 @@ def line(result: dict[str, Any]) -> str:
         if "gpu_us" in numbers:
             text += f" {numbers['gpu_us']:.0f} us {numbers['share_of_floor']:.0%} {numbers['launches']} launches"
         if "wall_us" in numbers:
-            text += f" {numbers['wall_us']:.0f} us efficiency {numbers['efficiency']:.2f}"
+            text += f" {numbers['wall_us']:.0f} us efficiency {numbers['efficiency']:.2f} {numbers['launches']} launches"
         text += f" cpu {numbers['cpu_us']:.0f} us"
         if "stages_cpu_us" in numbers:
             stages = numbers["stages_cpu_us"]

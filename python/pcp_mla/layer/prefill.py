@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..exchange.latents import LatentExchange
+from ..exchange.peers import PeerExchange
 from ..ops.attention.call import attend
 from ..ops.attention.checks import check_scale
 from ..ops.attention.libraries import apart
@@ -110,7 +111,7 @@ class MLAPrefill:
 
     dims: MLADims
     softmax_scale: float
-    exchange: LatentExchange
+    exchange: LatentExchange | PeerExchange
     backend: str = "auto"
 
     def __post_init__(self) -> None:
