@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from . import __version__, demo, evaluation
+from .exchange.choose import VARIABLE, asked
+from .exchange.peers import refusal
 from .integrations.vllm.report import print_report
 from .ops import native
 from .ops.attention import support
@@ -36,6 +38,18 @@ def _nvcc() -> str:
     return f"{lines[-1] if lines else 'no version'} ({path})"
 
 
+def _exchange() -> str:
+    """How latents would travel, as far as one process can tell."""
+    count, way = torch.cuda.device_count(), asked()
+    if way:
+        return f"{way} ({VARIABLE})"
+    reason = refusal(torch.device("cuda" if count else "cpu"), torch.bfloat16, count)
+    apart = [(i, j) for i in range(count) for j in range(count) if i != j and not torch.cuda.can_device_access_peer(i, j)]
+    if apart and not reason:
+        reason = f"GPU {apart[0][0]} does not see the memory of GPU {apart[0][1]}"
+    return f"nccl or gloo: {reason}" if reason else "peers, between processes of this host"
+
+
 def print_env() -> int:
     """What a bug report needs: versions, GPUs, native libraries, and which backends each op has here."""
     print(f"pcp-mla      {__version__} ({native.PACKAGE})")
@@ -52,6 +66,7 @@ def print_env() -> int:
         print("gpu          none visible to torch")
     for name, reason in native.status.items():
         print(f"{name:12} {reason or 'loaded'}")
+    print(f"exchange     {_exchange()}")
     print()
     names = [op for op in (*SCHEMAS, *PYTHON_SCHEMAS) if not op.endswith("_out") and op not in (*COMPOSED.values(), "attention")]
     ops = {public_name(op): availability(op) for op in names} | {"pcp_attention": support.availability()}
