@@ -115,7 +115,7 @@ WORLDS = (1, 2, 3, 8)
 
 
 def publish_on_threads(_):
-    """Calls, and those that were right, of each rank, by number of ranks and form; one rank alone comes first, as kernels are loaded
+    """Calls, and those that were right, of each rank, by number of ranks and form. One rank alone comes first: kernels are loaded
     when they are first used, for which a GPU may stop, too."""
     results = {}
     for world, form in itertools.product(WORLDS, FORMS):

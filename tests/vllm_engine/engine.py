@@ -189,6 +189,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         dtype="float32",
+        attention_backend="CPU_MLA",  # on CPUs with AMX another one would be chosen, which has no float32
         seed=0,
         prefill_context_parallel_size=job["pcp"],
     )
