@@ -45,8 +45,9 @@ restore, the product and two copies."""
 CACHE = """576-wide bf16 latents. "Graph" is a call in a CUDA graph, L2 warm. vLLM: `concat_and_cache_mla` and
 `gather_and_maybe_dequant_cache`."""
 
-EXCHANGE = """Two all-gathers, two restores and vLLM's cache write beside one packed all-gather and `write_latent_cache`, in a CUDA
-graph."""
+EXCHANGE = """Two all-gathers, two restores and a cache write in torch beside one packed all-gather and `write_latent_cache`, and
+beside stores to the caches of all ranks by one kernel ([peers.md](peers.md)), in a CUDA graph. The last columns are that
+kernel's with so many multiprocessors."""
 
 MERGE = """bf16, 128 wide, LSEs in FlashAttention's layout; "torch" is the textbook formula."""
 
@@ -56,8 +57,8 @@ GATHER = """bf16, widths 192, 192, 128, rank 0. From the first implementation's 
 and two `index_select`) to ours. A key that head and tail share counts as one read and two writes."""
 
 
-VLLM = """Time to first token, median (least), PCP 2 by vLLM 0.26's own code and with the plug-in in turn on one engine, and tensor
-parallelism on the same two GPUs. What it means: [vllm.md](vllm.md)."""
+VLLM = """Time to first token, median (least), PCP 2 by vLLM 0.26's own code and with the plug-in in turn on one engine; tensor
+parallelism on two such GPUs in an earlier run (b629107). What it means: [vllm.md](vllm.md)."""
 
 
 def table(columns: str, rows: Iterable[Iterable[Any]]) -> Iterator[str]:
@@ -121,6 +122,11 @@ def evaluation() -> Iterator[str]:
             share = f"{r['exact_match']:.4f} ± {r['stderr']:.4f}"
             rows.append([mode, r["run"], share, f"{r['same_text']}/{report['problems']}", f"{r['logit_difference']:.2f}"])
     yield from table("prefill | P | exact match | same text | largest difference of logits", rows)
+
+
+def exchange_cells(r: dict[str, Any]) -> list[Any]:
+    times = (us(r, "seed,ours,peers", key, digits) for key, digits in (("launches", 0), ("graph_us", 1), ("cpu_us", 0)))
+    return [r["tokens"], r["ranks"], *times, " / ".join(f"{t:.0f}" for t in r["peers"]["by_sms"].values()) or "-"]
 
 
 def merge_cells(r: dict[str, Any]) -> list[Any]:
@@ -223,10 +229,11 @@ def lines() -> Iterator[str]:
     )
     yield from section(
         "Exchange and cache write",
-        "exchange_h100x2",
+        "exchange_h200x2",
         EXCHANGE,
-        "T | P | launches, seed / ours | graph µs, seed / ours | CPU µs, seed / ours",
-        lambda r: [r["tokens"], r["ranks"], *(us(r, "seed,ours", key) for key in ("launches", "graph_us", "cpu_us"))],
+        "T | P | launches, seed / collective / peers | graph µs, seed / collective / peers | CPU µs, the same "
+        "| peers, 1 / 2 / 4 / 8 / 16 / 32 SMs",
+        exchange_cells,
     )
     yield from section(
         "Merges",
