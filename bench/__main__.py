@@ -28,6 +28,7 @@ BENCHMARKS = (
     "latent_cache",
     "layer",
     "merge_states",
+    "overlap",
     "planner",
     "kv_up_project",
 )

@@ -56,7 +56,7 @@ class StepExchange:
             self._exchanges[key] = found
             self._attached.clear()
             way = "peers" if isinstance(found, PeerExchange) else "a collective"
-            logger.info("pcp-mla: latents of %d ranks by %s", self._communicator.world_size, way)
+            logger.debug("pcp-mla: latents of %d ranks by %s", self._communicator.world_size, way)
         return found
 
     def gather(
