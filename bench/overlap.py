@@ -1,7 +1,8 @@
 """The exchange of a layer's latents beside the projection of its q, on several GPUs: one after the other, and on two streams.
 
-DeepSeek-V3's q projection without tensor parallelism, 1536 to 128 heads of 192 numbers, bf16. GPU time of both together, from events,
-launches queued behind a running kernel; median. By a collective with its cache write, and by peers with all multiprocessors and 16.
+DeepSeek-V3's q projection without tensor parallelism, 1536 to 128 heads of 192 numbers, bf16. GPU time of both together, from
+events, launches queued behind a running kernel; median. By a collective and its cache write, by peers with all multiprocessors, and
+by peers with 16.
 """
 
 from __future__ import annotations

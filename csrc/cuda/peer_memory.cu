@@ -57,6 +57,21 @@ void close_memory(int32_t device, void* base) {
   check_cuda(cudaIpcCloseMemHandle(base));
 }
 
+__global__ void store_kernel(uint64_t* at, uint64_t value) { *at = value; }
+
+// A store by a kernel, done when it returns.
+void store(int32_t device, uint64_t* at, uint64_t value) {
+  const DeviceGuard guard(on(device));
+  store_kernel<<<1, 1>>>(at, value);
+  check_cuda(cudaGetLastError());
+  check_cuda(cudaDeviceSynchronize());
+}
+
+void load(int32_t device, const uint64_t* at, uint64_t* value) {
+  const DeviceGuard guard(on(device));
+  check_cuda(cudaMemcpy(value, at, sizeof(*value), cudaMemcpyDeviceToHost));
+}
+
 // What is given: all of a mailbox that does not begin as it is.
 struct MailboxForm {
   int32_t device, rank, world, max_blocks, dtype, kv_lora_rank, rope;
@@ -135,6 +150,12 @@ PCP_EXPORT const char* pcp_mla_peer_import(int32_t device, const cudaIpcMemHandl
 }
 PCP_EXPORT const char* pcp_mla_peer_close(int32_t device, void* base) {
   return pcp_mla::cuda::directly<pcp_mla::cuda::close_memory>(device, base);
+}
+PCP_EXPORT const char* pcp_mla_peer_store(int32_t device, uint64_t* at, uint64_t value) {
+  return pcp_mla::cuda::directly<pcp_mla::cuda::store>(device, at, value);
+}
+PCP_EXPORT const char* pcp_mla_peer_load(int32_t device, const uint64_t* at, uint64_t* value) {
+  return pcp_mla::cuda::directly<pcp_mla::cuda::load>(device, at, value);
 }
 PCP_EXPORT const char* pcp_mla_mailbox_make(const pcp_mla::cuda::MailboxForm* form, pcp_mla::Mailbox** made) {
   return pcp_mla::cuda::directly<pcp_mla::cuda::make_mailbox>(form, made);

@@ -23,6 +23,7 @@ from ..ops import native
 MAX_PEERS, MAX_SMS = 16, 132  # csrc/publish_latents.h
 FLAG_BYTES = 2**16  # room for the flags of a rank, in front of its staging buffer
 _HANDLE_BYTES = 64
+_WORD = 0x70637020_6D6C6100  # of a store that is tried out, the rank added
 
 
 class MailboxForm(ctypes.Structure):
@@ -49,6 +50,8 @@ def _library() -> ctypes.CDLL:
         "pcp_mla_peer_export": (number, pointer, pointer, pointer),
         "pcp_mla_peer_import": (number, pointer, pointer),
         "pcp_mla_peer_close": (number, pointer),
+        "pcp_mla_peer_store": (number, pointer, size),
+        "pcp_mla_peer_load": (number, pointer, pointer),
         "pcp_mla_mailbox_make": (pointer, pointer),
         "pcp_mla_mailbox_attach": (pointer, pointer),
         "pcp_mla_mailbox_failure": (pointer,),
@@ -195,6 +198,30 @@ class PeerMemory:
             self._opened[handle] = base.value
             new.append(handle)
         return self._opened[handle] + memory["offset"]
+
+    def try_out(self, addresses: Sequence[int]) -> None:
+        """Store a word in the memory of every rank, at 8 bytes for each rank from its address on, and look at what came here:
+        systems are known on which memory can be opened, and stores to it are lost.
+
+        Raises:
+            PeersUnavailable: on every rank, where a word did not arrive on one.
+        """
+        rank, index, why = group_rank(self._group), self._device.index, ""
+        try:
+            for address in addresses:
+                call("peer_store", index, address + 8 * rank, _WORD + rank)
+        except RuntimeError as error:
+            why = f"rank {rank} cannot store to the others' memory: {error}"
+        agree(self._group, self._device, {})  # all have stored theirs
+        for r in range(len(addresses)):
+            word = ctypes.c_uint64()
+            call("peer_load", index, addresses[rank] + 8 * r, ctypes.byref(word))
+            if word.value != _WORD + r:
+                why = why or f"a store of rank {r} did not arrive on rank {rank}"
+        told = agree(self._group, self._device, {"why": why})
+        for each in told:
+            if each["why"]:
+                raise PeersUnavailable(each["why"])
 
     def close(self) -> None:
         for handle in list(self._opened):

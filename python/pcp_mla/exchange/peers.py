@@ -18,6 +18,7 @@ from . import peer_memory
 from .peer_memory import FLAG_BYTES, MAX_PEERS, MAX_SMS, MailboxForm, PeerMemory, PeersUnavailable
 
 _IN_CACHE, _IN_STAGING = 1, 2  # csrc/publish_latents.h
+_TRIED_OUT = FLAG_BYTES - 8 * MAX_PEERS  # where in front of the staging buffer words are stored to see whether they arrive
 _DTYPES = {  # and their numbers in csrc/view.h
     torch.uint8: 0,
     torch.float16: 5,
@@ -108,13 +109,18 @@ class PeerExchange:
                 self._own = peer_memory.allocate(self.device.index, FLAG_BYTES + staging)
             except RuntimeError as error:
                 why_not = str(error)
-        try:
-            kind = [self.max_tokens, self.kv_lora_rank, self.width, str(self.dtype), max_sms]
-            of = [self._own] if self.world_size == 1 else self._memory.everywhere([self._own], kind, why_not)[0]
-        except PeersUnavailable:
-            if self._own:
-                peer_memory.call("peer_release", self.device.index, self._own)
-            raise
+        of = [self._own]
+        if self.world_size > 1:
+            try:
+                kind = [self.max_tokens, self.kv_lora_rank, self.width, str(self.dtype), max_sms]
+                of = self._memory.everywhere(of, kind, why_not)[0]
+                self._memory.try_out([address + _TRIED_OUT for address in of])
+            except PeersUnavailable:
+                self._memory.close()
+                peer_memory.agree(self.group, self.device, {})  # nobody has the others' memory open
+                if self._own:
+                    peer_memory.call("peer_release", self.device.index, self._own)
+                raise
         form = MailboxForm(self.device.index, self.rank, self.world_size, max_sms, _DTYPES[self.dtype], self.kv_lora_rank)
         form.rope = self.width - self.kv_lora_rank
         form.timeout_ns, form.flag_bytes, form.staging_bytes = int(self.timeout * 1e9), FLAG_BYTES, staging
