@@ -15,7 +15,7 @@ import torch
 from batches import random_bytes, same_bits
 from pcp_mla import LatentExchange, PCPMetadata, PCPPlanner, PeerExchange, reference
 from pcp_mla.exchange.choose import choose_exchange
-from pcp_mla.exchange.peer_memory import PeersUnavailable, agree
+from pcp_mla.exchange.peer_memory import FLAG_BYTES, PeersUnavailable, agree, as_tensor
 from pcp_mla.groups import group_rank, group_world_size
 from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.launch import run_distributed
@@ -73,7 +73,7 @@ def forms(latents):
     ]
 
 
-def publish_all(group, device, dtype, layout, attached, scale=None):
+def publish_all(group, device, dtype, layout, attached, scale=None, calls_before=0):
     """Publish every step in every form into two layers' caches in turn; whether all is as it should be.
 
     Everything is made before the first call: ranks of one process wait for one another's kernels, and to allocate is to wait for
@@ -84,6 +84,8 @@ def publish_all(group, device, dtype, layout, attached, scale=None):
     whole = random_bytes((2, BLOCKS, BLOCK, DIMS.latent_dim), of, device, torch.Generator().manual_seed(5))
     caches, wanted = [whole[0], whole[1]], [whole[0].clone(), whole[1].clone()]
     exchange = PeerExchange(group, ROOM, DIMS, dtype, device, caches=caches if attached else (), timeout=20.0)
+    if calls_before:  # flags, and the number of calls that are done
+        as_tensor(exchange._own, FLAG_BYTES, exchange.device).view(torch.int32).fill_(calls_before)
     scale = None if scale is None else torch.full((1,), scale, device=device)
     calls = []
     for number, (step, form, layer) in enumerate(itertools.product(STEPS, range(3), range(2))):
@@ -111,6 +113,7 @@ def publish_all(group, device, dtype, layout, attached, scale=None):
 
 FORMS = list(itertools.product(("unpadded", "padded"), (True, False), DTYPES, (None,)))
 FORMS += [("unpadded", attached, dtype, 0.37) for attached in (True, False) for dtype in DTYPES[:3]]
+FORMS += [("unpadded", True, torch.float32, None, -5), ("unpadded", True, torch.float32, None, 2**31 - 5)]  # numbers that wrap
 WORLDS = (1, 2, 3, 8)
 
 
@@ -119,8 +122,8 @@ def publish_on_threads(_):
     when they are first used, for which a GPU may stop, too."""
     results = {}
     for world, form in itertools.product(WORLDS, FORMS):
-        layout, attached, dtype, scale = form
-        arguments = ("cuda", dtype, layout, attached, scale)
+        layout, attached, dtype, *more = form
+        arguments = ("cuda", dtype, layout, attached, *more)
         if world == 1:
             with torch.inference_mode():
                 ranks = [publish_all(None, *arguments)]

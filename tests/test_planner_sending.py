@@ -235,3 +235,19 @@ def test_host_buffers_outlive_their_planner_until_they_are_sent(monkeypatch):
     staging.Staging(step, 4, False)
     staging._drop_sent()
     assert not staging._on_their_way
+
+
+def test_threads_drop_at_once(monkeypatch):
+    """What one thread takes out, another one has counted."""
+    sent = SimpleNamespace(query=lambda: True)
+
+    class Shared(staging.deque):
+        def __len__(self):
+            count = super().__len__()
+            self.clear()  # as another thread does between the count and the first one
+            return count
+
+    shared = Shared([("host", sent), ("host", sent)])
+    monkeypatch.setattr(staging, "_on_their_way", shared)
+    staging._drop_sent()
+    assert not shared
