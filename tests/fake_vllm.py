@@ -138,6 +138,7 @@ def played_vllm(folder: Path, monkeypatch: Any) -> Iterator[Callable[..., None]]
     for name, value in (
         ("communicator", None),
         ("exchange", None),
+        ("by_peers", True),
         ("planner", None),
         ("batch", None),
         ("taking_rows", False),

@@ -21,7 +21,7 @@ class PlayedCuda:
         self.lost = self.sealed = self.barred = None
         self.rank, self.processes, self.host = 0, {}, {}
         monkeypatch.setattr(peer_memory, "call", self)
-        monkeypatch.setattr(peer_memory.os, "getpid", lambda: self.processes.get(self.rank, 100 + self.rank))
+        monkeypatch.setattr(peer_memory, "_process", lambda: f"process {self.processes.get(self.rank, self.rank)}")
         monkeypatch.setattr(peer_memory, "_host", lambda: self.host.get(self.rank, "here"))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
 
@@ -105,7 +105,7 @@ def attempt(group, refusal="", kind=None):
         ),
         ({"barred": 1}, "rank 1 of 3 cannot open the others' memory: peer access is not supported"),
         ({"host": {1: "elsewhere"}}, "rank 1 of 3 is on another host than rank 0"),
-        ({"processes": {1: 102, 2: 102}}, "rank 2 of 3 shares a process and a stream with another one"),
+        ({"processes": {1: 2, 2: 2}}, "rank 2 of 3 shares a process and a stream with another one"),
     ],
 )
 def test_what_keeps_one_rank_keeps_all(cuda, change, words):
@@ -115,6 +115,21 @@ def test_what_keeps_one_rank_keeps_all(cuda, change, words):
     assert len(set(results)) == 1
     assert words in results[0]
     assert sorted(cuda.open) == sorted(cuda.closed)
+
+
+def test_gpus_of_one_process(cuda):
+    cuda.processes = {0: 5, 1: 5}
+    results = cuda.play(2, lambda group: PeerMemory(group, torch.device("cpu", group.rank)).everywhere([1000]))
+    assert results == ["rank 1 of 2 is of one process with a rank of another GPU"] * 2
+
+
+def test_a_process_is_known_by_more_than_its_number(monkeypatch):
+    """Containers count their processes by themselves."""
+    first = peer_memory._process()
+    assert peer_memory._process() == first
+    peer_memory._token.cache_clear()  # as in a process of its own
+    assert peer_memory._process() != first
+    assert peer_memory._process().split()[0] == first.split()[0]
 
 
 def test_refusals_and_kinds(cuda):

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 
 from batches import same_bits
+from fake_vllm import modules
 from pcp_mla import LatentExchange, write_latent_cache
+from pcp_mla.exchange.peer_memory import PeersUnavailable
 from pcp_mla.groups import CommunicatorHandle, all_gather_into, gathers_in_place, group_rank, group_world_size
-from pcp_mla.integrations.vllm import parts
+from pcp_mla.integrations.vllm import hooks, latents, parts, register
 from pcp_mla.integrations.vllm.communicator import Communicator
 from pcp_mla.integrations.vllm.latents import StepExchange
 from pcp_mla.plan.dims import MLADims
@@ -237,3 +239,93 @@ def test_latents_of_two_kinds_have_exchanges_of_their_own(vllm):
         assert small[0].eq(1).all()
 
     play(2, rank)
+
+
+class PlayedPeers:
+    """In place of a PeerExchange, without a GPU: notes what it is asked to do."""
+
+    max_tokens = 8
+
+    def __init__(self, refused=()):
+        self.refused, self.attached, self.published = refused, [], []
+
+    def attach(self, caches):
+        self.attached.append(caches[0].data_ptr())
+        if self.attached[-1] in self.refused:
+            raise PeersUnavailable("rank 0 of 2: sealed")
+
+    def publish_rows(self, kv_c, k_pe, slots, cache, scale, step):
+        self.published.append((kv_c, k_pe.shape, slots.tolist(), cache.dtype, scale, step))
+
+
+@pytest.fixture
+def peers(monkeypatch, vllm):
+    made = PlayedPeers()
+    monkeypatch.setattr(latents, "PeerExchange", PlayedPeers)
+    monkeypatch.setattr(latents, "choose_exchange", lambda *_, **__: made)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return made
+
+
+def test_peers_store_what_vllm_asks_to_cache(peers):
+    """What is asked for first are this rank's own latents; a cache is opened once, in the step that first writes to it."""
+
+    def rank(group):
+        exchange = StepExchange(Communicator(played(group)), 0, True)
+        kv_c, k_pe, scale, slots = torch.randn(3, RANK), torch.randn(3, 1, ROPE), torch.ones(1), torch.arange(9)
+        caches = [torch.zeros(2, 4, RANK + ROPE), torch.zeros(2, 4, RANK + ROPE, dtype=torch.uint8)]
+        for step in (1, 2):
+            exchange.step = step
+            for cache, kind in zip(caches, ("auto", "fp8"), strict=True):
+                got = exchange.gather(kv_c, k_pe, slots)
+                assert got[0] is kv_c
+                assert got[1] is k_pe
+                assert exchange.write(got[0], cache, got[2], kind, scale)
+        assert peers.attached == [cache.data_ptr() for cache in caches]
+        own, wanted = (3, ROPE), list(range(6))
+        for at, (given, shape, numbers, dtype, factor, step) in enumerate(peers.published):
+            assert given is kv_c
+            assert (shape, numbers, step) == (own, wanted, 1 + at // 2)
+            assert (dtype, factor) == ((torch.float32, None), (torch.float8_e4m3fn, scale))[at % 2]
+        assert len(peers.published) == 4
+        peers.attached.clear()
+        peers.published.clear()
+
+    play(2, rank)
+
+
+def test_own_latents_are_not_left_to_vllms_write(peers):
+    def rank(group):
+        exchange = StepExchange(Communicator(played(group)), 0, True)
+        kv_c, cache = torch.randn(3, RANK), torch.zeros(2, 4, RANK + ROPE)
+        exchange.gather(kv_c, torch.randn(3, 1, ROPE), torch.arange(6))
+        with pytest.raises(RuntimeError, match="latents to cache must be those of the last gather"):
+            exchange.write(kv_c[:2], cache, torch.arange(6), "auto", torch.ones(1))
+
+    play(2, rank)
+
+
+def test_a_cache_that_cannot_be_opened_is_told_once(peers, caplog):
+    def rank(group):
+        exchange = StepExchange(Communicator(played(group)), 0, True)
+        kv_c, k_pe, cache = torch.randn(3, RANK), torch.randn(3, 1, ROPE), torch.zeros(2, 4, RANK + ROPE)
+        peers.refused = (cache.data_ptr(),)
+        for _ in range(2):
+            got = exchange.gather(kv_c, k_pe, torch.arange(6))
+            assert exchange.write(got[0], cache, got[2], "auto", torch.ones(1))
+
+    caplog.set_level("WARNING", "vllm.pcp_mla")
+    play(1, rank)
+    assert [record.getMessage() for record in caplog.records] == [
+        "pcp-mla: a cache is filled by a launch of its own: rank 0 of 2: sealed"
+    ]
+    assert len(peers.published) == 2
+
+
+def test_steps_are_counted(vllm):
+    vllm()
+    register()
+    _, manager = modules()
+    hooks._Engine.exchange = SimpleNamespace(step=4)
+    manager.PCPManager().partition_batch(SimpleNamespace(), "graphs")
+    assert hooks._Engine.exchange.step == 5

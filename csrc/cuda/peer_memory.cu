@@ -100,10 +100,16 @@ void make_mailbox(const MailboxForm* form, Mailbox** made) {
   *made = box;
 }
 
-void attach(Mailbox* box, char* const* of) {
-  Mailbox::Everywhere everywhere{};
-  std::copy(of, of + box->world, everywhere.of);
-  box->caches[of[box->rank]] = everywhere;
+// `form`: dtype, dimensions, sizes, strides.
+void attach(Mailbox* box, char* const* of, const int64_t* form) {
+  AttachedCache cache{};
+  std::copy(of, of + box->world, cache.at.of);
+  cache.number = box->attached++;
+  cache.dtype = static_cast<int32_t>(form[0]);
+  cache.dims = static_cast<int32_t>(form[1]);
+  std::copy(form + 2, form + 2 + cache.dims, cache.sizes);
+  std::copy(form + 2 + cache.dims, form + 2 + 2 * cache.dims, cache.strides);
+  box->caches[of[box->rank]] = cache;
 }
 
 // The ranks that a call waited for in vain; empty where none did.
@@ -113,19 +119,26 @@ const char* failure(const Mailbox* box) {
   const volatile PeerStatus& s = *box->status;
   if (s.failed == 0) return text.c_str();
   std::ostringstream words;
-  words << "call " << s.epoch << " of rank " << box->rank << " waited " << static_cast<double>(box->timeout_ns) / 1e9
-        << " s in vain for";
-  const char* before = " rank ";
-  for (int r = 0; r < box->world; ++r) {
-    if (s.missing[r] == 0) continue;
-    words << before << r << " (its last call: " << s.seen[r] << ")";
-    before = ", rank ";
+  words << "call " << s.epoch << " of rank " << box->rank;
+  for (const uint32_t how : {PeerStatus::kMissing, PeerStatus::kOther}) {
+    const char* before = " rank ";
+    for (int r = 0; r < box->world; ++r) {
+      if (s.how[r] != how) continue;
+      if (before[0] == ' ' && how == PeerStatus::kMissing) {
+        words << " waited " << static_cast<double>(box->timeout_ns) / 1e9 << " s in vain for";
+      } else if (before[0] == ' ') {
+        words << " was another one on";
+      }
+      words << before << r << " (its last call: " << s.seen[r] << ")";
+      before = ", rank ";
+    }
   }
   text = words.str();
   return text.c_str();
 }
 
 void free_mailbox(Mailbox* box) {
+  if (box->event != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(box->event));
   cudaFreeHost(box->status);
   cudaGetLastError();  // of a context that has ended
   delete box;
@@ -160,6 +173,8 @@ PCP_EXPORT const char* pcp_mla_peer_load(int32_t device, const uint64_t* at, uin
 PCP_EXPORT const char* pcp_mla_mailbox_make(const pcp_mla::cuda::MailboxForm* form, pcp_mla::Mailbox** made) {
   return pcp_mla::cuda::directly<pcp_mla::cuda::make_mailbox>(form, made);
 }
-PCP_EXPORT void pcp_mla_mailbox_attach(pcp_mla::Mailbox* box, char* const* of) { pcp_mla::cuda::attach(box, of); }
+PCP_EXPORT void pcp_mla_mailbox_attach(pcp_mla::Mailbox* box, char* const* of, const int64_t* form) {
+  pcp_mla::cuda::attach(box, of, form);
+}
 PCP_EXPORT const char* pcp_mla_mailbox_failure(const pcp_mla::Mailbox* box) { return pcp_mla::cuda::failure(box); }
 PCP_EXPORT void pcp_mla_mailbox_free(pcp_mla::Mailbox* box) { pcp_mla::cuda::free_mailbox(box); }

@@ -3,6 +3,7 @@
 #include "../publish_latents.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "direct.h"
 #include "latent_forms.cuh"
@@ -24,10 +25,10 @@ struct PublishParams {
   const int64_t* slots;  // of this rank's rows; null: they lie one behind the other from `first` on
   int64_t first, num_slots, block_size, block_stride, row_stride;
   const float* scale;
-  Mailbox::Everywhere to;
+  Everywhere to;
   Flags* flags[kMaxPeers];
   PeerStatus* status;
-  uint64_t timeout_ns;
+  uint64_t timeout_ns, what;
   int32_t rank, world;  // a world of one: nothing is sent or waited for
   bool wait_first;      // until all ranks have done with what they read before
 
@@ -77,19 +78,20 @@ template <typename Form>
 __global__ void __launch_bounds__(kPublishThreads, 2) publish_latents_kernel(const __grid_constant__ PublishParams p) {
   if (p.world == 1) return store_rows<Form>(p);
   Flags& own = *p.flags[p.rank];
-  const uint32_t epoch = *const_cast<volatile uint32_t*>(&own.epoch) + 1;
+  const uint64_t epoch = *const_cast<volatile uint64_t*>(&own.epoch) + 1, call = epoch << kCallBits;
   const uint64_t deadline = nanoseconds() + p.timeout_ns;
-  if (blockIdx.x == 0 && threadIdx.x < p.world) set_flag(&p.flags[threadIdx.x]->entered[p.rank], epoch);
+  if (blockIdx.x == 0 && threadIdx.x < p.world) set_flag(&p.flags[threadIdx.x]->entered[p.rank], call);
   if (p.wait_first) {
-    wait_for_flags(p.world, epoch, deadline, p.status, [&](uint32_t i) { return &own.entered[i]; }, [](uint32_t i) { return i; });
+    wait_for_flags(
+        p.world, epoch, 0, deadline, own, p.status, [&](uint32_t i) { return &own.entered[i]; }, [](uint32_t i) { return i; });
   }
   store_rows<Form>(p);
   __syncthreads();
-  if (threadIdx.x < p.world) set_flag(&p.flags[threadIdx.x]->published[p.rank][blockIdx.x], epoch);
+  if (threadIdx.x < p.world) set_flag(&p.flags[threadIdx.x]->published[p.rank][blockIdx.x], call | p.what);
   if (blockIdx.x != 0) return;
   const uint32_t blocks = gridDim.x;
   wait_for_flags(
-      p.world * blocks, epoch, deadline, p.status, [&](uint32_t i) { return &own.published[i / blocks][i % blocks]; },
+      p.world * blocks, epoch, p.what, deadline, own, p.status, [&](uint32_t i) { return &own.published[i / blocks][i % blocks]; },
       [&](uint32_t i) { return i / blocks; });
   // The flags of this rank's own blocks were among them: all have read the epoch.
   if (threadIdx.x == 0) own.epoch = epoch;
@@ -115,23 +117,31 @@ void check_latents(const Mailbox& mailbox, const View& kv_c, const View& k_pe) {
         "publish_latents: kv_c and k_pe must have a contiguous last dimension");
 }
 
-// Where rows go: to `call.cache` in all ranks, if all have opened one another's, else to the staging buffers.
-Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall& call, int64_t width) {
-  const View &kv_c = call.kv_c, *cache = call.cache;
-  const auto known = cache == nullptr ? mailbox.caches.end() : mailbox.caches.find(cache->data);
-  const bool local = cache != nullptr && (call.alone || mailbox.world == 1);
-  if (!local && known == mailbox.caches.end()) {
-    const int64_t row = width * kv_c.item, all = int64_t{mailbox.world} * call.padded;
-    check(all * row <= mailbox.staging_bytes, "publish_latents: the exchange has no room for ", call.padded, " tokens a rank");
-    p.to = mailbox.staging;
-    p.first = call.first;
-    p.num_slots = all;
-    p.block_size = 1;
-    p.block_stride = row;
-    p.rows = static_cast<int32_t>(call.padded);
-    return Published::kStaging;
-  }
-  const View& c = *cache;
+// The part of a flag that says what a call was: ranks that pair different calls must not go on.
+uint64_t words_of(int64_t number, int64_t padded) {
+  constexpr uint64_t mask = (uint64_t{1} << kCallBits) - 1;
+  return ((number + 1) * 0x9E37 + padded * 0x79B9 + (padded >> kCallBits)) & mask;
+}
+
+bool is_attached(const AttachedCache& a, const View& c) {
+  bool same = a.dtype == c.kind.dtype && a.dims == c.dims;
+  for (int i = 0; same && i < c.dims; ++i) same = a.sizes[i] == c.sizes[i] && a.strides[i] == c.strides[i];
+  return same;
+}
+
+void set_staging(PublishParams& p, const Mailbox& mailbox, const PublishCall& call, int64_t width) {
+  const int64_t row = width * call.kv_c.item, all = int64_t{mailbox.world} * call.padded;
+  check(all * row <= mailbox.staging_bytes, "publish_latents: the exchange has no room for ", call.padded, " tokens a rank");
+  p.to = mailbox.staging;
+  p.first = call.first;
+  p.num_slots = all;
+  p.block_size = 1;
+  p.block_stride = row;
+  p.rows = static_cast<int32_t>(call.padded);
+}
+
+void check_cache(const View& c, const PublishCall& call, int64_t width) {
+  const View& kv_c = call.kv_c;
   const int last = c.dims - 1;
   check((c.dims == 3 || c.dims == 2) && c.sizes[last] == width && c.kind.same_device(kv_c.kind) &&
             (c.strides[last] == 1 || c.sizes[last] == 1),
@@ -139,29 +149,46 @@ Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall
   for (int i = 0; i < last; ++i) check(c.sizes[i] <= 1 || c.strides[i] != 0, "publish_latents: cache must not be expanded");
   if (call.scale == nullptr) {
     check(c.kind.dtype == kv_c.kind.dtype, "publish_latents: cache must have the latents' dtype, or come with a scale");
-  } else {
-    const int32_t dtype = kv_c.kind.dtype;
-    check(
-        c.kind.dtype == kFloat8E4M3 && (dtype == kBFloat16 || dtype == kFloat16 || dtype == kFloat32) &&
+    return;
+  }
+  const int32_t dtype = kv_c.kind.dtype;
+  check(c.kind.dtype == kFloat8E4M3 && (dtype == kBFloat16 || dtype == kFloat16 || dtype == kFloat32) &&
             call.scale->kind.same_device(kv_c.kind) && call.scale->kind.dtype == kFloat32 && call.scale->numel() == 1,
         "publish_latents: with a scale, one float32, the cache must be float8_e4m3fn and the latents bfloat16, float16 or float32");
-    p.scale = reinterpret_cast<const float*>(call.scale->data);
+}
+
+// Where rows go: to `call.cache` in all ranks, if all have opened one another's, else to the staging buffers.
+Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall& call, int64_t width) {
+  if (call.cache == nullptr) {
+    set_staging(p, mailbox, call, width);
+    p.what = words_of(-1, call.padded);
+    return Published::kStaging;
   }
-  check(call.slot_mapping != nullptr, "publish_latents: a cache must come with slots");
-  const View& slots = *call.slot_mapping;
-  check(slots.kind.same_device(kv_c.kind) && slots.kind.dtype == kInt64 && slots.dims == 1 && slots.is_contiguous() &&
-            slots.sizes[0] >= call.first + kv_c.sizes[0],
+  const View &c = *call.cache, *slots = call.slot_mapping;
+  check_cache(c, call, width);
+  check(slots != nullptr && slots->kind.same_device(call.kv_c.kind) && slots->kind.dtype == kInt64 && slots->dims == 1 &&
+            slots->is_contiguous() && slots->sizes[0] == int64_t{mailbox.world} * call.padded,
         "publish_latents: slot_mapping must be a contiguous int64 list of all ranks' rows");
   const Span written = span_of(c);
-  for (const View* other : {&call.kv_c, &call.k_pe, &slots}) {
+  for (const View* other : {&call.kv_c, &call.k_pe, slots}) {
     check_apart("publish_latents", "cache", written, "what is read", span_of(*other));
+  }
+  const bool local = call.alone || mailbox.world == 1;
+  const auto known = mailbox.caches.find(c.data);
+  if (!local && known == mailbox.caches.end()) {
+    set_staging(p, mailbox, call, width);
+    p.what = words_of(-2, call.padded);
+    return Published::kStaging;
   }
   if (local) {
     p.to.of[0] = c.data;
   } else {
-    p.to = known->second;
+    check(is_attached(known->second, c), "publish_latents: cache must have the shape, strides and dtype that it was attached with");
+    p.to = known->second.at;
+    p.what = words_of(known->second.number, call.padded);
   }
-  p.slots = reinterpret_cast<const int64_t*>(slots.data) + (call.alone ? 0 : call.first);
+  p.scale = call.scale == nullptr ? nullptr : reinterpret_cast<const float*>(call.scale->data);
+  p.slots = reinterpret_cast<const int64_t*>(slots->data) + (call.alone ? 0 : call.first);
   p.block_size = c.dims == 3 ? c.sizes[1] : 1;
   check(p.block_size > 0, "publish_latents: a block must have at least one token");
   p.num_slots = c.sizes[0] * p.block_size;
@@ -172,20 +199,28 @@ Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall
 
 // Whether somebody may still read what this call overwrites, as far as the calls tell, which every rank makes alike: a cache that
 // was written to since all ranks were last waited for, also by each rank alone, may be read until a rank's next call.
-bool must_wait(Mailbox& mailbox, const char* written, const PublishCall& call, cudaStream_t stream) {
+bool must_wait(Mailbox& mailbox, const char* written, const PublishCall& call, uint64_t capture) {
   if (call.alone) {
     mailbox.published.insert(written);
     return false;
   }
-  cudaStreamCaptureStatus status{};
-  unsigned long long capture = 0;
-  check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture));
   const bool first = call.step != mailbox.step || capture != mailbox.capture;
   mailbox.step = call.step;
   mailbox.capture = capture;
   if (!first && mailbox.published.insert(written).second) return false;
   mailbox.published = {written};
   return true;
+}
+
+// Calls are done one after the other, also on several streams: they count in the same memory.
+void follow(Mailbox& mailbox, cudaStream_t stream, uint64_t capture) {
+  const auto before = static_cast<cudaStream_t>(std::exchange(mailbox.stream, stream));
+  if (before == stream || mailbox.step < 0 || mailbox.capture != capture) return;
+  if (mailbox.event == nullptr) {
+    check_cuda(cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(&mailbox.event), cudaEventDisableTiming));
+  }
+  check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(mailbox.event), before));
+  check_cuda(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(mailbox.event)));
 }
 
 // The widest accesses that all addresses and strides allow, which may be others on another rank.
@@ -224,8 +259,9 @@ void publish(Mailbox& mailbox, const PublishCall& call, Published& where) {
   check(mailbox.status == nullptr || mailbox.status->failed == 0, "publish_latents: a rank was missing");
   check_latents(mailbox, kv_c, k_pe);
   const int64_t width = kv_c.sizes[1] + k_pe.sizes[1], count = kv_c.sizes[0];
-  check(call.first >= 0 && call.padded >= count && call.padded <= INT32_MAX / 2 && width * kv_c.item <= INT32_MAX,
-        "publish_latents: there must be at most ", call.padded, " tokens, got ", count);
+  check((count == call.tokens || count == call.local_rows) && count <= call.padded && call.first >= 0 &&
+            call.padded <= INT32_MAX / 2 && width * kv_c.item <= INT32_MAX,
+        "publish_latents: kv_c must have ", call.tokens, " rows, got ", count);
   PublishParams p{};
   p.kv_c = kv_c.data;
   p.k_pe = k_pe.data;
@@ -240,7 +276,14 @@ void publish(Mailbox& mailbox, const PublishCall& call, Published& where) {
   p.status = mailbox.status;
   std::copy(mailbox.flags, mailbox.flags + mailbox.world, p.flags);
   const DeviceGuard guard(kv_c.kind);
-  if (mailbox.world > 1) p.wait_first = must_wait(mailbox, p.to.of[call.alone ? 0 : mailbox.rank], call, current_stream(kv_c.kind));
+  if (mailbox.world > 1) {
+    const cudaStream_t stream = current_stream(kv_c.kind);
+    cudaStreamCaptureStatus status{};
+    unsigned long long capture = 0;
+    check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture));
+    follow(mailbox, stream, capture);
+    p.wait_first = must_wait(mailbox, p.to.of[call.alone ? 0 : mailbox.rank], call, capture);
+  }
   if (p.world == 1 && p.rows == 0) return;
 
   launch_rows(p, mailbox, call, width);

@@ -5,13 +5,13 @@
 namespace pcp_mla::cuda {
 
 // What this thread knows to be written, the writes of its block before the last barrier among it, is seen by whoever sees the flag.
-__device__ inline void set_flag(uint32_t* flag, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+__device__ inline void set_flag(uint64_t* flag, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
-__device__ inline uint32_t read_flag(const uint32_t* flag) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+__device__ inline uint64_t read_flag(const uint64_t* flag) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
   return value;
 }
 
@@ -21,27 +21,28 @@ __device__ inline uint64_t nanoseconds() {
   return now;
 }
 
-// For a whole block: waits until `flag(i)` is at least `epoch` for all i < count, which may wrap. flag gives an address, rank(i)
-// whose it is. After `deadline` it tells the host who was missing and ends all work of the process on this GPU: nothing may go on
-// with rows that are not there.
+// For a whole block: waits until all flags i < count are those of call `epoch` or a later one; `flag(i)` gives an address,
+// `rank(i)` whose it is. `what` is the call, below its number, where flags have that. After `deadline`, or if a rank made another
+// call, it tells the host and ends all work of the process on this GPU: nothing may go on with rows that are not there.
 template <typename Flag, typename Rank>
-__device__ void wait_for_flags(uint32_t count, uint32_t epoch, uint64_t deadline, PeerStatus* status, const Flag& flag,
-                               const Rank& rank) {
-  bool late = false;
-  for (uint32_t i = threadIdx.x; i < count && !late; i += blockDim.x) {
-    uint32_t seen = read_flag(flag(i));
-    while (static_cast<int32_t>(seen - epoch) < 0 && !late) {
-      late = nanoseconds() > deadline;
+__device__ void wait_for_flags(uint32_t count, uint64_t epoch, uint64_t what, uint64_t deadline, const Flags& own,
+                               PeerStatus* status, const Flag& flag, const Rank& rank) {
+  uint32_t wrong = 0;
+  for (uint32_t i = threadIdx.x; i < count && wrong == 0; i += blockDim.x) {
+    uint64_t seen = read_flag(flag(i));
+    while (seen >> kCallBits < epoch && wrong == 0) {
+      if (nanoseconds() > deadline) wrong = PeerStatus::kMissing;
       seen = read_flag(flag(i));
     }
-    late = static_cast<int32_t>(seen - epoch) < 0;
-    if (late) {
-      status->seen[rank(i)] = seen;
-      status->missing[rank(i)] = 1;
+    if (seen >> kCallBits >= epoch)
+      wrong = seen >> kCallBits == epoch && seen != (epoch << kCallBits | what) ? PeerStatus::kOther : 0;
+    if (wrong != 0) {
+      status->seen[rank(i)] = read_flag(&own.entered[rank(i)]) >> kCallBits;
+      status->how[rank(i)] = wrong;
       __threadfence_system();
     }
   }
-  if (__syncthreads_or(late) == 0) return;
+  if (__syncthreads_or(wrong != 0) == 0) return;
   if (threadIdx.x == 0) {
     status->epoch = epoch;
     __threadfence_system();

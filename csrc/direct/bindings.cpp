@@ -127,13 +127,14 @@ bool kv_up_project(py::handle latents, py::handle rows, py::handle weight, py::h
 
 // Where the rows went (Published), 0 as other functions' false, or the words of what was wrong.
 py::object publish_latents(int64_t mailbox, py::handle kv_c, py::handle k_pe, py::handle slot_mapping, py::handle cache,
-                           py::handle scale, int64_t first, int64_t padded, int64_t step, bool alone) {
+                           py::handle scale, int64_t tokens, int64_t local_rows, int64_t first, int64_t padded, int64_t step,
+                           bool alone) {
   Arguments a;
   const View &vc = a.need(kv_c), &vp = a.need(k_pe), *vm = a.take(slot_mapping), *vk = a.take(cache), *vs = a.take(scale);
   if (!a.ok()) return py::int_(0);
   Published where{};
-  const char* wrong =
-      ops->publish_latents(*reinterpret_cast<Mailbox*>(mailbox), {vc, vp, vm, vk, vs, first, padded, step, alone}, where);
+  const PublishCall call{vc, vp, vm, vk, vs, tokens, local_rows, first, padded, step, alone};
+  const char* wrong = ops->publish_latents(*reinterpret_cast<Mailbox*>(mailbox), call, where);
   if (wrong != nullptr) return py::str(wrong);
   return py::int_(static_cast<int>(where));
 }

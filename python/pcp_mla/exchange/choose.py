@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
 import torch
 
-from ..groups import Group
+from ..groups import Group, group_world_size
 from ..plan.dims import MLADims
 from .latents import LatentExchange
-from .peer_memory import PeersUnavailable
+from .peer_memory import PeersUnavailable, agree
 from .peers import PeerExchange
 
 VARIABLE = "PCP_MLA_EXCHANGE"
@@ -40,7 +41,7 @@ def choose_exchange(
     timeout: float = 60.0,
 ) -> LatentExchange | PeerExchange:
     """A :class:`PeerExchange` where every rank of the group can have one, else a :class:`LatentExchange`: the same on all ranks,
-    which make it together. ``PCP_MLA_EXCHANGE=nccl`` on any rank means the latter.
+    which make it together. ``PCP_MLA_EXCHANGE=nccl`` on any rank means the latter. Caches that cannot be attached are no hindrance.
 
     Arguments as :class:`PeerExchange`.
 
@@ -48,13 +49,32 @@ def choose_exchange(
         ValueError, TypeError: as the two.
         PeersUnavailable: ``PCP_MLA_EXCHANGE=peers``, and memory cannot be shared.
     """
-    way = asked()
-    if torch.device(device).type != "cuda" and way != "peers":
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    way = _agreed(group, device)
+    if way == "nccl" or (device.type != "cuda" and not way):
         return LatentExchange(group, max_tokens, dims, dtype, device)
-    why_not = f"{VARIABLE}=nccl" if way == "nccl" else ""
     try:
-        return PeerExchange(group, max_tokens, dims, dtype, device, caches=caches, timeout=timeout, why_not=why_not)
+        exchange = PeerExchange(group, max_tokens, dims, dtype, device, timeout=timeout)
     except PeersUnavailable:
         if way == "peers":
             raise
-    return LatentExchange(group, max_tokens, dims, dtype, device)
+        return LatentExchange(group, max_tokens, dims, dtype, device)
+    with contextlib.suppress(PeersUnavailable):  # on all ranks: rows go by the staging buffer
+        exchange.attach(caches)
+    return exchange
+
+
+def _agreed(group: Group, device: torch.device) -> str:
+    """What the environment of any rank asks for: ``nccl`` before ``peers``. Errors as :func:`asked`, on every rank."""
+    mine: dict[str, str] = {"way": "", "wrong": ""}
+    try:
+        mine["way"] = asked()
+    except ValueError as error:
+        mine["wrong"] = str(error)
+    told = [mine] if group_world_size(group) == 1 else agree(group, device, mine)
+    for rank, each in enumerate(told):
+        if each["wrong"]:
+            raise ValueError(each["wrong"] if len(told) == 1 else f"rank {rank}: {each['wrong']}")
+    return next((way for way in WAYS if any(each["way"] == way for each in told)), "")

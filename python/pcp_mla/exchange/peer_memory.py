@@ -9,6 +9,7 @@ import ctypes
 import functools
 import json
 import os
+import secrets
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,13 +54,19 @@ def _library() -> ctypes.CDLL:
         "pcp_mla_peer_store": (number, pointer, size),
         "pcp_mla_peer_load": (number, pointer, pointer),
         "pcp_mla_mailbox_make": (pointer, pointer),
-        "pcp_mla_mailbox_attach": (pointer, pointer),
-        "pcp_mla_mailbox_failure": (pointer,),
-        "pcp_mla_mailbox_free": (pointer,),
     }.items():
         function = getattr(library, name)
-        function.argtypes = arguments
-        function.restype = None if name.endswith(("attach", "free")) else ctypes.c_char_p
+        function.argtypes, function.restype = arguments, ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def _mailboxes() -> ctypes.PyDLL:
+    """What looks at a mailbox that is there: no other thread publishes meanwhile."""
+    library, pointer = ctypes.PyDLL(str(native.PACKAGE / "_native_cuda.so")), ctypes.c_void_p
+    library.pcp_mla_mailbox_attach.argtypes, library.pcp_mla_mailbox_attach.restype = (pointer, pointer, pointer), None
+    library.pcp_mla_mailbox_failure.argtypes, library.pcp_mla_mailbox_failure.restype = (pointer,), ctypes.c_char_p
+    library.pcp_mla_mailbox_free.argtypes, library.pcp_mla_mailbox_free.restype = (pointer,), None
     return library
 
 
@@ -77,18 +84,19 @@ def make_mailbox(form: MailboxForm) -> int:
     return made.value
 
 
-def attach(mailbox: int, addresses: Sequence[int]) -> None:
-    """A cache, by rank."""
-    _library().pcp_mla_mailbox_attach(mailbox, (ctypes.c_void_p * len(addresses))(*addresses))
+def attach(mailbox: int, addresses: Sequence[int], form: Sequence[int]) -> None:
+    """A cache, by rank; its form is dtype, number of dimensions, sizes and strides."""
+    of, numbers = (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(form))(*form)
+    _mailboxes().pcp_mla_mailbox_attach(mailbox, of, numbers)
 
 
 def free_mailbox(mailbox: int) -> None:
-    _library().pcp_mla_mailbox_free(mailbox)
+    _mailboxes().pcp_mla_mailbox_free(mailbox)
 
 
 def failure(mailbox: int) -> str:
-    """Whom a call waited for in vain; the empty string where none did."""
-    return _library().pcp_mla_mailbox_failure(mailbox).decode()
+    """Whom a call waited for in vain, or who made another one; the empty string where all is well."""
+    return _mailboxes().pcp_mla_mailbox_failure(mailbox).decode()
 
 
 def allocate(device: int, count: int) -> int:
@@ -129,6 +137,16 @@ def _host() -> str:
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
+@functools.cache
+def _token(process: int) -> str:
+    return f"{process} {secrets.token_hex(8)}"
+
+
+def _process() -> str:
+    """What no other process says of itself, also where containers count processes by themselves."""
+    return _token(os.getpid())
+
+
 def _exported(device: int, address: int) -> dict[str, Any]:
     handle, offset = (ctypes.c_ubyte * _HANDLE_BYTES)(), ctypes.c_uint64()
     try:
@@ -162,7 +180,7 @@ class PeerMemory:
             PeersUnavailable: on every rank, and nothing stays open.
         """
         rank, world, index = group_rank(self._group), group_world_size(self._group), self._device.index
-        mine: dict[str, Any] = {"host": _host(), "process": os.getpid(), "kind": kind, "why": refusal, "memory": []}
+        mine: dict[str, Any] = {"host": _host(), "process": _process(), "device": index, "kind": kind, "why": refusal, "memory": []}
         if not refusal:
             try:
                 mine["stream"] = torch.cuda.current_stream(self._device).cuda_stream
@@ -188,7 +206,7 @@ class PeerMemory:
         return found
 
     def _open(self, told: dict[str, Any], memory: dict[str, Any], new: list[str]) -> int:
-        if told["process"] == os.getpid():
+        if told["process"] == _process():
             return memory["address"]
         handle = memory["handle"]
         if handle not in self._opened:
@@ -213,11 +231,14 @@ class PeerMemory:
         except RuntimeError as error:
             why = f"rank {rank} cannot store to the others' memory: {error}"
         agree(self._group, self._device, {})  # all have stored theirs
-        for r in range(len(addresses)):
-            word = ctypes.c_uint64()
-            call("peer_load", index, addresses[rank] + 8 * r, ctypes.byref(word))
-            if word.value != _WORD + r:
-                why = why or f"a store of rank {r} did not arrive on rank {rank}"
+        try:
+            for r in range(len(addresses)):
+                word = ctypes.c_uint64()
+                call("peer_load", index, addresses[rank] + 8 * r, ctypes.byref(word))
+                if word.value != _WORD + r:
+                    why = why or f"a store of rank {r} did not arrive on rank {rank}"
+        except RuntimeError as error:
+            why = why or f"rank {rank} cannot read what the others stored: {error}"
         told = agree(self._group, self._device, {"why": why})
         for each in told:
             if each["why"]:
@@ -240,5 +261,9 @@ def _check_told(told: list[dict[str, Any]]) -> None:
         if each["kind"] != told[0]["kind"]:
             raise PeersUnavailable(f"rank {rank} of {world} has {each['kind']}, rank 0 {told[0]['kind']}")
         for other in told[:rank]:
-            if (each["process"], each["stream"]) == (other["process"], other["stream"]):
+            if each["process"] != other["process"]:
+                continue
+            if each["device"] != other["device"]:
+                raise PeersUnavailable(f"rank {rank} of {world} is of one process with a rank of another GPU")
+            if each["stream"] == other["stream"]:
                 raise PeersUnavailable(f"rank {rank} of {world} shares a process and a stream with another one")

@@ -18,6 +18,9 @@ from . import peer_memory
 from .peer_memory import FLAG_BYTES, MAX_PEERS, MAX_SMS, MailboxForm, PeerMemory, PeersUnavailable
 
 _IN_CACHE, _IN_STAGING = 1, 2  # csrc/publish_latents.h
+_MAX_SECONDS = 86400.0
+_UNKNOWN: Any = object()  # no step
+_kept: list[torch.Tensor] = []  # caches that other ranks may store to as long as nobody closes their exchange
 _TRIED_OUT = FLAG_BYTES - 8 * MAX_PEERS  # where in front of the staging buffer words are stored to see whether they arrive
 _DTYPES = {  # and their numbers in csrc/view.h
     torch.uint8: 0,
@@ -34,6 +37,8 @@ def refusal(device: torch.device, dtype: torch.dtype, world_size: int) -> str:
         return f"tensors on {device.type}"
     if native.direct is None:
         return f"no calls past the dispatcher ({native.status['_direct']})"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "a GPU before sm_80"
     if dtype not in _DTYPES:
         return f"latents of {dtype}"
     return f"{world_size} ranks, more than {MAX_PEERS}" if world_size > MAX_PEERS else ""
@@ -44,14 +49,14 @@ class PeerExchange:
     their slots in the caches of all ranks, tells them, and ends when the rows of all ranks are here. docs/peers.md says why no
     rank overwrites what another one still reads.
 
-    Every rank of the group makes it, attaches and closes alike, and publishes the same steps in the same order, on one stream
-    each, or on several that wait for one another.
+    Every rank of the group makes it, attaches and closes alike, and publishes the same steps in the same order, from one thread at
+    a time. Calls follow one another, also those on other streams.
 
     Args:
         group, max_tokens, dims, dtype: as :class:`LatentExchange`. With ``group=None`` rows go straight to their slots.
         device: a GPU.
         caches: to :meth:`attach`.
-        timeout: seconds that a call waits for other ranks.
+        timeout: seconds that a call waits for other ranks, at most a day.
         max_sms: blocks that the kernel may have, of one multiprocessor each; the same on all ranks. All by default: with 16 and
             more it is nearly as fast, and leaves the others to a product beside it.
         why_not: why this rank does not want it, if so: it is told to all.
@@ -84,20 +89,26 @@ class PeerExchange:
             raise TypeError(f"{op}: dims must be MLADims, got {type(dims).__name__}")
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{op}: dtype must be a torch.dtype, got {type(dtype).__name__}")
-        if not timeout > 0:
-            raise ValueError(f"{op}: timeout must be positive, got {timeout}")
+        if not 0 < timeout <= _MAX_SECONDS:
+            raise ValueError(f"{op}: timeout must be positive and at most {_MAX_SECONDS:g}, got {timeout}")
+        max_tokens, max_sms = int(max_tokens), int(max_sms)
         self.max_tokens, self.kv_lora_rank, self.width, self.dtype = max_tokens, dims.kv_lora_rank, dims.latent_dim, dtype
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.timeout = device, timeout
         self._attached: list[torch.Tensor] = []
-        self._meta: PCPMetadata | None = None
+        self._meta: Any = _UNKNOWN
+        self._number = 0  # of steps
         why_not = why_not or refusal(device, dtype, self.world_size)
         if why_not and self.world_size == 1:
             raise PeersUnavailable(why_not)
         self._open(why_not, max_sms)
-        self.attach(caches)
+        try:
+            self.attach(caches)
+        except PeersUnavailable:
+            self.close()
+            raise
 
     def _open(self, why_not: str, max_sms: int) -> None:
         """Memory of this rank, where all see it, and the mailbox that knows where that of all lies."""
@@ -142,11 +153,15 @@ class PeerExchange:
         Raises:
             PeersUnavailable: on every rank, if one cannot share its memory (that of expandable segments, say).
         """
+        self._check_open("PeerExchange.attach")
         why = next((f"a cache on {cache.device}, not on {self.device}" for cache in caches if cache.device != self.device), "")
-        if self.world_size > 1 and (caches or why):
-            kind = [[list(cache.shape), list(cache.stride()), str(cache.dtype)] for cache in caches]
-            for of in self._memory.everywhere([cache.data_ptr() for cache in caches], kind, why):
-                peer_memory.attach(self._mailbox, of)
+        why = why or next((f"a cache of {cache.dtype}" for cache in caches if cache.dtype not in _DTYPES), "")
+        why = why or next((f"a cache of {cache.dim()} dimensions" for cache in caches if cache.dim() not in (2, 3)), "")
+        if self.world_size > 1:
+            forms = [[_DTYPES.get(c.dtype, -1), c.dim(), *c.shape, *c.stride()] for c in caches]
+            for of, form in zip(self._memory.everywhere([c.data_ptr() for c in caches], forms, why), forms, strict=True):
+                peer_memory.attach(self._mailbox, of, form)
+            _kept.extend(caches)
         self._attached += caches
 
     def publish(
@@ -190,6 +205,7 @@ class PeerExchange:
         slot_mapping: torch.Tensor,
         cache: torch.Tensor,
         scale: torch.Tensor | None = None,
+        step: int = 0,
     ) -> None:
         """The same for an engine that pads by itself and plans without this package.
 
@@ -197,15 +213,18 @@ class PeerExchange:
             kv_c, k_pe: [n, kv_lora_rank] and [n, qk_rope_head_dim], of the same n on every rank, at most ``max_tokens``.
             slot_mapping: int64 [P * n], rank-major: no slot (-1) for pads, and of rows that several ranks have in all but one.
             cache, scale: as :meth:`publish`.
+            step: a number that differs from one step to the next, the same on all ranks.
 
         Raises:
             RuntimeError: an argument does not fit, or an earlier call waited for a rank in vain.
         """
+        if not self._mailbox:
+            self._check_open("PeerExchange.publish_rows")
         count, calls = kv_c.shape[0], direct()
-        step = (self.rank * count, count, 0, False)
+        rows = (count, count, self.rank * count, count, step, False)
         where: Any = 0
         if calls is not None:
-            where = calls.publish_latents(self._mailbox, kv_c, k_pe, slot_mapping, cache, scale, *step)
+            where = calls.publish_latents(self._mailbox, kv_c, k_pe, slot_mapping, cache, scale, *rows)
         if where == _IN_STAGING:
             write_rows(self._staging[: self.world_size * count], cache, slot_mapping, scale)
         elif where != _IN_CACHE:
@@ -224,10 +243,10 @@ class PeerExchange:
         padded = meta.num_tokens_padded
         if padded > self.max_tokens:
             raise ValueError(f"{op}: meta must have at most {self.max_tokens} tokens a rank (max_tokens), got {padded}")
-        if not self._mailbox:
-            raise RuntimeError(f"{op}: the exchange must not be closed")
+        self._check_open(op)
         alone = self.world_size > 1 and meta.is_replicated
-        self._step = (self.rank * padded, padded, getattr(meta, "_plan", id(meta)), alone)
+        self._number += 1
+        self._step = (meta.num_tokens, meta.num_local_rows, self.rank * padded, padded, self._number, alone)
         self._slots, self._rows = meta.slot_mapping, self._staging[: self.world_size * padded]
         self._meta = meta
 
@@ -257,6 +276,10 @@ class PeerExchange:
         with torch.no_grad():
             return self.publish(kv_c, k_pe, meta, cache, scale=scale)
 
+    def _check_open(self, op: str) -> None:
+        if not self._mailbox:
+            raise RuntimeError(f"{op}: the exchange must not be closed")
+
     def _check_status(self) -> None:
         wrong = peer_memory.failure(self._mailbox)
         if wrong:
@@ -265,6 +288,7 @@ class PeerExchange:
     def check(self) -> None:
         """Wait for all calls so far. RuntimeError says which call waited for which ranks in vain, if one did: this process can do
         nothing more on its GPU then."""
+        self._check_open("PeerExchange.check")
         try:
             torch.cuda.synchronize(self.device)
         except RuntimeError:
@@ -280,8 +304,12 @@ class PeerExchange:
         peer_memory.agree(self.group, self.device, {})  # nobody writes to the others any more
         self._memory.close()
         peer_memory.agree(self.group, self.device, {})  # nobody has the others' memory open
-        mailbox, self._mailbox, self._meta = self._mailbox, 0, None
+        mailbox, self._mailbox, self._meta = self._mailbox, 0, _UNKNOWN
         peer_memory.free_mailbox(mailbox)
         self._staging = self._rows = torch.empty(0, self.width, dtype=self.dtype, device=self.device)
         peer_memory.call("peer_release", self.device.index, self._own)
+        for cache in self._attached:
+            for at in (i for i, kept in enumerate(_kept) if kept is cache):
+                del _kept[at]
+                break
         self._attached.clear()

@@ -13,7 +13,7 @@ import numpy as np
 from . import parts
 from . import planner as step_planner
 from .communicator import Communicator
-from .latents import E4M3, PLAIN, StepExchange
+from .latents import E4M3, StepExchange
 from .prefill import FIELD, WORKSPACE, LayerPrefill, is_sparse, refusal
 from .rows import host_rows, step_rows
 
@@ -73,7 +73,7 @@ def _on_layer(layer: Any, config: Any) -> None:
     exchanged = not sparse and "exchange" not in parts.refused
     attended = not why and "prefill" not in parts.refused
     if exchanged:
-        _Engine.by_peers &= layer.kv_cache_dtype in (*PLAIN, *E4M3)
+        _Engine.by_peers &= layer.kv_cache_dtype in ("auto", *E4M3)
         _take_write(layer.impl)
     if attended:
         ours = LayerPrefill(layer)
@@ -299,6 +299,8 @@ def _in_pcp_manager(module: ModuleType) -> None:
     @functools.wraps(partition)
     def partition_batch(self: Any, input_batch: Any, *rest: Any, **named: Any) -> Any:
         batch = None
+        if _Engine.exchange is not None:
+            _Engine.exchange.step += 1
         if _Engine.planner is not None:
             _Engine.planner.plan = None
         planner = _planner(self)

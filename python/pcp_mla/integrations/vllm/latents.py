@@ -20,7 +20,6 @@ from .communicator import Communicator
 logger = logging.getLogger("vllm.pcp_mla")
 
 E4M3 = ("fp8", "fp8_e4m3")  # what vLLM calls caches of float8_e4m3fn with a scale
-PLAIN = ("auto", "bfloat16", "float16")  # caches of the latents' dtype
 _TIMEOUT = 300.0  # seconds: ranks compile kernels at their own speed
 
 
@@ -42,6 +41,7 @@ class StepExchange:
         self._peers: PeerExchange | None = None  # that has not yet stored what was asked for last
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # all, kv_c and k_pe of what was gathered last
         self._attached: set[int] = set()
+        self.step = 0  # to be counted up
 
     def of(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> LatentExchange | PeerExchange:
         """The exchange for such latents, made for steps of ``max_tokens`` or, if there are more, for these."""
@@ -73,6 +73,7 @@ class StepExchange:
         if isinstance(exchange, PeerExchange):
             self._peers, self._last = exchange, (kv_c, kv_c, k_pe)
             return kv_c, k_pe, slots
+        self._peers = None
         packed = exchange.all_gather_rows(kv_c, k_pe.view(kv_c.shape[0], -1))
         if self._last is None or packed is not self._last[0]:  # one for all layers of a step
             self._last = packed, packed[:, : kv_c.shape[1]], packed[:, None, kv_c.shape[1] :]
@@ -81,6 +82,10 @@ class StepExchange:
     def write(self, kv_c: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, cache_dtype: str, scale: torch.Tensor) -> bool:
         """Write the rows that were gathered last, if these are they and the cache is of a kind that the op knows."""
         if self._last is None or kv_c is not self._last[1]:
+            if self._peers is not None:  # vLLM's own write would put this rank's rows into others' slots
+                raise RuntimeError(
+                    f"pcp_mla: latents to cache must be those of the last gather: set {parts.VARIABLE} without exchange"
+                )
             return False
         exchange, (packed, _, k_pe) = self._peers, self._last
         if exchange is not None:
@@ -88,7 +93,7 @@ class StepExchange:
             quantised = cache_dtype in E4M3
             view = cache.view(torch.float8_e4m3fn) if quantised else cache
             self._attach(exchange, view)
-            exchange.publish_rows(kv_c, k_pe.view(kv_c.shape[0], -1), slots, view, scale if quantised else None)
+            exchange.publish_rows(kv_c, k_pe.view(kv_c.shape[0], -1), slots, view, scale if quantised else None, self.step)
         elif cache_dtype in E4M3:
             write_latent_cache(packed, cache.view(torch.float8_e4m3fn), slots, scale=scale)
         elif cache.dtype == kv_c.dtype:
