@@ -55,9 +55,9 @@ def _communicator() -> Communicator:
     return _Engine.communicator
 
 
-def _exchange() -> StepExchange:
+def _exchange(like: Any) -> StepExchange:
     if _Engine.exchange is None:
-        _Engine.exchange = StepExchange(_communicator(), _Engine.max_tokens, _Engine.by_peers)
+        _Engine.exchange = StepExchange(_communicator(), _Engine.max_tokens, _Engine.by_peers and like.is_cuda)
     return _Engine.exchange
 
 
@@ -109,7 +109,7 @@ def _reserve_first(layer: Any) -> None:
 
 def _reserve(kv_c: Any, k_pe: Any) -> None:
     if "exchange" in parts.running:
-        _exchange().of(kv_c, k_pe)
+        _exchange(kv_c).of(kv_c, k_pe)
     if "prefill" in parts.running:
         width = max(layer.workspace_width() for layer in _Engine.layers)
         WORKSPACE.keep(kv_c, _Engine.workspace_rows * width)
@@ -168,7 +168,7 @@ def _in_mla_attention(module: ModuleType) -> None:
             count = kv_c_normed.shape[0]
             sharded = named.get("pcp_shard_decode_requests", rest[0] if rest else False)
             if slot_mapping.shape[0] > count and (sharded or num_decode_tokens < count):
-                return _exchange().gather(kv_c_normed, k_pe, slot_mapping)
+                return _exchange(kv_c_normed).gather(kv_c_normed, k_pe, slot_mapping)
         return gather(kv_c_normed, k_pe, slot_mapping, num_decode_tokens, use_pcp, *rest, **named)
 
     @functools.wraps(chunks)
