@@ -32,8 +32,8 @@ FlashAttention 3. Wall time is from a call to its end on the GPU. One GPU: rank 
 EVALUATION = """Exact match of the small model of `bench/train_tiny.py` on 500 word problems, bf16, as transformers' own model and
 at P ranks; "same text": answers that are the stock model's token by token."""
 
-RANKS = """Real ranks over NCCL: time of a layer of 16 heads on the slowest rank, calls one after another, and the parallel
-efficiency t(1) / (P t(P)), t(1) being ours."""
+RANKS = """Real ranks over NCCL: time of a layer of 16 heads on the slowest rank, calls one after another, host time of one, and
+the parallel efficiency t(1) / (P t(P)). "Collective" and "peers": ours with a `LatentExchange` and with a `PeerExchange`."""
 
 ATTENTION = """One call over shared key starts, 16 heads, widths 192 and 128, bf16, rank 0 of P; TFLOP/s (µs). The Triton kernel
 with `k_pe` apart, with K in one piece, with `kv_rows` in order, in blocks of 64 and random, with `prev`; FlashAttention
@@ -124,6 +124,11 @@ def evaluation() -> Iterator[str]:
     yield from table("prefill | P | exact match | same text | largest difference of logits", rows)
 
 
+def ranks_cells(r: dict[str, Any]) -> list[Any]:
+    times = (us(r, "seed,rows,ours,peers", key) for key in ("launches", "wall_us", "cpu_us"))
+    return [f"{r['tokens']} ({r['requests']})", r["P"], *times, f"{r['peers']['efficiency']:.2f}"]
+
+
 def exchange_cells(r: dict[str, Any]) -> list[Any]:
     times = (us(r, "seed,ours,peers", key, digits) for key, digits in (("launches", 0), ("graph_us", 1), ("cpu_us", 0)))
     return [r["tokens"], r["ranks"], *times, " / ".join(f"{t:.0f}" for t in r["peers"]["by_sms"].values()) or "-"]
@@ -184,10 +189,10 @@ def lines() -> Iterator[str]:
     yield from evaluation()
     yield from section(
         "The layer on real ranks",
-        "layer_h100x2",
+        "layer_h200x2",
         RANKS,
-        "tokens | P | µs, seed / ours | efficiency, seed / ours",
-        lambda r: [r["tokens"], r["P"], us(r, "seed,ours", "wall_us"), us(r, "seed,ours", "efficiency", 2)],
+        "tokens (requests) | P | launches, seed / rows / collective / peers | wall µs | CPU µs | efficiency of peers",
+        ranks_cells,
     )
     names = ("triton", "triton K", "triton rows", "triton blocks of rows", "triton random rows", "triton prev", "fa3", "fa2")
     yield from section(

@@ -1,5 +1,6 @@
 """The exchange by peers: caches of all ranks bit-equal to a write of all latents, by threads of one GPU and on several."""
 
+import functools
 import itertools
 import os
 import re
@@ -38,15 +39,23 @@ STEPS = [
 
 
 def plan(step, world, rank, device, layout="unpadded"):
-    """A step's metadata, whose blocks any rank can work out."""
-    lengths, contexts, prefills = step
+    """A step's metadata, whose blocks any rank can work out. The planner is its own, so that it stays."""
+    return _planned(STEPS.index(step), world, rank, device, layout)
+
+
+@functools.cache
+def _planned(number, world, rank, device, layout):
+    lengths, contexts, prefills = STEPS[number]
     blocks = np.random.default_rng(sum(lengths)).permutation(BLOCKS).astype(np.int32)
     needed = [-(-(new + old) // BLOCK) for new, old in zip(lengths, contexts, strict=True)]
     tables = np.full((len(lengths), max(needed)), -1, np.int32)
     for row, (end, count) in enumerate(zip(np.cumsum(needed), needed, strict=True)):
         tables[row, :count] = blocks[end - count : end]
     planner = PCPPlanner(8, ROOM, world, rank, block_size=BLOCK, device=device, layout=layout)
-    return planner.plan(lengths, contexts, prefills, torch.from_numpy(tables).to(device))
+    meta = planner.plan(lengths, contexts, prefills, torch.from_numpy(tables).to(device))
+    if device != "cpu":  # ranks have streams of their own
+        torch.cuda.current_stream().synchronize()
+    return meta
 
 
 def latents_of(step, number, world, dtype, device, layout):
