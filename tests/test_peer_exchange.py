@@ -15,6 +15,7 @@ import torch
 
 from batches import random_bytes, same_bits
 from pcp_mla import LatentExchange, PCPMetadata, PCPPlanner, PeerExchange, reference
+from pcp_mla.exchange import choose
 from pcp_mla.exchange.choose import choose_exchange
 from pcp_mla.exchange.peer_memory import PeersUnavailable, agree
 from pcp_mla.groups import group_rank, group_world_size
@@ -342,6 +343,22 @@ def test_choice(monkeypatch):
     monkeypatch.setenv("PCP_MLA_EXCHANGE", "mpi")
     with pytest.raises(ValueError, match="PCP_MLA_EXCHANGE must be one of nccl, peers, got 'mpi'"):
         chosen(None, "cpu")
+
+
+def test_caches_that_cannot_be_attached_are_no_hindrance(monkeypatch):
+    """Rows go by the staging buffer then."""
+
+    class Sealed:
+        def __init__(self, *arguments, timeout):
+            assert timeout == 7.0
+
+        def attach(self, caches):
+            assert caches == ["a cache"]
+            raise PeersUnavailable("sealed")
+
+    monkeypatch.setattr(choose, "PeerExchange", Sealed)
+    monkeypatch.setenv("PCP_MLA_EXCHANGE", "peers")
+    assert isinstance(choose_exchange(None, 4, DIMS, torch.float32, "cpu", caches=["a cache"], timeout=7.0), Sealed)
 
 
 def chosen_by_ranks(group, device, ways):
