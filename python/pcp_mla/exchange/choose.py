@@ -50,8 +50,6 @@ def choose_exchange(
         PeersUnavailable: ``PCP_MLA_EXCHANGE=peers``, and memory cannot be shared.
     """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     way = _agreed(group, device)
     if way == "nccl" or (device.type != "cuda" and not way):
         return LatentExchange(group, max_tokens, dims, dtype, device)

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-from ..checks import check_apart, check_count, check_last_dim, check_not_expanded
+from ..checks import check_apart, check_not_expanded
 from ..groups import Group, check_group, check_latents, gathering_into, gathers_in_place, group_rank, group_world_size
 from ..ops.concat_k import concat_row
 from ..ops.latent_cache import check_cache, write_rows
 from ..ops.registry import ALL_NATIVE
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
+from .inputs import check_form, check_kind, check_room
 
 
 def pack_latents(kv_c: torch.Tensor, k_pe: torch.Tensor, latents: torch.Tensor) -> None:
@@ -50,11 +51,7 @@ class LatentExchange:
     ) -> None:
         self.world_size = group_world_size(group, "LatentExchange")
         self.rank = group_rank(group)
-        check_count("LatentExchange", "max_tokens", max_tokens)
-        if not hasattr(dims, "latent_dim"):
-            raise TypeError(f"LatentExchange: dims must be MLADims, got {type(dims).__name__}")
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"LatentExchange: dtype must be a torch.dtype, got {type(dtype).__name__}")
+        check_form("LatentExchange", max_tokens, dims, dtype)
         self.group, self.max_tokens, self.kv_lora_rank = group, max_tokens, dims.kv_lora_rank
         self.width = dims.kv_lora_rank + dims.qk_rope_head_dim
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
@@ -91,15 +88,8 @@ class LatentExchange:
         check_group(op, self.group, meta)
         check_latents(op, kv_c, k_pe, meta)
         tokens, padded = kv_c.shape[0], meta.num_tokens_padded
-        if padded > self.max_tokens:
-            raise ValueError(f"{op}: meta must have at most {self.max_tokens} tokens a rank (max_tokens), got {padded}")
-        if (kv_c.shape[1], k_pe.shape[1]) != (self.kv_lora_rank, self.width - self.kv_lora_rank):
-            wanted = f"{self.kv_lora_rank} and {self.width - self.kv_lora_rank}"
-            raise ValueError(f"{op}: kv_c and k_pe must be {wanted} wide, got {kv_c.shape[1]} and {k_pe.shape[1]}")
-        if kv_c.dtype != self._send.dtype:
-            raise TypeError(f"{op}: kv_c must be {self._send.dtype}, as the exchange, got {kv_c.dtype}")
-        check_last_dim(op, "kv_c", kv_c)
-        check_last_dim(op, "k_pe", k_pe)
+        check_room(op, meta, self.max_tokens)
+        check_kind(op, kv_c, k_pe, (self.kv_lora_rank, self.width - self.kv_lora_rank), self._send.dtype)
         gathered = self._gathered[: self.world_size * padded]
         alone = self.world_size > 1 and meta.is_replicated  # what counts then is the place of rank 0's copy
         rows = self._side_by_side(kv_c, k_pe) if tokens == padded and not alone else None

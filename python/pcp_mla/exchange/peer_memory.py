@@ -197,13 +197,17 @@ class PeerMemory:
                 for of in zip(*(each["memory"] for each in told), strict=True)
             ]
         except (RuntimeError, ValueError) as error:
-            why = str(error)
-        for r, each in enumerate(agree(self._group, self._device, {"why": why})):
-            if each["why"]:
-                for handle in new:
-                    call("peer_close", index, self._opened.pop(handle))
-                raise PeersUnavailable(f"rank {r} of {world} cannot open the others' memory: {each['why']}")
+            why = f"rank {rank} of {world} cannot open the others' memory: {error}"
+        why = self._any(why)
+        if why:
+            for handle in new:
+                call("peer_close", index, self._opened.pop(handle))
+            raise PeersUnavailable(why)
         return found
+
+    def _any(self, why: str) -> str:
+        """The first rank's reason that has one; the empty string where none has."""
+        return next((each["why"] for each in agree(self._group, self._device, {"why": why}) if each["why"]), "")
 
     def _open(self, told: dict[str, Any], memory: dict[str, Any], new: list[str]) -> int:
         if told["process"] == _process():
@@ -239,10 +243,9 @@ class PeerMemory:
                     why = why or f"a store of rank {r} did not arrive on rank {rank}"
         except RuntimeError as error:
             why = why or f"rank {rank} cannot read what the others stored: {error}"
-        told = agree(self._group, self._device, {"why": why})
-        for each in told:
-            if each["why"]:
-                raise PeersUnavailable(each["why"])
+        why = self._any(why)
+        if why:
+            raise PeersUnavailable(why)
 
     def close(self) -> None:
         for handle in list(self._opened):

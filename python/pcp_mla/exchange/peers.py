@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_apart, check_count, check_last_dim, check_not_expanded
+from ..checks import check_apart, check_count, check_not_expanded
 from ..groups import Group, check_group, check_latents, group_rank, group_world_size
 from ..ops import native
 from ..ops.latent_cache import check_cache, write_rows
@@ -15,12 +15,13 @@ from ..ops.registry import direct
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
 from . import peer_memory
+from .inputs import check_form, check_kind, check_room
 from .peer_memory import FLAG_BYTES, MAX_PEERS, MAX_SMS, MailboxForm, PeerMemory, PeersUnavailable
 
 _IN_CACHE, _IN_STAGING = 1, 2  # csrc/publish_latents.h
 _MAX_SECONDS = 86400.0
 _UNKNOWN: Any = object()  # no step
-_kept: list[torch.Tensor] = []  # caches that other ranks may store to as long as nobody closes their exchange
+_kept: dict[int, list[torch.Tensor]] = {}  # by mailbox: caches that other ranks may store to until it is closed
 _TRIED_OUT = FLAG_BYTES - 8 * MAX_PEERS  # where in front of the staging buffer words are stored to see whether they arrive
 _DTYPES = {  # and their numbers in csrc/view.h
     torch.uint8: 0,
@@ -81,14 +82,10 @@ class PeerExchange:
     ) -> None:
         op = "PeerExchange"
         self.world_size, self.rank, self.group = group_world_size(group, op), group_rank(group), group
-        check_count(op, "max_tokens", max_tokens)
+        check_form(op, max_tokens, dims, dtype)
         check_count(op, "max_sms", max_sms, 1)
         if max_sms > MAX_SMS:
             raise ValueError(f"{op}: max_sms must be at most {MAX_SMS}, got {max_sms}")
-        if not hasattr(dims, "latent_dim"):
-            raise TypeError(f"{op}: dims must be MLADims, got {type(dims).__name__}")
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{op}: dtype must be a torch.dtype, got {type(dtype).__name__}")
         if not 0 < timeout <= _MAX_SECONDS:
             raise ValueError(f"{op}: timeout must be positive and at most {_MAX_SECONDS:g}, got {timeout}")
         max_tokens, max_sms = int(max_tokens), int(max_sms)
@@ -97,7 +94,6 @@ class PeerExchange:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.timeout = device, timeout
-        self._attached: list[torch.Tensor] = []
         self._meta: Any = _UNKNOWN
         self._number = 0  # of steps
         why_not = why_not or refusal(device, dtype, self.world_size)
@@ -161,8 +157,7 @@ class PeerExchange:
             forms = [[_DTYPES.get(c.dtype, -1), c.dim(), *c.shape, *c.stride()] for c in caches]
             for of, form in zip(self._memory.everywhere([c.data_ptr() for c in caches], forms, why), forms, strict=True):
                 peer_memory.attach(self._mailbox, of, form)
-            _kept.extend(caches)
-        self._attached += caches
+            _kept.setdefault(self._mailbox, []).extend(caches)
 
     def publish(
         self,
@@ -218,8 +213,7 @@ class PeerExchange:
         Raises:
             RuntimeError: an argument does not fit, or an earlier call waited for a rank in vain.
         """
-        if not self._mailbox:
-            self._check_open("PeerExchange.publish_rows")
+        self._check_open("PeerExchange.publish_rows")
         count, calls = kv_c.shape[0], direct()
         rows = (count, count, self.rank * count, count, step, False)
         where: Any = 0
@@ -231,19 +225,14 @@ class PeerExchange:
             self._check_status()
             raise RuntimeError(f"PeerExchange.publish_rows: {where or 'tensors must be plain, without gradients'}")
 
-    def all_gather(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
-        """[P * Np, W], rank-major, as :meth:`LatentExchange.all_gather`."""
-        return self.publish(kv_c, k_pe, meta)
-
     def _take(self, meta: PCPMetadata) -> None:
         """Look at a step once."""
         op = "PeerExchange.publish"
         check_meta(op, meta)
         check_group(op, self.group, meta)
-        padded = meta.num_tokens_padded
-        if padded > self.max_tokens:
-            raise ValueError(f"{op}: meta must have at most {self.max_tokens} tokens a rank (max_tokens), got {padded}")
+        check_room(op, meta, self.max_tokens)
         self._check_open(op)
+        padded = meta.num_tokens_padded
         alone = self.world_size > 1 and meta.is_replicated
         self._number += 1
         self._step = (meta.num_tokens, meta.num_local_rows, self.rank * padded, padded, self._number, alone)
@@ -255,14 +244,7 @@ class PeerExchange:
         op = "PeerExchange.publish"
         self._check_status()
         check_latents(op, kv_c, k_pe, meta)
-        widths = (self.kv_lora_rank, self.width - self.kv_lora_rank)
-        if (kv_c.shape[1], k_pe.shape[1]) != widths:
-            wanted = f"{widths[0]} and {widths[1]} wide"
-            raise ValueError(f"{op}: kv_c and k_pe must be {wanted}, got {kv_c.shape[1]} and {k_pe.shape[1]}")
-        if kv_c.dtype != self.dtype:
-            raise TypeError(f"{op}: kv_c must be {self.dtype}, as the exchange, got {kv_c.dtype}")
-        check_last_dim(op, "kv_c", kv_c)
-        check_last_dim(op, "k_pe", k_pe)
+        check_kind(op, kv_c, k_pe, (self.kv_lora_rank, self.width - self.kv_lora_rank), self.dtype)
         if cache is not None:
             if self._slots is None:
                 raise ValueError(f"{op}: meta must have cache slots, as a cache is given: plan it with block tables, got none")
@@ -308,8 +290,4 @@ class PeerExchange:
         peer_memory.free_mailbox(mailbox)
         self._staging = self._rows = torch.empty(0, self.width, dtype=self.dtype, device=self.device)
         peer_memory.call("peer_release", self.device.index, self._own)
-        for cache in self._attached:
-            for at in (i for i, kept in enumerate(_kept) if kept is cache):
-                del _kept[at]
-                break
-        self._attached.clear()
+        _kept.pop(mailbox, None)

@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from . import parts
-from .hooks import HOOKS, logger
+from .hooks import HOOKS
+from .parts import logger
 
 
 def _change(module: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,11 +13,9 @@ from . import parts
 from . import planner as step_planner
 from .communicator import Communicator
 from .latents import E4M3, StepExchange
+from .parts import logger
 from .prefill import FIELD, WORKSPACE, LayerPrefill, is_sparse, refusal
 from .rows import host_rows, step_rows
-
-logger = logging.getLogger("vllm.pcp_mla")  # a child of vLLM's logger, so that it is formatted and shown as the engine's lines are
-
 
 _SMALL_BYTES = 2**31  # K and V of one call
 

@@ -3,7 +3,6 @@ where GPUs see one another's memory, else by one collective and a write out of i
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from ...ops.latent_cache import write_latent_cache, write_rows
 from ...plan.dims import MLADims
 from . import parts
 from .communicator import Communicator
-
-logger = logging.getLogger("vllm.pcp_mla")
+from .parts import logger
 
 E4M3 = ("fp8", "fp8_e4m3")  # what vLLM calls caches of float8_e4m3fn with a scale
 _TIMEOUT = 300.0  # seconds: ranks compile kernels at their own speed

@@ -7,10 +7,13 @@ here. The rest is vLLM's own code, untouched.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
+
+logger = logging.getLogger("vllm.pcp_mla")  # a child of vLLM's logger, so that it is formatted and shown as the engine's lines are
 
 VARIABLE = "PCP_MLA_VLLM"
 PARTS = {
