@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "direct.h"
+#include "driver.h"
 #include "kv_up_project.cuh"
 
 namespace pcp_mla::cuda {
@@ -18,28 +19,8 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 }
 
 CUtensorMap weight_map(const UpProject& u, uint32_t box_rows) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    check(found == cudaDriverEntryPointSuccess, "kv_up_project: the driver has no tensor maps");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {u.rank, uint64_t{u.heads} * (u.nope + u.v_dim)}, strides[1] = {uint64_t(u.weight_stride)};
-  const cuuint32_t box[2] = {kSlab, box_rows}, steps[2] = {1, 1};
-  const auto type = u.kind.dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto fill = [&] {
-    return encode(&map, type, 2, const_cast<char*>(u.weight), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  };
-  CUresult result = fill();
-  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread's first call: the driver, unlike the runtime, makes no context current
-    check_cuda(cudaSetDevice(u.kind.device_index));
-    result = fill();
-  }
-  check(result == CUDA_SUCCESS, "kv_up_project: no tensor map for the weight, error ", static_cast<int>(result));
-  return map;
+  return encode("the weight of kv_up_project", u.kind, u.weight, {u.rank, uint64_t{u.heads} * (u.nope + u.v_dim)},
+                {static_cast<uint64_t>(u.weight_stride)}, {kSlab, box_rows});
 }
 
 // Heads of an item: the fewest rounds of all blocks, each with the time of its heads and some for the first latents.

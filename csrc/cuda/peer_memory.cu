@@ -1,13 +1,12 @@
 // Memory that the ranks of one host see of one another, by CUDA's handles between processes, and the mailboxes of publish_latents
 // in it. Called through ctypes (python/pcp_mla/exchange/peer_memory.py), once for each exchange and cache. All return null or what
 // was wrong, which lasts until the thread's next call.
-#include <cuda.h>
-
 #include <cstring>
 #include <sstream>
 
 #include "../publish_latents.h"
 #include "direct.h"
+#include "driver.h"
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
@@ -30,13 +29,7 @@ void release(int32_t device, void* at) {
 
 // A handle of the allocation in which `at` lies, and where in it.
 void export_memory(int32_t device, const void* at, cudaIpcMemHandle_t* handle, uint64_t* offset) {
-  static const auto range_of = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check_cuda(cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &function, 12000, cudaEnableDefault, &found));
-    check(found == cudaDriverEntryPointSuccess, "the driver does not tell where memory begins");
-    return reinterpret_cast<CUresult (*)(CUdeviceptr*, size_t*, CUdeviceptr)>(function);
-  }();
+  static const auto range_of = driver_function<decltype(cuMemGetAddressRange)>("cuMemGetAddressRange");
   const DeviceGuard guard(on(device));
   check_cuda(cudaFree(nullptr));  // makes the context current in this thread
   CUdeviceptr base = 0;
