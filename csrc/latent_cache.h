@@ -11,7 +11,45 @@
 
 namespace pcp_mla {
 
-// Where row n lies in the cache: by a list of slots, or by the tokens of sequences.
+// Where the slots of a cache lie.
+struct CacheSlots {
+  int64_t count, block_size, block_stride, row_stride;  // strides in bytes
+
+  // In bytes from where the cache begins; -1 for a slot that there is not.
+  PCP_HOST_DEVICE int64_t offset(int64_t slot) const {
+    return slot < 0 || slot >= count ? -1 : slot / block_size * block_stride + slot % block_size * row_stride;
+  }
+};
+
+// Those of a cache of rows of so many numbers, which outside of it are of kind `outside`: the same in the cache, or with a scale
+// float8 there.
+inline CacheSlots cache_slots(const char* op, const View& c, const Kind& outside, int64_t width, const View* scale) {
+  check(c.dims == 2 || c.dims == 3, op, ": cache must be [num_blocks, block_size, width] or [num_slots, width]");
+  check(c.item <= 8, op, ": cache must have a dtype of at most 8 bytes, got ", c.item);
+  const int last = c.dims - 1;
+  check(c.kind.same_device(outside) && c.sizes[last] == width, op, ": cache and latents must have one device and width");
+  check(c.strides[last] == 1 || width == 1, op, ": cache must have a contiguous last dimension");
+  if (scale == nullptr) {
+    check(c.kind.dtype == outside.dtype, op, ": cache and latents must have one dtype, or a scale");
+  } else {
+    check(c.kind.dtype == kFloat8E4M3 && (outside.dtype == kBFloat16 || outside.dtype == kFloat16 || outside.dtype == kFloat32), op,
+          ": with a scale the cache must be float8_e4m3fn and the latents bfloat16, float16 or float32");
+    check(scale->kind.same_device(outside) && scale->kind.dtype == kFloat32 && scale->numel() == 1, op,
+          ": scale must be one float32 on the device of the cache");
+  }
+  const int64_t block_size = c.dims == 3 ? c.sizes[1] : 1;
+  check(block_size > 0, op, ": a block must have at least one token");
+  return {c.sizes[0] * block_size, block_size, c.strides[0] * c.item, c.dims == 3 ? c.strides[1] * c.item : 0};
+}
+
+// The numbers of a list, int32 or int64 as `dtype` says, of so many entries, on the device of `beside`.
+inline const char* check_list(const char* op, const char* name, const View& v, int32_t dtype, int64_t entries, const Kind& beside) {
+  check(v.kind.same_device(beside) && v.kind.dtype == dtype && v.dims == 1 && v.sizes[0] == entries && v.is_contiguous(), op, ": ",
+        name, " must be a contiguous ", dtype == kInt64 ? "int64" : "int32", " list of ", entries, " on the device of the cache");
+  return v.data;
+}
+
+// Which slot row n has: by a list of slots, or by the tokens of sequences.
 struct CacheRows {
   enum class By { kSlots, kRows, kSequences } by;
   const int64_t* slots;  // [n]
@@ -20,16 +58,14 @@ struct CacheRows {
   bool has_starts;  // else every sequence from its first token
   int64_t table_stride;
   int32_t sequences, columns;
-  int64_t num_slots, block_size;
 
-  // -1 for none.
-  PCP_HOST_DEVICE int64_t slot(int64_t n) const {
-    const int64_t slot = by == By::kSlots ? slots[n] : by == By::kRows ? rows[n] : token_slot(n);
-    return slot < num_slots && slot >= 0 ? slot : -1;
+  // Not one of the cache's for none.
+  PCP_HOST_DEVICE int64_t slot(int64_t n, int64_t block_size) const {
+    return by == By::kSlots ? slots[n] : by == By::kRows ? rows[n] : token_slot(n, block_size);
   }
 
  private:
-  PCP_HOST_DEVICE int64_t token_slot(int64_t n) const {
+  PCP_HOST_DEVICE int64_t token_slot(int64_t n, int64_t block_size) const {
     if (sequences == 0 || n < cu_seqlens[0] || n >= cu_seqlens[sequences]) return -1;
     int32_t low = 0, high = sequences;
     while (high - low > 1) {
@@ -46,36 +82,21 @@ struct CacheRows {
 struct LatentCache {
   const char* op;
   CacheRows rows{};
-  char *cache, *outside;                             // outside: the tensor [n, W]
-  int64_t block_stride, row_stride, outside_stride;  // bytes
-  int64_t count, width;                              // rows, elements of a row
-  int32_t cache_item, outside_item;                  // bytes of an element
-  const float* scale = nullptr;                      // null: rows are copied as they are; it is never empty
-  Kind kind;                                         // of the outside tensor
+  CacheSlots slots;
+  char *cache, *outside;             // outside: the tensor [n, W]
+  int64_t outside_stride;            // bytes
+  int64_t count, width;              // rows, elements of a row
+  int32_t cache_item, outside_item;  // bytes of an element
+  const float* scale;                // null: rows are copied as they are; it is never empty
+  Kind kind;                         // of the outside tensor
 
-  LatentCache(const char* name, const View& cache_view, const View& outside_view, const View* scale_view) : op(name) {
-    const View &c = cache_view, &o = outside_view;
-    check(c.dims == 2 || c.dims == 3, op, ": cache must be [num_blocks, block_size, width] or [num_slots, width]");
+  LatentCache(const char* name, const View& c, const View& o, const View* scale_view) : op(name) {
     check(o.dims == 2 && o.sizes[1] > 0, op, ": latents must be [rows, width]");
-    check(c.item <= 8, op, ": cache must have a dtype of at most 8 bytes, got ", c.item);
-    const int last = c.dims - 1;
-    check(c.kind.same_device(o.kind) && c.sizes[last] == o.sizes[1], op, ": cache and latents must have one device and width");
-    check((o.strides[1] == 1 || o.sizes[1] == 1) && (c.strides[last] == 1 || c.sizes[last] == 1), op,
-          ": cache and latents must have a contiguous last dimension");
-    if (scale_view == nullptr) {
-      check(c.kind.dtype == o.kind.dtype, op, ": cache and latents must have one dtype, or a scale");
-    } else {
-      const int32_t dtype = o.kind.dtype;
-      check(c.kind.dtype == kFloat8E4M3 && (dtype == kBFloat16 || dtype == kFloat16 || dtype == kFloat32), op,
-            ": with a scale the cache must be float8_e4m3fn and the latents bfloat16, float16 or float32");
-      check(scale_view->kind.same_device(o.kind) && scale_view->kind.dtype == kFloat32 && scale_view->numel() == 1, op,
-            ": scale must be one float32 on the device of the cache");
-      scale = reinterpret_cast<const float*>(scale_view->data);
-    }
+    check(o.strides[1] == 1 || o.sizes[1] == 1, op, ": latents must have a contiguous last dimension");
+    slots = cache_slots(op, c, o.kind, o.sizes[1], scale_view);
+    scale = scale_view == nullptr ? nullptr : reinterpret_cast<const float*>(scale_view->data);
     cache = c.data;
     outside = o.data;
-    block_stride = c.strides[0] * c.item;
-    row_stride = c.dims == 3 ? c.strides[1] * c.item : 0;
     outside_stride = o.strides[0] * o.item;
     count = o.sizes[0];
     width = o.sizes[1];
@@ -83,12 +104,9 @@ struct LatentCache {
     outside_item = o.item;
     kind = o.kind;
     check(count <= INT32_MAX && width * std::max(c.item, o.item) <= INT32_MAX, op, ": there must be less than 2**31 rows");
-    rows.block_size = c.dims == 3 ? c.sizes[1] : 1;
-    check(rows.block_size > 0, op, ": a block must have at least one token");
-    rows.num_slots = c.sizes[0] * rows.block_size;
   }
 
-  // Exactly one of these says where rows lie.
+  // Exactly one of these says which slots rows have.
   void set_slots(const View& v) {
     rows.by = CacheRows::By::kSlots;
     rows.slots = reinterpret_cast<const int64_t*>(list("slot_mapping", v, kInt64, count));
@@ -112,15 +130,12 @@ struct LatentCache {
     if (starts) rows.starts = reinterpret_cast<const int32_t*>(list("starts", *starts, kInt32, table.sizes[0]));
   }
 
-  PCP_HOST_DEVICE int64_t cache_offset(int64_t slot) const {
-    return slot / rows.block_size * block_stride + slot % rows.block_size * row_stride;
-  }
+  // Of row n in the cache, in bytes; -1 where it has no slot.
+  PCP_HOST_DEVICE int64_t offset(int64_t n) const { return slots.offset(rows.slot(n, slots.block_size)); }
 
  private:
   const char* list(const char* name, const View& v, int32_t dtype, int64_t entries) const {
-    check(v.kind.same_device(kind) && v.kind.dtype == dtype && v.dims == 1 && v.sizes[0] == entries && v.is_contiguous(), op, ": ",
-          name, " must be a contiguous ", dtype == kInt64 ? "int64" : "int32", " list of ", entries, " on the device of the cache");
-    return v.data;
+    return check_list(op, name, v, dtype, entries, kind);
   }
 };
 

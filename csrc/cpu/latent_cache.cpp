@@ -20,8 +20,8 @@ template <typename Move>
 void each_row(const LatentCache& c, const Move& move) {
   torch::stable::parallel_for(0, c.count, grain(c.width * c.outside_item), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t slot = c.rows.slot(n);
-      move(slot < 0 ? nullptr : c.cache + c.cache_offset(slot), c.outside + n * c.outside_stride);
+      const int64_t at = c.offset(n);
+      move(at < 0 ? nullptr : c.cache + at, c.outside + n * c.outside_stride);
     }
   });
 }

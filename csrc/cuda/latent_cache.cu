@@ -18,14 +18,11 @@ template <typename Form, bool kWrite>
 __global__ void __launch_bounds__(kThreads, Form::blocks_per_sm) latent_cache_kernel(const __grid_constant__ CacheParams p) {
   using In = std::conditional_t<kWrite, typename Form::Outside, typename Form::Cached>;
   using Out = std::conditional_t<kWrite, typename Form::Cached, typename Form::Outside>;
-  __shared__ int64_t at[kMaxTileRows];  // of a row's slot in the cache, -1 for none
+  __shared__ int64_t at[kMaxTileRows];  // of a row in the cache, -1 for none
   const LatentCache& c = p.cache;
   const int64_t first = int64_t{blockIdx.x} * p.tile;
   const int32_t rows = static_cast<int32_t>(min(int64_t{p.tile}, c.count - first));
-  if (threadIdx.x < rows) {
-    const int64_t slot = c.rows.slot(first + threadIdx.x);
-    at[threadIdx.x] = slot < 0 ? -1 : c.cache_offset(slot);
-  }
+  if (threadIdx.x < rows) at[threadIdx.x] = c.offset(first + threadIdx.x);
   __syncthreads();
   const float scale = c.scale == nullptr ? 1.0f : *c.scale;
   char* outside = c.outside + first * c.outside_stride;
@@ -64,7 +61,8 @@ void move(const LatentCache& c, int64_t elements_of_access) {
 
 // Whether the cache allows accesses of `cached` bytes at any slot, and the other tensor of `outside` bytes at any row.
 bool is_aligned(const LatentCache& c, uint64_t cached, uint64_t outside) {
-  const uint64_t in_cache = reinterpret_cast<uintptr_t>(c.cache) | c.block_stride | c.row_stride | c.width * c.cache_item;
+  const uint64_t in_cache =
+      reinterpret_cast<uintptr_t>(c.cache) | c.slots.block_stride | c.slots.row_stride | c.width * c.cache_item;
   const uint64_t others = reinterpret_cast<uintptr_t>(c.outside) | c.outside_stride | c.width * c.outside_item;
   return in_cache % cached == 0 && others % outside == 0;
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "../latent_cache.h"
 #include "direct.h"
 #include "latent_forms.cuh"
 #include "system_flags.cuh"
@@ -22,8 +23,9 @@ struct PublishParams {
   int32_t count, rows, warp_rows;    // rows there are; with pads, which become zeros
   uint32_t kv_c_accesses, accesses;  // of a row
   Divider per_row;
-  const int64_t* slots;  // of this rank's rows; null: they lie one behind the other from `first` on
-  int64_t first, num_slots, block_size, block_stride, row_stride;
+  const int64_t* of_rows;  // slots of this rank's rows; null: they lie one behind the other from `first` on
+  int64_t first;
+  CacheSlots slots;
   const float* scale;
   Everywhere to;
   Flags* flags[kMaxPeers];
@@ -33,10 +35,7 @@ struct PublishParams {
   bool wait_first;      // until all ranks have done with what they read before
 
   // Offset of a row in a cache, -1 for none.
-  __device__ int64_t place(int32_t row) const {
-    const int64_t slot = slots == nullptr ? first + row : slots[row];
-    return slot < 0 || slot >= num_slots ? -1 : slot / block_size * block_stride + slot % block_size * row_stride;
-  }
+  __device__ int64_t place(int32_t row) const { return slots.offset(of_rows == nullptr ? first + row : of_rows[row]); }
 };
 
 template <typename Form>
@@ -134,27 +133,8 @@ void set_staging(PublishParams& p, const Mailbox& mailbox, const PublishCall& ca
   check(all * row <= mailbox.staging_bytes, "publish_latents: the exchange has no room for ", call.padded, " tokens a rank");
   p.to = mailbox.staging;
   p.first = call.first;
-  p.num_slots = all;
-  p.block_size = 1;
-  p.block_stride = row;
+  p.slots = {all, 1, row, 0};
   p.rows = static_cast<int32_t>(call.padded);
-}
-
-void check_cache(const View& c, const PublishCall& call, int64_t width) {
-  const View& kv_c = call.kv_c;
-  const int last = c.dims - 1;
-  check((c.dims == 3 || c.dims == 2) && c.sizes[last] == width && c.kind.same_device(kv_c.kind) &&
-            (c.strides[last] == 1 || c.sizes[last] == 1),
-        "publish_latents: cache must be [num_blocks, block_size, width] or [num_slots, width] with a contiguous last dimension");
-  for (int i = 0; i < last; ++i) check(c.sizes[i] <= 1 || c.strides[i] != 0, "publish_latents: cache must not be expanded");
-  if (call.scale == nullptr) {
-    check(c.kind.dtype == kv_c.kind.dtype, "publish_latents: cache must have the latents' dtype, or come with a scale");
-    return;
-  }
-  const int32_t dtype = kv_c.kind.dtype;
-  check(c.kind.dtype == kFloat8E4M3 && (dtype == kBFloat16 || dtype == kFloat16 || dtype == kFloat32) &&
-            call.scale->kind.same_device(kv_c.kind) && call.scale->kind.dtype == kFloat32 && call.scale->numel() == 1,
-        "publish_latents: with a scale, one float32, the cache must be float8_e4m3fn and the latents bfloat16, float16 or float32");
 }
 
 // Where rows go: to `call.cache` in all ranks, if all have opened one another's, else to the staging buffers.
@@ -164,15 +144,15 @@ Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall
     p.what = words_of(-1, call.padded);
     return Published::kStaging;
   }
-  const View &c = *call.cache, *slots = call.slot_mapping;
-  check_cache(c, call, width);
-  check(slots != nullptr && slots->kind.same_device(call.kv_c.kind) && slots->kind.dtype == kInt64 && slots->dims == 1 &&
-            slots->is_contiguous() && slots->sizes[0] == int64_t{mailbox.world} * call.padded,
-        "publish_latents: slot_mapping must be a contiguous int64 list of all ranks' rows");
+  constexpr const char* op = "publish_latents";
+  const View& c = *call.cache;
+  p.slots = cache_slots(op, c, call.kv_c.kind, width, call.scale);
+  for (int i = 0; i < c.dims - 1; ++i) check(c.sizes[i] <= 1 || c.strides[i] != 0, op, ": cache must not be expanded");
+  check(call.slot_mapping != nullptr, op, ": slot_mapping must be given with a cache");
+  const View& slots = *call.slot_mapping;
+  const char* listed = check_list(op, "slot_mapping", slots, kInt64, int64_t{mailbox.world} * call.padded, call.kv_c.kind);
   const Span written = span_of(c);
-  for (const View* other : {&call.kv_c, &call.k_pe, slots}) {
-    check_apart("publish_latents", "cache", written, "what is read", span_of(*other));
-  }
+  for (const View* other : {&call.kv_c, &call.k_pe, &slots}) check_apart(op, "cache", written, "what is read", span_of(*other));
   const bool local = call.alone || mailbox.world == 1;
   const auto known = mailbox.caches.find(c.data);
   if (!local && known == mailbox.caches.end()) {
@@ -188,12 +168,7 @@ Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall
     p.what = words_of(known->second.number, call.padded);
   }
   p.scale = call.scale == nullptr ? nullptr : reinterpret_cast<const float*>(call.scale->data);
-  p.slots = reinterpret_cast<const int64_t*>(slots->data) + (call.alone ? 0 : call.first);
-  p.block_size = c.dims == 3 ? c.sizes[1] : 1;
-  check(p.block_size > 0, "publish_latents: a block must have at least one token");
-  p.num_slots = c.sizes[0] * p.block_size;
-  p.block_stride = c.strides[0] * c.item;
-  p.row_stride = c.dims == 3 ? c.strides[1] * c.item : 0;
+  p.of_rows = reinterpret_cast<const int64_t*>(listed) + (call.alone ? 0 : call.first);
   return Published::kCache;
 }
 
@@ -232,7 +207,7 @@ void launch_rows(PublishParams& p, const Mailbox& mailbox, const PublishCall& ca
   const unsigned grid = std::min<int64_t>(blocks(rows, p.warp_rows * kWarps), mailbox.max_blocks);
   const int64_t kv_c_width = kv_c.sizes[1], item = kv_c.item;
   uint64_t outside = p.kv_c_stride | p.k_pe_stride | reinterpret_cast<uintptr_t>(p.kv_c) | reinterpret_cast<uintptr_t>(p.k_pe);
-  uint64_t cached = p.block_stride | p.row_stride;
+  uint64_t cached = p.slots.block_stride | p.slots.row_stride;
   for (int r = 0; r < p.world; ++r) cached |= reinterpret_cast<uintptr_t>(p.to.of[r]);
   if (p.scale == nullptr) {
     const uint64_t bits = outside | cached | kv_c_width * item | width * item | 16;
