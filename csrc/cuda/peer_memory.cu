@@ -105,25 +105,23 @@ void attach(Mailbox* box, char* const* of, const int64_t* form) {
   box->caches[of[box->rank]] = cache;
 }
 
-// The ranks that a call waited for in vain; empty where none did.
+// Which call failed, and by which ranks; empty where none did.
 const char* failure(const Mailbox* box) {
   thread_local std::string text;
-  text.clear();
   const volatile PeerStatus& s = *box->status;
-  if (s.failed == 0) return text.c_str();
   std::ostringstream words;
-  words << "call " << s.epoch << " of rank " << box->rank;
-  for (const uint32_t how : {PeerStatus::kMissing, PeerStatus::kOther}) {
-    const char* before = " rank ";
+  if (s.failed != 0) {
+    words << "call " << s.epoch << " of rank " << box->rank;
+    const char* before = ": ";
     for (int r = 0; r < box->world; ++r) {
-      if (s.how[r] != how) continue;
-      if (before[0] == ' ' && how == PeerStatus::kMissing) {
-        words << " waited " << static_cast<double>(box->timeout_ns) / 1e9 << " s in vain for";
-      } else if (before[0] == ' ') {
-        words << " was another one on";
+      if (s.how[r] == 0) continue;
+      words << before << "rank " << r;
+      if (s.how[r] == PeerStatus::kMissing) {
+        words << " did not come within " << static_cast<double>(box->timeout_ns) / 1e9 << " s (its last call: " << s.seen[r] << ")";
+      } else {
+        words << " made a different call";
       }
-      words << before << r << " (its last call: " << s.seen[r] << ")";
-      before = ", rank ";
+      before = ", ";
     }
   }
   text = words.str();

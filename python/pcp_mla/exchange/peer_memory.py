@@ -95,7 +95,7 @@ def free_mailbox(mailbox: int) -> None:
 
 
 def failure(mailbox: int) -> str:
-    """Whom a call waited for in vain, or who made another one; the empty string where all is well."""
+    """Which call failed, and which ranks did not come or made a different one; the empty string where none failed."""
     return _mailboxes().pcp_mla_mailbox_failure(mailbox).decode()
 
 

@@ -174,7 +174,7 @@ class PeerExchange:
             ValueError, TypeError: as :meth:`LatentExchange.publish`, before anything is launched: the other ranks wait for this
                 one then, until their time is up.
             NotImplementedError: a tensor requires gradients, or a mode of torch's dispatcher is active.
-            RuntimeError: an earlier call waited for a rank in vain.
+            RuntimeError: an earlier call failed: a rank did not come in time, or made a different call.
         """
         if meta is not self._meta:
             self._take(meta)
@@ -211,7 +211,7 @@ class PeerExchange:
             step: a number that differs from one step to the next, the same on all ranks.
 
         Raises:
-            RuntimeError: an argument does not fit, or an earlier call waited for a rank in vain.
+            RuntimeError: an argument does not fit, or an earlier call failed.
         """
         self._check_open("PeerExchange.publish_rows")
         count, calls = kv_c.shape[0], direct()
@@ -268,8 +268,8 @@ class PeerExchange:
             raise RuntimeError(f"PeerExchange: {wrong}")
 
     def check(self) -> None:
-        """Wait for all calls so far. RuntimeError says which call waited for which ranks in vain, if one did: this process can do
-        nothing more on its GPU then."""
+        """Wait for all calls so far. RuntimeError if one failed, with its number and the ranks that did not come or made a
+        different call: this process can do nothing more on its GPU then."""
         self._check_open("PeerExchange.check")
         try:
             torch.cuda.synchronize(self.device)
