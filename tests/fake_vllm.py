@@ -131,7 +131,8 @@ def modules() -> tuple[ModuleType, ModuleType]:
 @contextmanager
 def played_vllm(folder: Path, monkeypatch: Any) -> Iterator[Callable[..., None]]:
     """The state of a process in which nothing has happened yet, undone at the end, and what writes a vLLM where Python finds it."""
-    from pcp_mla.integrations.vllm import finder, hooks, parts
+    from pcp_mla.integrations.vllm import finder, parts
+    from pcp_mla.integrations.vllm.state import State
 
     for name, value in (("enabled", set()), ("running", set()), ("refused", {}), ("layers", {}), ("counts", Counter())):
         monkeypatch.setattr(parts, name, value)
@@ -148,7 +149,7 @@ def played_vllm(folder: Path, monkeypatch: Any) -> Iterator[Callable[..., None]]
         ("reserved", False),
         ("told", False),
     ):
-        monkeypatch.setattr(hooks._Engine, name, value)
+        monkeypatch.setattr(State, name, value)
     monkeypatch.setattr(sys, "meta_path", [found for found in sys.meta_path if not isinstance(found, finder._Finder)])
     monkeypatch.delenv(parts.VARIABLE, raising=False)
     real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "vllm"}

@@ -11,9 +11,10 @@ from fake_vllm import modules
 from pcp_mla import LatentExchange, write_latent_cache
 from pcp_mla.exchange.peer_memory import PeersUnavailable
 from pcp_mla.groups import CommunicatorHandle, all_gather_into, gathers_in_place, group_rank, group_world_size
-from pcp_mla.integrations.vllm import hooks, latents, parts, register
+from pcp_mla.integrations.vllm import latents, parts, register
 from pcp_mla.integrations.vllm.communicator import Communicator
 from pcp_mla.integrations.vllm.latents import StepExchange
+from pcp_mla.integrations.vllm.state import State
 from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
@@ -326,6 +327,6 @@ def test_steps_are_counted(vllm):
     vllm()
     register()
     _, manager = modules()
-    hooks._Engine.exchange = SimpleNamespace(step=4)
+    State.exchange = SimpleNamespace(step=4)
     manager.PCPManager().partition_batch(SimpleNamespace(), "graphs")
-    assert hooks._Engine.exchange.step == 5
+    assert State.exchange.step == 5

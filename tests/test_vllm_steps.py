@@ -10,6 +10,7 @@ import torch
 from fake_vllm import modules
 from pcp_mla.integrations.vllm import hooks, parts, prefill, register, switch
 from pcp_mla.integrations.vllm.prefill import FIELD
+from pcp_mla.integrations.vllm.state import State
 
 # The part prefill: rows.
 
@@ -65,7 +66,7 @@ def test_small_keys_of_a_longest_prompt_are_all_there_at_once(vllm, length, head
     impl = attention.Impl()
     impl.num_heads = heads
     attention.MLAAttention(impl=impl)
-    assert hooks._Engine.workspace_rows == rows
+    assert State.workspace_rows == rows
 
 
 def test_a_batch_that_was_not_partitioned_has_rows_of_requests_of_their_own(vllm):
@@ -85,7 +86,7 @@ def test_the_workspace_of_vllm_is_kept_to(vllm):
     attention, _ = modules()
     attention.MLAAttention()
     builder = attention.MLACommonMetadataBuilder()
-    hooks._Engine.workspace_rows = 4
+    State.workspace_rows = 4
     metadata = builder.build(0, batch_of(ROWS, 2))
     assert [chunk.num_keys for chunk in getattr(metadata.prefill, FIELD).chunks] == [4, 4, 7]
 
@@ -216,13 +217,13 @@ def test_the_profile_run_allocates_what_a_step_needs(names, exchanging, monkeypa
     width = 2 * (12 + 8 + 8) + 16
     assert made == ([(100 * width + 128,), (100, width)] if "prefill" in names else [])
     if "exchange" not in names:
-        assert hooks._Engine.exchange is None
+        assert State.exchange is None
         return
-    exchange = hooks._Engine.exchange.of(*latents(20))
+    exchange = State.exchange.of(*latents(20))
     assert exchange.max_tokens == 64  # max_num_batched_tokens
-    assert hooks._Engine.exchange.of(*latents(64)) is exchange
-    assert hooks._Engine.exchange.of(*latents(65)).max_tokens == 65
-    assert hooks._Engine.exchange._outgrown == [exchange]
+    assert State.exchange.of(*latents(64)) is exchange
+    assert State.exchange.of(*latents(65)).max_tokens == 65
+    assert State.exchange._outgrown == [exchange]
 
 
 @pytest.mark.parametrize("case", ["switched off", "a sparse layer", "no layer yet"])

@@ -76,7 +76,7 @@ CHANGES = (
     Change(
         "any tensor taken for the gathered one",
         "python/pcp_mla/integrations/vllm/latents.py",
-        " or kv_c is not self._last[1]:",
+        " or kv_c is not last.kv_c:",
         ":",
         "tests/test_vllm_steps.py::test_writes_that_are_vllms",
     ),
@@ -97,14 +97,14 @@ CHANGES = (
     Change(
         "rows of the batch before",
         "python/pcp_mla/integrations/vllm/hooks.py",
-        "if _Engine.batch is not None and np.array_equal(",
-        "if _Engine.batch is not None and not np.array_equal(",
+        "if State.batch is not None and np.array_equal(",
+        "if State.batch is not None and not np.array_equal(",
         "tests/test_vllm_steps.py",
     ),
     Change(
         "context chunks skipped in steps that are vLLM's",
         "python/pcp_mla/integrations/vllm/hooks.py",
-        "            _Engine.taking_rows = False\n",
+        "            State.taking_rows = False\n",
         "            pass\n",
         "tests/test_vllm_steps.py::test_a_build_that_fails_leaves_the_next_one_alone",
     ),

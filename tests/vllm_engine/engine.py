@@ -106,8 +106,9 @@ def run_waves(llm: Any) -> dict[str, Any]:
 
 
 def begin(worker: Any, names: list[str] | None, workspace: int | None, damage: str | None) -> None:
-    from pcp_mla.integrations.vllm import hooks, parts, prefill, switch
+    from pcp_mla.integrations.vllm import parts, prefill, switch
     from pcp_mla.integrations.vllm.planner import StepPlanner
+    from pcp_mla.integrations.vllm.state import State
 
     if names is not None:
         switch(names)
@@ -116,10 +117,10 @@ def begin(worker: Any, names: list[str] | None, workspace: int | None, damage: s
         for part in group:
             builder = part.get_metadata_builder()
             builder.chunked_prefill_workspace_size = workspace or builder.chunked_prefill_workspace.shape[0]
-    made = hooks._Engine.planner
+    made = State.planner
     if made is not None:
-        limit = hooks._Engine.workspace_rows if workspace is None else max(workspace, STEP)  # a plan keeps new tokens together
-        hooks._Engine.planner = StepPlanner(made._manager, limit, made._communicator)
+        limit = State.workspace_rows if workspace is None else max(workspace, STEP)  # a plan keeps new tokens together
+        State.planner = StepPlanner(made._manager, limit, made._communicator)
     worker.whole = getattr(worker, "whole", (prefill.expand_into, prefill.run_rows))
     prefill.expand_into, prefill.run_rows = worker.whole
     if damage is not None:

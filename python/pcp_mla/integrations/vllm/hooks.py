@@ -1,4 +1,4 @@
-"""What is changed of vLLM: of its MLA layers and their metadata, and of its manager of prefill context parallelism."""
+"""What is changed of vLLM, by module; of its MLA layers and their metadata here."""
 
 from __future__ import annotations
 
@@ -10,52 +10,14 @@ from typing import Any
 import numpy as np
 
 from . import parts
-from . import planner as step_planner
-from .communicator import Communicator
-from .latents import E4M3, StepExchange
-from .parts import logger
+from .latents import E4M3
+from .manager import in_pcp_manager
+from .planner import Plan
 from .prefill import FIELD, WORKSPACE, LayerPrefill, is_sparse, refusal
 from .rows import host_rows, step_rows
+from .state import State, exchange_for
 
 _SMALL_BYTES = 2**31  # K and V of one call
-
-
-class _Engine:
-    """What the parts of a process share."""
-
-    communicator: Communicator | None = None
-    exchange: StepExchange | None = None
-    by_peers = True  # whether all layers' caches are of kinds that other ranks can store to
-    batch: Any = None  # the last step's rows on this rank
-    layers: list[LayerPrefill] = []  # noqa: RUF012  the state of a process
-    max_tokens = 0  # of a step
-    workspace_rows = 0  # rows of K and V that a call may need, if its keys can be shared out over several
-    reserved = False
-    taking_rows = False  # while metadata is built for layers whose context this package attends to
-    planner: step_planner.StepPlanner | None = None
-    told = False
-
-
-def _tell() -> None:
-    if not _Engine.told:
-        _Engine.told = True
-        from pcp_mla import __version__
-
-        logger.info("pcp-mla %s %s", __version__, parts.summary())
-
-
-def _communicator() -> Communicator:
-    if _Engine.communicator is None:
-        from vllm.distributed.parallel_state import get_pcp_group
-
-        _Engine.communicator = Communicator(get_pcp_group())
-    return _Engine.communicator
-
-
-def _exchange(like: Any) -> StepExchange:
-    if _Engine.exchange is None:
-        _Engine.exchange = StepExchange(_communicator(), _Engine.max_tokens, _Engine.by_peers and like.is_cuda)
-    return _Engine.exchange
 
 
 def _on_layer(layer: Any, config: Any) -> None:
@@ -66,17 +28,17 @@ def _on_layer(layer: Any, config: Any) -> None:
     parts.made("exchange", layer.layer_name, "sparse MLA" if sparse else "")
     why = refusal(layer, config)
     parts.made("prefill", layer.layer_name, why)
-    _Engine.max_tokens = config.scheduler_config.max_num_batched_tokens
+    State.max_tokens = config.scheduler_config.max_num_batched_tokens
     exchanged = not sparse and "exchange" not in parts.refused
     attended = not why and "prefill" not in parts.refused
     if exchanged:
-        _Engine.by_peers &= layer.kv_cache_dtype in ("auto", *E4M3)
+        State.by_peers &= layer.kv_cache_dtype in ("auto", *E4M3)
         _take_write(layer.impl)
     if attended:
         ours = LayerPrefill(layer)
         layer.impl.forward_mha, layer.forward_impl = ours.forward_mha, ours.forward_impl
-        _Engine.layers.append(ours)
-        _Engine.workspace_rows = max(_Engine.workspace_rows, _rows_at_a_time(layer, ours.workspace_width(), config.model_config))
+        State.layers.append(ours)
+        State.workspace_rows = max(State.workspace_rows, _rows_at_a_time(layer, ours.workspace_width(), config.model_config))
     if exchanged or attended:
         _reserve_first(layer)
 
@@ -85,7 +47,7 @@ def _rows_at_a_time(layer: Any, width: int, model: Any) -> int:
     """Keys that a call may need: as many as vLLM's own calls may, a step's new tokens, or those of the longest prompt, if K and V
     of them are small."""
     small = _SMALL_BYTES // (width * model.dtype.itemsize)
-    return max(layer.chunked_prefill_workspace_size, _Engine.max_tokens, min(model.max_model_len, small))
+    return max(layer.chunked_prefill_workspace_size, State.max_tokens, min(model.max_model_len, small))
 
 
 def _reserve_first(layer: Any) -> None:
@@ -96,8 +58,8 @@ def _reserve_first(layer: Any) -> None:
     @functools.wraps(forward)
     def forward_impl(q: Any, k_c_normed: Any, k_pe: Any, *args: Any, **named: Any) -> Any:
         layer.forward_impl = forward
-        if not _Engine.reserved:
-            _Engine.reserved = True
+        if not State.reserved:
+            State.reserved = True
             _reserve(k_c_normed, k_pe)
         return forward(q, k_c_normed, k_pe, *args, **named)
 
@@ -106,11 +68,11 @@ def _reserve_first(layer: Any) -> None:
 
 def _reserve(kv_c: Any, k_pe: Any) -> None:
     if "exchange" in parts.running:
-        _exchange(kv_c).of(kv_c, k_pe)
+        exchange_for(kv_c).of(kv_c, k_pe)
     if "prefill" in parts.running:
-        width = max(layer.workspace_width() for layer in _Engine.layers)
-        WORKSPACE.keep(kv_c, _Engine.workspace_rows * width)
-        kv_c.new_empty(_Engine.workspace_rows, width)
+        width = max(layer.workspace_width() for layer in State.layers)
+        WORKSPACE.keep(kv_c, State.workspace_rows * width)
+        kv_c.new_empty(State.workspace_rows, width)
 
 
 def _take_write(impl: Any) -> None:
@@ -120,7 +82,7 @@ def _take_write(impl: Any) -> None:
     def do_kv_cache_update(
         kv_c_normed: Any, k_pe: Any, kv_cache: Any, slot_mapping: Any, kv_cache_dtype: str, k_scale: Any, *rest: Any
     ) -> None:
-        exchange = _Engine.exchange
+        exchange = State.exchange
         taken = exchange is not None and kv_cache.numel() and "exchange" in parts.running
         if not (taken and exchange.write(kv_c_normed, kv_cache, slot_mapping, kv_cache_dtype, k_scale)):  # type: ignore[union-attr]
             own(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *rest)
@@ -165,12 +127,12 @@ def _in_mla_attention(module: ModuleType) -> None:
             count = kv_c_normed.shape[0]
             sharded = named.get("pcp_shard_decode_requests", rest[0] if rest else False)
             if slot_mapping.shape[0] > count and (sharded or num_decode_tokens < count):
-                return _exchange(kv_c_normed).gather(kv_c_normed, k_pe, slot_mapping)
+                return exchange_for(kv_c_normed).gather(kv_c_normed, k_pe, slot_mapping)
         return gather(kv_c_normed, k_pe, slot_mapping, num_decode_tokens, use_pcp, *rest, **named)
 
     @functools.wraps(chunks)
     def build_chunks(**named: Any) -> Any:
-        return None if _Engine.taking_rows else chunks(**named)
+        return None if State.taking_rows else chunks(**named)
 
     if "exchange" not in parts.refused:
         module.maybe_gather_mla_latent_cache_inputs = maybe_gather  # type: ignore[attr-defined]
@@ -183,14 +145,14 @@ def _build(module: ModuleType, own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         mine = "prefill" in parts.running and self.use_pcp
-        plan = None if _Engine.planner is None else _Engine.planner.plan
+        plan = None if State.planner is None else State.planner.plan
         if mine and plan is not None and plan.is_of(common_attn_metadata):
             return _planned_metadata(module, self, common_attn_metadata, plan)
-        _Engine.taking_rows = mine
+        State.taking_rows = mine
         try:
             metadata = own(self, common_prefix_len, common_attn_metadata, fast_build)
         finally:
-            _Engine.taking_rows = False
+            State.taking_rows = False
         if mine and metadata.num_prefills > 0:
             _add_rows(self, common_attn_metadata, metadata)
         return metadata
@@ -198,7 +160,7 @@ def _build(module: ModuleType, own: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def _planned_metadata(module: ModuleType, builder: Any, common: Any, plan: step_planner.Plan) -> Any:
+def _planned_metadata(module: ModuleType, builder: Any, common: Any, plan: Plan) -> Any:
     """vLLM's metadata of a step without decodes, of which its own code reads no more than this."""
     prefill = module.MLACommonPrefillMetadata(
         block_table=common.block_table_tensor,
@@ -228,109 +190,15 @@ def _add_rows(builder: Any, common: Any, metadata: Any) -> None:
     starts = common.query_start_loc_cpu[first : last + 1].numpy()
     ends = common.seq_lens_cpu_upper_bound[first:last].numpy()  # exact for prefill rows
     requests = np.arange(first, last)
-    if _Engine.batch is not None and np.array_equal(_Engine.batch.query_start_loc_np, common.query_start_loc_cpu.numpy()):
-        requests = _Engine.batch.idx_mapping_np[first:last]
-    host = host_rows(starts[1:] - starts[:-1], ends, requests, _Engine.workspace_rows)
+    if State.batch is not None and np.array_equal(State.batch.query_start_loc_np, common.query_start_loc_cpu.numpy()):
+        requests = State.batch.idx_mapping_np[first:last]
+    host = host_rows(starts[1:] - starts[:-1], ends, requests, State.workspace_rows)
     rows = step_rows(host, last - first, metadata.prefill.block_table, builder.page_size)
     setattr(metadata.prefill, FIELD, rows)
     parts.counts["rows"] += 1
 
 
-def _look_at(manager: Any) -> None:
-    """Look at a manager that was just made, once."""
-    why = step_planner.refusal(manager) if _Engine.workspace_rows else "no layer whose prefill is taken"
-    parts.made("planner", "manager", why)
-    if parts.layers.get("exchange"):  # else there are no layers yet
-        _tell()
-
-
-def _planner(manager: Any) -> step_planner.StepPlanner | None:
-    """The planner of a step that is to be planned here, made for the first one."""
-    if not {"planner", "prefill"} <= parts.running:
-        return None
-    if _Engine.planner is None:
-        try:
-            _Engine.planner = step_planner.StepPlanner(manager, _Engine.workspace_rows, _communicator())
-        except AttributeError as error:
-            parts.made("planner", "manager", f"a manager that is not known ({error})")
-            logger.warning("pcp-mla: planner stays vLLM's own: a manager that is not known (%s)", error)
-    return _Engine.planner
-
-
-def _tell_later(manager: Any) -> None:
-    own = manager.set_block_tables
-
-    @functools.wraps(own)
-    def set_block_tables(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = own(self, *args, **kwargs)
-        _tell()
-        return result
-
-    manager.set_block_tables = set_block_tables
-
-
-def _graphed(batch_desc: Any = None) -> bool:
-    """Whether a graph of fixed sizes is replayed: its rows are vLLM's to pad."""
-    return batch_desc is not None and bool(batch_desc.cg_mode.value)
-
-
-def _in_pcp_manager(module: ModuleType) -> None:
-    manager = module.PCPManager
-    made, partition, prepare = manager.__init__, manager.partition_batch, manager.prepare_attn
-    restore = manager.restore_hidden_states
-    if hasattr(manager, "set_block_tables"):
-        parts.refuse("planner", "a manager that is made before the layers and their cache, as that of 0.33")
-        _tell_later(manager)
-    parts.refuse(
-        "planner",
-        parts.parameters_are(partition, "self", "input_batch", more=("batch_desc",))
-        or parts.parameters_are(prepare, "self", "input_batch")
-        or parts.parameters_are(restore, "self", "hidden_states"),
-    )
-
-    @functools.wraps(made)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        _look_at(self)
-
-    @functools.wraps(partition)
-    def partition_batch(self: Any, input_batch: Any, *rest: Any, **named: Any) -> Any:
-        batch = None
-        if _Engine.exchange is not None:
-            _Engine.exchange.step += 1
-        if _Engine.planner is not None:
-            _Engine.planner.plan = None
-        planner = _planner(self)
-        if planner is not None and not _graphed(*rest, **named):
-            batch = planner.partition(input_batch)
-        if batch is None:
-            batch = partition(self, input_batch, *rest, **named)
-        else:
-            self._global_batch = input_batch
-        _Engine.batch = batch
-        return batch
-
-    @functools.wraps(prepare)
-    def prepare_attn(self: Any, input_batch: Any) -> Any:
-        plan = None if _Engine.planner is None else _Engine.planner.plan
-        if plan is None or input_batch is not plan.batch:
-            return prepare(self, input_batch)
-        return (plan.tables,), plan.slots.unsqueeze(0)
-
-    @functools.wraps(restore)
-    def restore_hidden_states(self: Any, hidden_states: Any) -> Any:
-        planner = _Engine.planner
-        if planner is None or planner.plan is None:
-            return restore(self, hidden_states)
-        return planner.restore(hidden_states)
-
-    manager.__init__ = __init__
-    manager.partition_batch = partition_batch
-    manager.prepare_attn = prepare_attn
-    manager.restore_hidden_states = restore_hidden_states
-
-
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "vllm.model_executor.layers.attention.mla_attention": _in_mla_attention,
-    "vllm.v1.worker.gpu.pcp_manager": _in_pcp_manager,
+    "vllm.v1.worker.gpu.pcp_manager": in_pcp_manager,
 }

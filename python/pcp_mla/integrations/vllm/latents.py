@@ -3,7 +3,7 @@ where GPUs see one another's memory, else by one collective and a write out of i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,21 @@ E4M3 = ("fp8", "fp8_e4m3")  # what vLLM calls caches of float8_e4m3fn with a sca
 _TIMEOUT = 300.0  # seconds: ranks compile kernels at their own speed
 
 
+class _Gathered(NamedTuple):
+    """What vLLM was given last.
+
+    Attributes:
+        peers: the exchange that has yet to store it; None where a collective has gathered it.
+        rows: [P * n, W] of all ranks, if gathered.
+        kv_c, k_pe: as given: parts of ``rows``, or this rank's own.
+    """
+
+    peers: PeerExchange | None
+    rows: torch.Tensor | None
+    kv_c: torch.Tensor
+    k_pe: torch.Tensor
+
+
 class StepExchange:
     """The exchanges of a process, one for each kind of latents, whichever layer they are of.
 
@@ -36,8 +51,7 @@ class StepExchange:
         self._communicator, self._max_tokens, self._by_peers = communicator, max_tokens, by_peers
         self._outgrown: list[Any] = []  # graphs may have their addresses
         self._exchanges: dict[tuple[Any, ...], LatentExchange | PeerExchange] = {}
-        self._peers: PeerExchange | None = None  # that has not yet stored what was asked for last
-        self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # all, kv_c and k_pe of what was gathered last
+        self._last: _Gathered | None = None
         self._attached: set[int] = set()
         self.step = 0  # to be counted up
 
@@ -69,33 +83,37 @@ class StepExchange:
         count = self._communicator.world_size * kv_c.shape[0]
         slots = slot_mapping if slot_mapping.shape[0] == count else slot_mapping[:count]
         if isinstance(exchange, PeerExchange):
-            self._peers, self._last = exchange, (kv_c, kv_c, k_pe)
+            self._last = _Gathered(exchange, None, kv_c, k_pe)
             return kv_c, k_pe, slots
-        self._peers = None
-        packed = exchange.all_gather_rows(kv_c, k_pe.view(kv_c.shape[0], -1))
-        if self._last is None or packed is not self._last[0]:  # one for all layers of a step
-            self._last = packed, packed[:, : kv_c.shape[1]], packed[:, None, kv_c.shape[1] :]
-        return *self._last[1:], slots
+        rows = exchange.all_gather_rows(kv_c, k_pe.view(kv_c.shape[0], -1))
+        if self._last is None or rows is not self._last.rows:  # one for all layers of a step
+            self._last = _Gathered(None, rows, rows[:, : kv_c.shape[1]], rows[:, None, kv_c.shape[1] :])
+        return self._last.kv_c, self._last.k_pe, slots
 
     def write(self, kv_c: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, cache_dtype: str, scale: torch.Tensor) -> bool:
         """Write the rows that were gathered last, if these are they and the cache is of a kind that the op knows."""
-        if self._last is None or kv_c is not self._last[1]:
-            if self._peers is not None:  # vLLM's own write would put this rank's rows into others' slots
+        last = self._last
+        if last is None or kv_c is not last.kv_c:
+            if last is not None and last.peers is not None:  # vLLM's own write would put this rank's rows into others' slots
                 raise RuntimeError(
                     f"pcp_mla: latents to cache must be those of the last gather: set {parts.VARIABLE} without exchange"
                 )
             return False
-        exchange, (packed, _, k_pe) = self._peers, self._last
-        if exchange is not None:
-            self._peers = self._last = None
-            quantised = cache_dtype in E4M3
-            view = cache.view(torch.float8_e4m3fn) if quantised else cache
-            self._attach(exchange, view)
-            exchange.publish_rows(kv_c, k_pe.view(kv_c.shape[0], -1), slots, view, scale if quantised else None, self.step)
-        elif cache_dtype in E4M3:
-            write_latent_cache(packed, cache.view(torch.float8_e4m3fn), slots, scale=scale)
+        scaled = cache_dtype in E4M3
+        if scaled:
+            cache = cache.view(torch.float8_e4m3fn)
+        if last.peers is not None:
+            self._last = None
+            self._attach(last.peers, cache)
+            rows = (kv_c, last.k_pe.view(kv_c.shape[0], -1))
+            last.peers.publish_rows(*rows, slots, cache, scale if scaled else None, self.step)
+            parts.counts["cache_write"] += 1
+            return True
+        assert last.rows is not None
+        if scaled:
+            write_latent_cache(last.rows, cache, slots, scale=scale)
         elif cache.dtype == kv_c.dtype:
-            write_rows(packed, cache, slots, None)
+            write_rows(last.rows, cache, slots, None)
         else:
             return False
         parts.counts["cache_write"] += 1
