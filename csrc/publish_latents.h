@@ -68,4 +68,19 @@ struct PublishCall {
   bool alone;                                // every rank has these rows: nothing is sent
 };
 
+// Whether somebody may still read what this call overwrites, as far as the calls tell, which every rank makes alike: a cache that
+// was written to since all ranks were last waited for, also by each rank alone, may be read until a rank's next call.
+inline bool must_wait(Mailbox& mailbox, const char* written, const PublishCall& call, uint64_t capture) {
+  if (call.alone) {
+    mailbox.published.insert(written);
+    return false;
+  }
+  const bool first = call.step != mailbox.step || capture != mailbox.capture;
+  mailbox.step = call.step;
+  mailbox.capture = capture;
+  if (!first && mailbox.published.insert(written).second) return false;
+  mailbox.published = {written};
+  return true;
+}
+
 }  // namespace pcp_mla

@@ -172,21 +172,6 @@ Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall
   return Published::kCache;
 }
 
-// Whether somebody may still read what this call overwrites, as far as the calls tell, which every rank makes alike: a cache that
-// was written to since all ranks were last waited for, also by each rank alone, may be read until a rank's next call.
-bool must_wait(Mailbox& mailbox, const char* written, const PublishCall& call, uint64_t capture) {
-  if (call.alone) {
-    mailbox.published.insert(written);
-    return false;
-  }
-  const bool first = call.step != mailbox.step || capture != mailbox.capture;
-  mailbox.step = call.step;
-  mailbox.capture = capture;
-  if (!first && mailbox.published.insert(written).second) return false;
-  mailbox.published = {written};
-  return true;
-}
-
 // Calls are done one after the other, also on several streams: they count in the same memory.
 void follow(Mailbox& mailbox, cudaStream_t stream, uint64_t capture) {
   const auto before = static_cast<cudaStream_t>(std::exchange(mailbox.stream, stream));

@@ -18,6 +18,20 @@ CHANGES = (
         "tests/test_latent_cache.py::test_sequences_by_block_table",
     ),
     Change(
+        "a cache that was written to since all ranks were waited for is stored to at once",
+        "csrc/publish_latents.h",
+        "if (!first && mailbox.published.insert(written).second) return false;",
+        "if (!first) return false;",
+        "tests/test_publish_order.py",
+    ),
+    Change(
+        "the first call of a captured graph does not wait",
+        "csrc/publish_latents.h",
+        " || capture != mailbox.capture",
+        "",
+        "tests/test_publish_order.py::test_table",
+    ),
+    Change(
         "an empty partial's output counts",
         "csrc/cpu/merge_states.cpp",
         "        if (weights[n] == 0) continue;\n",
