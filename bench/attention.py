@@ -1,7 +1,7 @@
-"""pcp_attention's Triton kernel beside FlashAttention 2 and 3, all in the one-call form: widths 192 and 128, bf16, rank 0 of P.
+"""pcp_attention's own kernels beside FlashAttention 2 and 3, all in the one-call form: widths 192 and 128, bf16, rank 0 of P.
 
-FLOPs: two for each multiplication that the causal mask leaves. "rows" are the kernel's with ``kv_rows``, "prev" merges an earlier
-result. ``python -m bench.attention sweep`` times the kernel's configurations, and some of them with ``kv_rows``.
+FLOPs: two for each multiplication that the causal mask leaves. K comes apart from ``k_pe``, or in one piece ("K"); "rows" are with
+``kv_rows``, "prev" merges an earlier result. ``python -m bench.attention sweep`` times the kernel's configurations, and some of them with ``kv_rows``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import peers, plain, timing
 NOPE, ROPE, V = 128, 64, 128
 SCALE = (NOPE + ROPE) ** -0.5
 # Tokens, heads, ranks.
-GPU_SHAPES = [(4096, 16, 2), (16384, 16, 2), (32768, 16, 8)]
+GPU_SHAPES = [(4096, 16, 2), (16384, 16, 2), (32768, 16, 8), (32768, 128, 8)]
 CPU_SHAPES = [(256, 2, 2)]
 Paths = dict[str, Callable[[], Any]]
 
@@ -63,6 +63,7 @@ def make_paths(meta: PCPMetadata, x: dict[str, torch.Tensor], device: str) -> Pa
     order = torch.arange(len(k), device=device, dtype=torch.int32)
     blocks = order.view(-1, 64)[torch.randperm(len(k) // 64, device=device)].flatten()  # a paged cache's
     mixed = torch.randperm(len(k), device=device)
+    listed = mixed.int()
 
     def moved(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """K, k_pe and V of key i in row ``rows[i]``."""
@@ -71,15 +72,21 @@ def make_paths(meta: PCPMetadata, x: dict[str, torch.Tensor], device: str) -> Pa
     (mixed_k, mixed_pe, mixed_v), (paged_k, paged_pe, paged_v) = moved(mixed), moved(blocks)
     # Weighs nothing, but is read and merged.
     nothing = (q.new_zeros(*q.shape[:2], V), torch.full(q.shape[:2], -40.0, device=device))
-    own = {**options, "backend": "triton"}
-    paths = {
-        "triton": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, **own),
-        "triton K": lambda: pcp_attention(q, k, v, meta, **own),
-        "triton rows": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, kv_rows=order, **own),
-        "triton blocks of rows": lambda: pcp_attention(q, paged_k, paged_v, meta, k_pe=paged_pe, kv_rows=blocks, **own),
-        "triton random rows": lambda: pcp_attention(q, mixed_k, mixed_v, meta, k_pe=mixed_pe, kv_rows=mixed.int(), **own),
-        "triton prev": lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, prev=nothing, **own),
-    }
+    paths = {}
+    for name in ("cuda", "triton"):
+        if support.missing(name, q.device):
+            continue
+        own = {**options, "backend": name}
+        paths |= {
+            name: lambda own=own: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, **own),
+            f"{name} K": lambda own=own: pcp_attention(q, k, v, meta, **own),
+            f"{name} rows": lambda own=own: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, kv_rows=order, **own),
+            f"{name} blocks of rows": lambda own=own: pcp_attention(
+                q, paged_k, paged_v, meta, k_pe=paged_pe, kv_rows=blocks, **own
+            ),
+            f"{name} random rows": lambda own=own: pcp_attention(q, mixed_k, mixed_v, meta, k_pe=mixed_pe, kv_rows=listed, **own),
+            f"{name} prev": lambda own=own: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, prev=nothing, **own),
+        }
     for name in ("fa3", "fa2"):
         if not support.missing(name, q.device):
             paths[name] = lambda name=name: pcp_attention(q, k, v, meta, **options, backend=name)

@@ -35,7 +35,7 @@ def run_threads(world_size, fn, *args):
                 results[rank] = fn(ThreadGroup(world_size, rank, shared, barrier), *args)
                 torch.cuda.current_stream().synchronize()
         except BaseException as error:
-            errors.append(error)
+            errors.append((rank, error))
             barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
@@ -44,5 +44,6 @@ def run_threads(world_size, fn, *args):
     for thread in threads:
         thread.join()
     if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        words = "; ".join(f"rank {rank}: {error!r}" for rank, error in errors)
+        raise RuntimeError(f"{words}; {fn.__name__}{args}") from errors[0][1]
     return results

@@ -25,6 +25,7 @@ OURS = [
     ),
     pytest.param("cuda", "torch", id="torch-cuda", marks=pytest.mark.gpu),
     pytest.param("cuda", "triton", id="triton", marks=pytest.mark.gpu),
+    pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
 ]
 ALL = [*OURS, *(pytest.param("cuda", name, id=name, marks=pytest.mark.gpu) for name in ("fa2", "fa3", "fa4"))]
 ours = pytest.mark.parametrize(("device", "backend"), OURS)
@@ -393,7 +394,7 @@ def test_many_requests(device, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", "fa3", "fa2"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "fa3", "fa2"])
 def test_graph_replay_with_other_lengths(backend):
     available("cuda", backend)
     planner = PCPPlanner(4, 4000, 2, 0, device="cuda")

@@ -8,6 +8,7 @@ extern "C" __attribute__((visibility("default"))) const pcp_mla::DirectOps* pcp_
     pcp_mla::cuda::add_concat_k(ops);
     pcp_mla::cuda::add_latent_cache(ops);
     pcp_mla::cuda::add_kv_up_project(ops);
+    pcp_mla::cuda::add_attention(ops);
     pcp_mla::cuda::add_publish_latents(ops);
     return ops;
   }();

@@ -1,11 +1,21 @@
-// What kernels here need of the driver itself. Its functions are looked up through the runtime: nothing is linked to its library,
-// so that the package can be loaded where there is none.
+// What launches ask about a GPU, and what they need of the driver itself. Its functions are looked up through the runtime: nothing
+// is linked to its library, so that the package can be loaded where there is none.
 #pragma once
 #include <cuda.h>
 
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
+
+constexpr int kMaxDevices = 64;
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+inline bool is_hopper(const Kind& kind) { return device_attribute(cudaDevAttrComputeCapabilityMajor, kind.device_index) == 9; }
 
 // A function of the driver as of CUDA 12.0: driver_function<decltype(cuFunction)>("cuFunction").
 template <typename Function>

@@ -40,11 +40,23 @@ __device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Announces bytes without arriving.
+__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // Copies. A tensor copy completes on a barrier.
 
 __device__ inline void tensor_load_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
                "l"(map), "r"(barrier), "r"(x), "r"(y)
+               : "memory");
+}
+
+__device__ inline void tensor_load_3d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y, int32_t z) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+                   to),
+               "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
 
@@ -58,18 +70,43 @@ __device__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// An arrival, once all copies that the thread has begun are there.
+__device__ inline void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // What ordinary stores and cp.async wrote to shared memory, for tensor cores and copy engine.
 __device__ inline void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Matrix products. Both operands lie in shared memory, rows of 64 two-byte numbers (128 bytes) along the reduction, their 16-byte
-// pieces swizzled: piece c of row r is at c ^ (r % 8). Eight rows make an atom of 1024 bytes, aligned to that.
+// From here on, how many registers each thread of a warpgroup has.
+template <int kRegisters>
+__device__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Matrix products. Operands in shared memory have rows of 64 two-byte numbers (128 bytes), their 16-byte pieces swizzled: piece c
+// of row r is at c ^ (r % 8). Eight rows make an atom of 1024 bytes, aligned to that. Rows lie along the reduction; those of an
+// operand that is taken transposed are its numbers, side by side in slabs of 64 columns.
 
 constexpr int kSlab = 64;  // numbers of such a row
 
-__device__ inline uint64_t matrix_descriptor(uint32_t address) {
-  constexpr uint64_t swizzle_128 = uint64_t{1} << 62, atom = uint64_t{1024 >> 4} << 32, leading = uint64_t{1} << 16;
-  return swizzle_128 | atom | leading | ((address & 0x3FFFF) >> 4);
+// `slab`: bytes from one slab of a transposed operand to the next; of no meaning to others.
+__device__ inline uint64_t matrix_descriptor(uint32_t address, uint32_t slab = 16) {
+  constexpr uint64_t swizzle_128 = uint64_t{1} << 62, atom = uint64_t{1024 >> 4} << 32;
+  return swizzle_128 | atom | uint64_t{slab >> 4} << 16 | ((address & 0x3FFFF) >> 4);
 }
+
+// The descriptor of what lies some bytes further on. Its upper half stays what it is: no carry to be worked out.
+__device__ inline uint64_t further(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+
+// A number that all lanes of a warp have, such that the compiler knows it: descriptors are worked out once for the warp then.
+__device__ inline int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
 
 __device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -78,55 +115,132 @@ __device__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// After the last wait: the compiler knows of no connection between it and the sums, and might read these before.
+// Around products: the compiler knows of no connection between a fence or a wait and the registers of a product, and might read
+// sums before the wait, or write an operand behind the fence.
 template <int kCount>
 __device__ void settle(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int kCount>
+__device__ void settle(uint32_t (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
 
-#define PCP_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define PCP_D16(i) PCP_D4(i), PCP_D4(i + 4), PCP_D4(i + 8), PCP_D4(i + 12)
-#define PCP_PRODUCT_64(type)                                                                                   \
-  asm volatile(                                                                                                \
-      "{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"                                                       \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type                                                       \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, more, 1, 1, 0, 0;\n}"                      \
-      : PCP_D16(0), PCP_D16(16)                                                                                \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
-#define PCP_PRODUCT_128(type)                                                                                      \
-  asm volatile(                                                                                                    \
-      "{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"                                                           \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type                                                          \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "     \
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "  \
-      "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-      "%64, %65, more, 1, 1, 0, 0;\n}"                                                                             \
-      : PCP_D16(0), PCP_D16(16), PCP_D16(32), PCP_D16(48)                                                          \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+#define PCP_SUMS_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PCP_SUMS_128 \
+  PCP_SUMS_64        \
+  ", "               \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PCP_SUMS_256 \
+  PCP_SUMS_128       \
+  ", "               \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define PCP_D8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define PCP_D32(i) PCP_D8(i), PCP_D8(i + 8), PCP_D8(i + 16), PCP_D8(i + 24)
+#define PCP_D64(i) PCP_D32(i), PCP_D32(i + 32)
+#define PCP_PRODUCT(n, type, a, b, more)     \
+  "{\n.reg .pred more;\nsetp.ne.b32 more, " more ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type " {" \
+  PCP_SUMS_##n "}, " a ", " b ", more, 1, 1"
+#define PCP_ROWS ", 0, 0;\n}"
+#define PCP_TRANSPOSED ", 1;\n}"
 
 // d [64, N] += a [64, 16] b [N, 16]^T, or = without `accumulate`. Lane l of warp w has, for every 8 columns, columns 2 (l % 4) and
 // the next one of rows 16 w + l / 4 and 8 further down.
 template <typename T>
 __device__ void product(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
-  if constexpr (sizeof(T) == 2 && __is_same(T, __half)) {
-    PCP_PRODUCT_64("f16.f16");
+  if constexpr (__is_same(T, __half)) {
+    asm volatile(PCP_PRODUCT(64, "f16.f16", "%32", "%33", "%34") PCP_ROWS
+                 : PCP_D32(0)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   } else {
-    PCP_PRODUCT_64("bf16.bf16");
+    asm volatile(PCP_PRODUCT(64, "bf16.bf16", "%32", "%33", "%34") PCP_ROWS
+                 : PCP_D32(0)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   }
 }
 template <typename T>
 __device__ void product(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (__is_same(T, __half)) {
-    PCP_PRODUCT_128("f16.f16");
+    asm volatile(PCP_PRODUCT(128, "f16.f16", "%64", "%65", "%66") PCP_ROWS
+                 : PCP_D64(0)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   } else {
-    PCP_PRODUCT_128("bf16.bf16");
+    asm volatile(PCP_PRODUCT(128, "bf16.bf16", "%64", "%65", "%66") PCP_ROWS
+                 : PCP_D64(0)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   }
 }
-#undef PCP_PRODUCT_128
-#undef PCP_PRODUCT_64
-#undef PCP_D16
-#undef PCP_D4
+
+// d [64, N] += a [64, 16] b [16, N], with `a` in registers: a pair of its numbers where a sum's pair of columns would be, of the
+// first 8 columns and of the others, rows first.
+#define PCP_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1)
+template <typename T>
+__device__ void product(float (&d)[32], const uint32_t* a, uint64_t b) {
+  if constexpr (__is_same(T, __half)) {
+    asm volatile(PCP_PRODUCT(64, "f16.f16", "{%32, %33, %34, %35}", "%36", "%37") PCP_TRANSPOSED : PCP_D32(0) : PCP_A);
+  } else {
+    asm volatile(PCP_PRODUCT(64, "bf16.bf16", "{%32, %33, %34, %35}", "%36", "%37") PCP_TRANSPOSED : PCP_D32(0) : PCP_A);
+  }
+}
+template <typename T>
+__device__ void product(float (&d)[64], const uint32_t* a, uint64_t b) {
+  if constexpr (__is_same(T, __half)) {
+    asm volatile(PCP_PRODUCT(128, "f16.f16", "{%64, %65, %66, %67}", "%68", "%69") PCP_TRANSPOSED : PCP_D64(0) : PCP_A);
+  } else {
+    asm volatile(PCP_PRODUCT(128, "bf16.bf16", "{%64, %65, %66, %67}", "%68", "%69") PCP_TRANSPOSED : PCP_D64(0) : PCP_A);
+  }
+}
+template <typename T>
+__device__ void product(float (&d)[128], const uint32_t* a, uint64_t b) {
+  if constexpr (__is_same(T, __half)) {
+    asm volatile(PCP_PRODUCT(256, "f16.f16", "{%128, %129, %130, %131}", "%132", "%133") PCP_TRANSPOSED
+                 : PCP_D64(0), PCP_D64(64)
+                 : PCP_A);
+  } else {
+    asm volatile(PCP_PRODUCT(256, "bf16.bf16", "{%128, %129, %130, %131}", "%132", "%133") PCP_TRANSPOSED
+                 : PCP_D64(0), PCP_D64(64)
+                 : PCP_A);
+  }
+}
+#undef PCP_A
+#undef PCP_TRANSPOSED
+#undef PCP_ROWS
+#undef PCP_PRODUCT
+#undef PCP_D64
+#undef PCP_D32
+#undef PCP_D8
+#undef PCP_SUMS_256
+#undef PCP_SUMS_128
+#undef PCP_SUMS_64
+
+// Two numbers of an operand, the first one lower.
+template <typename T>
+__device__ uint32_t pack(float a, float b) {
+  if constexpr (__is_same(T, __half)) {
+    const __half2 both = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+  } else {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+}
+
+// Lane q of four has v[i], columns 2 q and 2 q + 1 of 8-column block i; returns all 8 columns of block q.
+__device__ inline uint4 gather_block(const uint32_t (&v)[4], uint32_t lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  const uint32_t r0 = __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1), r1 = __shfl_xor_sync(~0u, odd ? v[2] : v[3], 1);
+  const uint32_t x0 = odd ? r0 : v[0], x1 = odd ? v[1] : r0, y0 = odd ? r1 : v[2], y1 = odd ? v[3] : r1;
+  const uint32_t s0 = __shfl_xor_sync(~0u, high ? x0 : y0, 2), s1 = __shfl_xor_sync(~0u, high ? x1 : y1, 2);
+  return high ? make_uint4(s0, s1, y0, y1) : make_uint4(x0, x1, s0, s1);
+}
 
 }  // namespace pcp_mla::cuda

@@ -9,14 +9,7 @@
 namespace pcp_mla::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
 constexpr uint32_t kMaxChosenRank = 512;  // wider ones leave too few stages: Triton's kernel is chosen then
-
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
 
 CUtensorMap weight_map(const UpProject& u, uint32_t box_rows) {
   return encode("the weight of kv_up_project", u.kind, u.weight, {u.rank, uint64_t{u.heads} * (u.nope + u.v_dim)},
@@ -93,8 +86,6 @@ bool is_aligned(const UpProject& u) {
   }
   return bits % 16 == 0;
 }
-
-bool is_hopper(const Kind& kind) { return device_attribute(cudaDevAttrComputeCapabilityMajor, kind.device_index) == 9; }
 
 void run(const UpProject& u) {
   if (u.written == 0) return;

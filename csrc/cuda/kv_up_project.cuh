@@ -60,26 +60,6 @@ inline __device__ Item item_at(const UpProject& u, const Schedule& s, uint32_t n
   return {tile * kRows, head, min(s.heads_an_item, u.heads - head)};
 }
 
-template <typename T>
-__device__ uint32_t pack(float a, float b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 both = __floats2half2_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(both);
-  } else {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-}
-
-// Lane q of four has v[i], columns 2 q and 2 q + 1 of 8-column block i; returns all 8 columns of block q.
-__device__ uint4 gather_block(const uint32_t (&v)[4], uint32_t lane) {
-  const bool odd = lane & 1, high = lane & 2;
-  const uint32_t r0 = __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1), r1 = __shfl_xor_sync(~0u, odd ? v[2] : v[3], 1);
-  const uint32_t x0 = odd ? r0 : v[0], x1 = odd ? v[1] : r0, y0 = odd ? r1 : v[2], y1 = odd ? v[3] : r1;
-  const uint32_t s0 = __shfl_xor_sync(~0u, high ? x0 : y0, 2), s1 = __shfl_xor_sync(~0u, high ? x1 : y1, 2);
-  return high ? make_uint4(s0, s1, y0, y1) : make_uint4(x0, x1, s0, s1);
-}
-
 template <int kN>
 __device__ void load_weights(const UpProject& u, const Schedule& s, const CUtensorMap* map, uint32_t stages, const Barriers& b) {
   constexpr uint32_t bytes = kN * kRowBytes;

@@ -125,6 +125,16 @@ bool kv_up_project(py::handle latents, py::handle rows, py::handle weight, py::h
   return a.ok() && ops->kv_up_project(vl, vr, vw, vk, vv) == nullptr;
 }
 
+bool attention(py::handle q, py::handle k, py::handle v, py::handle k_pe, py::handle kv_rows, py::handle cu_seqlens_q,
+               py::handle cu_seqlens_k, py::handle seqused_k, py::handle prev_out, py::handle prev_lse, double softmax_scale,
+               bool causal, py::handle out, py::handle lse) {
+  Arguments a;
+  const View &vq = a.need(q), &vk = a.need(k), &vv = a.need(v), &sq = a.need(cu_seqlens_q), &sk = a.need(cu_seqlens_k),
+             &used = a.need(seqused_k), &vo = a.need(out);
+  const View *pe = a.take(k_pe), *rows = a.take(kv_rows), *po = a.take(prev_out), *pl = a.take(prev_lse), *vl = a.take(lse);
+  return a.ok() && ops->attention({vq, vk, vv, pe, rows, sq, sk, used, po, pl, softmax_scale, causal, vo, vl}) == nullptr;
+}
+
 // Where the rows went (Published), 0 as other functions' false, or the words of what was wrong.
 py::object publish_latents(int64_t mailbox, py::handle kv_c, py::handle k_pe, py::handle slot_mapping, py::handle cache,
                            py::handle scale, int64_t tokens, int64_t local_rows, int64_t first, int64_t padded, int64_t step,
@@ -171,5 +181,6 @@ PYBIND11_MODULE(_direct, m) {
   m.def("concat_k", &pcp_mla::concat_k);
   m.def("write_latent_cache", &pcp_mla::write_latent_cache);
   m.def("kv_up_project", &pcp_mla::kv_up_project);
+  m.def("attention", &pcp_mla::attention);
   m.def("publish_latents", &pcp_mla::publish_latents);
 }

@@ -20,7 +20,7 @@ from .integrations.vllm.report import print_report
 from .ops import native
 from .ops.attention import support
 from .ops.registry import COMPOSED, availability, public_name
-from .ops.schemas import PYTHON_SCHEMAS, SCHEMAS
+from .ops.schemas import SCHEMAS
 
 
 def _version(package: str) -> str:
@@ -68,7 +68,7 @@ def print_env() -> int:
         print(f"{name:12} {reason or 'loaded'}")
     print(f"exchange     {_exchange()}")
     print()
-    names = [op for op in (*SCHEMAS, *PYTHON_SCHEMAS) if not op.endswith("_out") and op not in (*COMPOSED.values(), "attention")]
+    names = [op for op in SCHEMAS if not op.endswith("_out") and op not in (*COMPOSED.values(), "attention")]
     ops = {public_name(op): availability(op) for op in names} | {"pcp_attention": support.availability()}
     for name, backends in ops.items():
         print(name)

@@ -13,7 +13,7 @@ import torch
 
 from .. import reference
 from . import native
-from .schemas import PYTHON_SCHEMAS, SCHEMAS
+from .schemas import SCHEMAS
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -27,10 +27,11 @@ FAMILIES = {
     "concat_k": "concat_k",
     "kv_up_project": "kv_up_project",
     "kv_up_project_wgmma": "kv_up_project",
+    "attention_wgmma": "attention",
 }
 
 # Ops that have no kernel in C++ for the CPU, where torch's is as good, and on CUDA choose between Triton and the op named here.
-COMPOSED = {"kv_up_project": "kv_up_project_wgmma"}
+COMPOSED = {"kv_up_project": "kv_up_project_wgmma", "attention": "attention_wgmma"}
 
 
 def family(op: str) -> str:
@@ -89,9 +90,9 @@ def availability(op: str) -> dict[str, str]:
         triton = ""
     else:
         triton = gpu
-    no_cpp = op in (*COMPOSED, *COMPOSED.values(), *PYTHON_SCHEMAS)
+    no_cpp = op in (*COMPOSED, *COMPOSED.values())
     return {
-        "cuda": "it has no CUDA kernel" if op in PYTHON_SCHEMAS else native.status["_native_cuda"] or gpu,
+        "cuda": native.status["_native_cuda"] or gpu,
         "triton": triton,
         "cpu": "it has no C++ kernel, reference is what runs" if no_cpp else native.status["_native"],
         "reference": "",
@@ -106,11 +107,10 @@ def fake_in_place(*args: Any) -> None:
 
 def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define ``op``, fill in kernels that csrc/ has not or that are not built, and return the op to call."""
-    only_python = op in PYTHON_SCHEMAS
-    _library.define(op + (PYTHON_SCHEMAS if only_python else SCHEMAS)[op])
-    if only_python or native.status["_native"]:
+    _library.define(op + SCHEMAS[op])
+    if native.status["_native"]:
         _library.impl(op, getattr(reference, op), "CPU")
-    if only_python or native.status["_native_cuda"]:
+    if native.status["_native_cuda"]:
         _library.impl(op, triton_form(op) if HAS_TRITON else getattr(reference, op), "CUDA")
     torch.library.register_fake(f"pcp_mla::{op}", fake, lib=_library)
     return getattr(torch.ops.pcp_mla, op).default
@@ -119,10 +119,9 @@ def register(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def register_composed(
     op: str, fake: Callable[..., Any], *, cpu: Callable[..., Any], cuda: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register an op of :data:`COMPOSED` or :data:`PYTHON_SCHEMAS`, whose implementations are Python functions, and return the op
-    to call."""
-    for name in (op, COMPOSED[op]) if op in COMPOSED else (op,):
-        _library.define(name + (PYTHON_SCHEMAS.get(name) or SCHEMAS[name]))
+    """Register an op of :data:`COMPOSED`, whose implementations are Python functions, and return the op to call."""
+    for name in (op, COMPOSED[op]):
+        _library.define(name + SCHEMAS[name])
         torch.library.register_fake(f"pcp_mla::{name}", fake, lib=_library)
     _library.impl(op, cpu, "CPU")
     _library.impl(op, cuda, "CUDA")

@@ -44,11 +44,11 @@ SCHEMAS = {
     "cp_correct_out": (
         "(Tensor out, Tensor lses, Tensor? seqused_k, SymInt rank, bool base2, Tensor(a!) corrected, Tensor(b!)? lse_out) -> ()"
     ),
-}
-
-# Ops of which csrc/ knows nothing: their kernels are Python, and so is their choice of a backend.
-PYTHON_SCHEMAS = {
     "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? k_pe, Tensor? kv_rows, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqused_k, "
+        "Tensor? prev_out, Tensor? prev_lse, float softmax_scale, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()"
+    ),
+    "attention_wgmma": (
         "(Tensor q, Tensor k, Tensor v, Tensor? k_pe, Tensor? kv_rows, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqused_k, "
         "Tensor? prev_out, Tensor? prev_lse, float softmax_scale, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()"
     ),

@@ -15,7 +15,7 @@ from ..concat_k import concat_k
 from ..fused_gather import GatheredRows, pcp_fused_gather
 from ..fused_restore import pcp_fused_restore
 from ..merge_states import merge_attn_states
-from ..registry import HAS_TRITON, fake_in_place, register_composed, triton_form
+from ..registry import HAS_TRITON, direct, fake_in_place, register_composed, triton_form
 from . import support
 from .checks import check_attention
 from .libraries import LIBRARIES, Library, Rows, call, check_placement, find, prepared
@@ -25,27 +25,56 @@ State = tuple[torch.Tensor, torch.Tensor]  # an output and its LSE
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def _on_cuda(*args: Any) -> None:
-    (triton_form("attention") if HAS_TRITON else reference.attention)(*args)
+def _on_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pe: torch.Tensor | None,
+    kv_rows: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    seqused_k: torch.Tensor,
+    prev_out: torch.Tensor | None,
+    prev_lse: torch.Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """The CUDA kernel if it takes these tensors, else Triton's."""
+    name = support.choose("auto", q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None, ours=True)
+    if name == "cuda" and support.out_of_reach(q, k, v, k_pe, out, prev_out):
+        name = "triton" if HAS_TRITON else "torch"
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    _kernel(name)(q, k, v, k_pe, kv_rows, *lengths, prev_out, prev_lse, softmax_scale, causal, out, lse)
 
 
 _attention = register_composed("attention", fake_in_place, cpu=reference.attention, cuda=_on_cuda)
+_wgmma = torch.ops.pcp_mla.attention_wgmma.default
+
+
+def _by_wgmma(*args: Any) -> None:
+    calls = direct()
+    if calls is None or not calls.attention(*args):
+        _wgmma(*args)
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, width: int, v_width: int, listed: bool) -> str:
-    """As :func:`support.choose`; under a compiler, where looking for libraries is nothing to compile, ``auto`` is Triton
-    on a GPU."""
+    """As :func:`support.choose`; under a compiler, where looking for libraries is nothing to compile, ``auto`` on a GPU is the op
+    that chooses among our own kernels when it runs."""
     if not torch.compiler.is_compiling():
         return support.choose(backend, device, dtype, width, v_width, listed)
-    if backend not in ("auto", "triton") and device.type == "cuda":
-        raise NotImplementedError(f"pcp_attention: backend must be auto or triton under torch.compile on a GPU, got {backend!r}")
-    return "triton" if device.type == "cuda" or backend == "triton" else "torch"
+    if backend != "auto" and device.type == "cuda":
+        raise NotImplementedError(f"pcp_attention: backend must be auto under torch.compile on a GPU, got {backend!r}")
+    return "auto"
 
 
 def _kernel(name: str) -> Callable[..., None]:
     """Our own implementation: the op under a compiler, else past the dispatcher, which costs more than the launch."""
     if torch.compiler.is_compiling():
         return _attention
+    if name == "cuda":
+        return _by_wgmma
     return triton_form("attention") if name == "triton" else reference.attention
 
 
@@ -105,6 +134,8 @@ def run_rows(
     if lse is None and return_lse:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lengths = (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k)
+    if name == "cuda" and support.out_of_reach(q, k, v, k_pe, out, None if prev is None else prev[0]):
+        name = "triton" if HAS_TRITON else "torch"
     if name == "torch" and lse is None and prev is None and kv_rows is None and not torch.compiler.is_compiling():
         attend_rows(q, k if k_pe is None else concat_k(k, k_pe), v, *lengths, float(scale), rows.causal, out)
         return out, None
@@ -258,8 +289,9 @@ def pcp_attention(
         out: what to write and return, a tensor or with ``return_lse`` a tuple, any row and head strides. It may be ``prev``, both
             very tensors: then a row that has no key in the chunk costs nothing. Otherwise they must share no memory with each other
             or an input.
-        backend: ``fa3``, ``fa4``, ``fa2``, ``triton``, ``torch`` (the definition; any device), or ``auto``: fa3 on Hopper for
-            widths 192 and 128, else triton, on the CPU torch. Under ``torch.compile`` ``auto`` is triton on a GPU.
+        backend: ``cuda`` (our own, Hopper), ``fa3``, ``fa4``, ``fa2``, ``triton``, ``torch`` (the definition; any device), or
+            ``auto``: the fastest, cuda on Hopper for the widths that it takes, else triton, on the CPU torch. Under
+            ``torch.compile`` ``auto`` on a GPU.
 
     All of bf16, fp16 or fp32 (``torch``: also fp64), one dtype; any row and head strides with a contiguous last dimension. Causal,
     aligned bottom-right; a chunk of context is seen by every query.
@@ -275,5 +307,10 @@ def pcp_attention(
     """
     check_attention(q, k, v, meta, softmax_scale, k_pe, kv_rows, prev, chunk, out, return_lse)
     name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
+    if backend == "cuda":
+        given = out[0] if isinstance(out, tuple) else out
+        refused = support.out_of_reach(q, k, v, k_pe, given, None if prev is None else prev[0])
+        if refused:
+            raise NotImplementedError(f"pcp_attention: backend 'cuda' does not support {refused}; triton does")
     check_library(name, chunk is not None or prev is not None)
     return attend(name, q, k, v, meta, softmax_scale, return_lse, k_pe, kv_rows, prev, chunk, out)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from ...checks import dtype_name
+from .. import native
 from ..registry import HAS_TRITON, interpreted
-from .libraries import BF16_FP16, LIBRARIES, Library, find
+from .libraries import BF16_FP16, LIBRARIES, Library, apart, find
 
 FLOATS = (*BF16_FP16, torch.float32)
 
@@ -35,6 +36,14 @@ class Support(NamedTuple):
 
 
 SUPPORT = {
+    "cuda": Support(
+        BF16_FP16,
+        lambda d, dv: d % 8 == 0 and (-(-d // 64), dv) in ((2, 64), (2, 128), (3, 128), (4, 256)),
+        "q over 64 and up to 128 with v 64 or 128, q up to 192 with v 128, q up to 256 with v 256",
+        kv_rows=True,
+        k_pe=True,
+        capabilities=(9,),
+    ),
     "fa3": Support(
         BF16_FP16,
         lambda d, dv: d % 8 == 0 and dv % 8 == 0 and (d == dv <= 256 or (128 < d <= 192 and 96 < dv <= 128)),
@@ -71,6 +80,10 @@ SUPPORT = {
 }
 
 
+# As measured (docs/attention.md): the first that takes a call.
+_FASTEST = ("cuda", "triton")
+
+
 @functools.cache
 def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
@@ -87,6 +100,8 @@ def missing(name: str, device: torch.device) -> str:
         if _capability(device) not in support.capabilities:
             wanted = ", ".join(f"sm_{major}x" for major in support.capabilities)
             return f"it is for {wanted}, this GPU is sm_{_capability(device)}x"
+    if name == "cuda":
+        return native.status["_native_cuda"]
     found = find(name) if name in LIBRARIES else ""
     return found if isinstance(found, str) else ""
 
@@ -111,8 +126,32 @@ def refusal(name: str, dtype: torch.dtype, width: int, v_width: int, listed: boo
     return "kv_rows" if listed and not support.kv_rows else ""
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, width: int, v_width: int, listed: bool) -> str:
-    """The backend that does this: the named one, or with ``auto`` the fastest that there is.
+def out_of_reach(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pe: torch.Tensor | None,
+    out: torch.Tensor | None,
+    prev_out: torch.Tensor | None,
+) -> str:
+    """What tensor copies and 16-byte accesses of ``cuda`` do not reach among these; the empty string if they reach all. As
+    csrc/cuda/attention.cu has it."""
+    if k_pe is not None and (k.shape[2] % 64 != 0 or k_pe.shape[1] > 64 or k_pe.shape[1] % 8 != 0):
+        return f"widths {k.shape[2]} of k and {k_pe.shape[1]} of k_pe (k's must be a multiple of 64, k_pe's of 8 and at most 64)"
+    if k_pe is not None and (k_pe.data_ptr() | k_pe.stride(0) * k_pe.element_size()) % 16 != 0:
+        return f"a k_pe whose rows are not at multiples of 16 bytes (strides {k_pe.stride()})"
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("prev", prev_out)):
+        if x is not None and apart(x):
+            return f"a tensor {name} whose rows and heads are not at multiples of 16 bytes (strides {x.stride()})"
+        if x is not None and any(x.shape[i] > 1 and x.stride(i) == 0 for i in range(2)):
+            return f"a tensor {name} that is expanded"
+    return ""
+
+
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, width: int, v_width: int, listed: bool, ours: bool = False
+) -> str:
+    """The backend that does this: the named one, or with ``auto`` the fastest that there is, or of ``ours`` alone.
 
     Raises:
         ValueError: no such backend.
@@ -122,8 +161,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, width: int, v
     if backend == "auto":
         if device.type != "cuda":
             return "torch"
-        fits = (width, v_width) == (192, 128) and not listed and not missing("fa3", device)
-        for name in ("fa3", "triton") if fits else ("triton",):
+        for name in _FASTEST:
             if not missing(name, device) and not refusal(name, dtype, width, v_width, listed):
                 return name
         return "torch"

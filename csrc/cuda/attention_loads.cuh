@@ -1,0 +1,202 @@
+// pcp_attention on sm_90: what a block works on, and how it comes into shared memory.
+#pragma once
+#include "../attention.h"
+#include "attention_items.cuh"
+#include "hopper.cuh"
+#include "vec.cuh"
+
+namespace pcp_mla::cuda {
+namespace {
+
+constexpr int kQueries = 128;
+constexpr int kGroupThreads = 128, kGroupWarps = 4;  // of a warpgroup
+constexpr int kAttentionThreads = 3 * kGroupThreads;
+constexpr int kGroupQueries = 64;
+constexpr uint32_t kRowBytes = kSlab * 2;
+constexpr uint32_t kAtomBytes = 1024;
+constexpr int kStages = 2;
+
+// Slabs of q and K, the width of V, and the keys of a tile.
+template <int kQSlabs, int kVWidth, int kKeyTile>
+struct AttentionShape {
+  static constexpr int slabs = kQSlabs, v_width = kVWidth, keys = kKeyTile, v_slabs = kVWidth / kSlab;
+  static constexpr uint32_t slab_bytes = keys * kRowBytes, q_slab_bytes = kQueries * kRowBytes;
+  static constexpr uint32_t q_bytes = slabs * q_slab_bytes, k_bytes = slabs * slab_bytes, v_bytes = v_slabs * slab_bytes;
+  static constexpr uint32_t bytes = kAtomBytes + q_bytes + kStages * (k_bytes + v_bytes);
+};
+
+struct AttentionMaps {
+  CUtensorMap q, k, k_pe, v;
+};
+
+struct ListedKeys {  // where K and V lie: rows[i] is the row of key i
+  const int32_t* rows;
+  const char *k, *k_pe, *v;
+  int64_t k_row, k_head, k_pe_row, v_row, v_head;  // bytes
+  uint32_t last_pieces;                            // of 16 bytes, in K's last slab
+};
+
+struct AttentionCall {
+  AttentionRows rows;
+  uint32_t items, head_group, k_slabs;  // k_slabs: of k, without k_pe
+  float scale;                          // of scores, times log2(e)
+  ListedKeys listed;
+  const char* prev_out;
+  int64_t prev_token, prev_head;  // bytes
+  Lse prev_lse;
+  char* out;
+  int64_t out_token, out_head;  // bytes
+  Lse lse;
+};
+
+struct AttentionBarriers {
+  uint64_t q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+// What a block works on.
+struct AttentionTile {
+  int32_t head, first_token, tokens;  // queries, of which there may be less than kQueries
+  int32_t first_key, used, seen;      // of the row; keys that any of the queries sees
+  int32_t first_limit;                // keys that the first query sees; each further one sees one more, or just as many
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define PCP_MLA_HOPPER
+
+__device__ inline AttentionTile attention_tile(const AttentionCall& c, uint32_t block, uint32_t lane) {
+  const uint32_t in_group = block % (c.items * c.head_group), head = block / (c.items * c.head_group) * c.head_group;
+  const AttentionItem item = attention_item<kQueries>(c.rows, in_group / c.head_group, lane);
+  AttentionTile t{};
+  if (item.row < 0) return t;
+  const int32_t begin = c.rows.cu_seqlens_q[item.row], length = c.rows.cu_seqlens_q[item.row + 1] - begin;
+  t.head = head + in_group % c.head_group;
+  t.first_token = begin + item.tile * kQueries;
+  t.tokens = min(kQueries, length - item.tile * kQueries);
+  t.first_key = c.rows.cu_seqlens_k[item.row];
+  t.used = c.rows.seqused_k[item.row];
+  t.first_limit = c.rows.causal ? t.used - length + item.tile * kQueries + 1 : t.used;
+  t.seen = c.rows.causal ? min(t.first_limit + kQueries - 1, t.used) : t.used;
+  t.seen = max(t.seen, 0);
+  return t;
+}
+
+// The number-th load of K or of V: its stage, and the parity of the phase that it fills.
+__device__ inline uint32_t stage_of(uint32_t number) { return number % kStages; }
+__device__ inline uint32_t parity_of(uint32_t number) { return number / kStages & 1; }
+
+// One thread brings everything by tensor copies.
+template <typename Shape>
+__device__ void copy_tiles(const AttentionCall& c, const AttentionMaps& maps, const AttentionTile& t, uint32_t k_tiles,
+                           uint32_t v_tiles, const AttentionBarriers& b, uint32_t tiles) {
+  const auto load_k = [&](uint32_t j) {
+    const uint32_t full = shared_address(&b.k_full[stage_of(j)]), to = k_tiles + stage_of(j) * Shape::k_bytes;
+    barrier_wait(shared_address(&b.k_empty[stage_of(j)]), parity_of(j) ^ 1);
+    barrier_arrive_expect(full, Shape::k_bytes);
+    const int32_t key = t.first_key + static_cast<int32_t>(j) * Shape::keys;
+    for (uint32_t slab = 0; slab < c.k_slabs; ++slab) {
+      tensor_load_3d(to + slab * Shape::slab_bytes, &maps.k, full, slab * kSlab, key, t.head);
+    }
+    if (c.k_slabs < Shape::slabs) tensor_load_2d(to + c.k_slabs * Shape::slab_bytes, &maps.k_pe, full, 0, key);
+  };
+  const auto load_v = [&](uint32_t j) {
+    const uint32_t full = shared_address(&b.v_full[stage_of(j)]), to = v_tiles + stage_of(j) * Shape::v_bytes;
+    barrier_wait(shared_address(&b.v_empty[stage_of(j)]), parity_of(j) ^ 1);
+    barrier_arrive_expect(full, Shape::v_bytes);
+    for (uint32_t slab = 0; slab < Shape::v_slabs; ++slab) {
+      tensor_load_3d(to + slab * Shape::slab_bytes, &maps.v, full, slab * kSlab, t.first_key + j * Shape::keys, t.head);
+    }
+  };
+  load_k(0);
+  for (uint32_t j = 1; j < tiles; ++j) {
+    load_k(j);
+    load_v(j - 1);
+  }
+  load_v(tiles - 1);
+}
+
+// A warpgroup brings listed rows, each warp a quarter of a tile: by tensor copies where they lie one behind another, else eight
+// lanes a row of a slab. What lies past the row's last key is zeros.
+template <typename Shape>
+__device__ void copy_listed(const AttentionCall& c, const AttentionMaps& maps, const AttentionTile& t, uint32_t k_tiles,
+                            uint32_t v_tiles, const AttentionBarriers& b, uint32_t tiles, uint32_t warp, uint32_t lane) {
+  constexpr uint32_t kWarpRows = Shape::keys / kGroupWarps, kTurns = kWarpRows / 4;
+  const ListedKeys& l = c.listed;
+  const uint32_t piece = lane % 8, first = warp * kWarpRows + lane / 8;
+  const char *k = l.k + t.head * l.k_head + piece * 16, *v = l.v + t.head * l.v_head + piece * 16, *k_pe = l.k_pe + piece * 16;
+  const auto look_up = [&](uint32_t j) {  // the row of each lane's key
+    const int32_t key = j * Shape::keys + warp * kWarpRows + lane;
+    if (lane >= kWarpRows || key >= t.used) return -1;
+    return max(l.rows[t.first_key + key], 0);  // a pad, which only pads see, is row 0
+  };
+  const auto lie_together = [&](int32_t row) {
+    const int32_t begin = __shfl_sync(~0u, row, 0);
+    return __all_sync(~0u, lane >= kWarpRows || row == begin + static_cast<int32_t>(lane)) && begin >= 0;
+  };
+  // Row after row, so that each one's address is worked out once.
+  const auto copy_rows = [&](int32_t row, auto&& copy_row) {
+#pragma unroll
+    for (uint32_t i = 0; i < kTurns; ++i) {
+      const int32_t of = __shfl_sync(~0u, row, i * 4 + lane / 8);
+      const uint32_t in_tile = first + i * 4;
+      copy_row(static_cast<uint32_t>(max(of, 0)), of < 0, in_tile * kRowBytes + ((piece ^ in_tile % 8) << 4));
+    }
+  };
+  const auto load_k = [&](uint32_t j, int32_t row) {
+    const uint32_t full = shared_address(&b.k_full[stage_of(j)]), to = k_tiles + stage_of(j) * Shape::k_bytes;
+    barrier_wait(shared_address(&b.k_empty[stage_of(j)]), parity_of(j) ^ 1);
+    if (!lie_together(row)) {
+      const bool apart = c.k_slabs < Shape::slabs;
+      copy_rows(row, [&](uint32_t of, bool zeros, uint32_t in_slab) {
+        const char* at = k + uint64_t{of} * static_cast<uint32_t>(l.k_row);
+#pragma unroll
+        for (int slab = 0; slab < Shape::slabs - 1; ++slab) {
+          copy_async_16(to + slab * Shape::slab_bytes + in_slab, at + slab * kRowBytes, zeros);
+        }
+        at = apart ? k_pe + uint64_t{of} * static_cast<uint32_t>(l.k_pe_row) : at + (Shape::slabs - 1) * kRowBytes;
+        copy_async_16(to + (Shape::slabs - 1) * Shape::slab_bytes + in_slab, at, zeros || piece >= l.last_pieces);
+      });
+    } else if (lane == 0) {
+      const uint32_t at = to + warp * kWarpRows * kRowBytes;
+      barrier_expect(full, Shape::k_bytes / kGroupWarps);
+      for (uint32_t slab = 0; slab < c.k_slabs; ++slab) {
+        tensor_load_3d(at + slab * Shape::slab_bytes, &maps.k, full, slab * kSlab, row, t.head);
+      }
+      if (c.k_slabs < Shape::slabs) tensor_load_2d(at + c.k_slabs * Shape::slab_bytes, &maps.k_pe, full, 0, row);
+    }
+    copy_async_arrive(full);
+  };
+  const auto load_v = [&](uint32_t j, int32_t row) {
+    const uint32_t full = shared_address(&b.v_full[stage_of(j)]), to = v_tiles + stage_of(j) * Shape::v_bytes;
+    barrier_wait(shared_address(&b.v_empty[stage_of(j)]), parity_of(j) ^ 1);
+    if (!lie_together(row)) {
+      copy_rows(row, [&](uint32_t of, bool zeros, uint32_t in_slab) {
+        const char* at = v + uint64_t{of} * static_cast<uint32_t>(l.v_row);
+#pragma unroll
+        for (int slab = 0; slab < Shape::v_slabs; ++slab) {
+          copy_async_16(to + slab * Shape::slab_bytes + in_slab, at + slab * kRowBytes, zeros);
+        }
+      });
+    } else if (lane == 0) {
+      barrier_expect(full, Shape::v_bytes / kGroupWarps);
+      for (uint32_t slab = 0; slab < Shape::v_slabs; ++slab) {
+        tensor_load_3d(to + slab * Shape::slab_bytes + warp * kWarpRows * kRowBytes, &maps.v, full, slab * kSlab, row, t.head);
+      }
+    }
+    copy_async_arrive(full);
+  };
+  int32_t before = 0, row = look_up(0), next = look_up(1);  // of the tile before, whose V comes after this one's K
+  load_k(0, row);
+  for (uint32_t j = 1; j < tiles; ++j) {
+    before = row;
+    row = next;
+    next = look_up(j + 1);
+    load_k(j, row);
+    load_v(j - 1, before);
+  }
+  load_v(tiles - 1, row);
+}
+
+#endif
+
+}  // namespace
+}  // namespace pcp_mla::cuda
