@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <span>
 
 #include "checks.h"
 
@@ -18,19 +19,24 @@ struct UpProject {
   const int32_t* rows;  // [count] slots
   const char* weight;   // [heads * (nope + v), rank]
   int64_t weight_stride;
-  char *k, *v;
-  int64_t k_row, k_head, v_row, v_head;  // bytes
-  uint32_t count, written;               // rows, and with those that are zeroed
+  char *k, *v, *pe;                                       // pe: where k_pe goes, to each head or to a place of its own
+  int64_t k_row, k_head, v_row, v_head, pe_row, pe_head;  // bytes
+  uint32_t pe_heads;                                      // the first heads, which write k_pe: all, or one where it stands apart
+  uint32_t count, written;                                // rows, and with those that are zeroed
   uint32_t heads, rank, nope, rope, v_dim;
   Kind kind;
 
-  UpProject(const View& l, const View* listed_rows, const View& w, const View& ko, const View& vo) {
+  UpProject(const View& l, const View* listed_rows, const View& w, const View& ko, const View& vo, const View* po) {
     constexpr const char* op = "kv_up_project";
+    const bool apart = po != nullptr;
+    const Output all[] = {{"k_out", &ko}, {"v_out", &vo}, {"k_pe_out", po}};
+    const std::span outputs(all, apart ? 3 : 2);
     kind = w.kind;
     check(l.dims == 2 || l.dims == 3, op, ": latents must be [rows, width] or [num_blocks, block_size, width]");
     check(w.dims == 2 && ko.dims == 3 && vo.dims == 3, op, ": weight must have 2 dimensions, k_out and v_out 3");
-    for (const View* x : {&l, &ko, &vo}) {
-      check(x->kind.same_device(kind) && x->kind.dtype == kind.dtype && (x->strides[x->dims - 1] == 1), op,
+    check(!apart || po->dims == 2, op, ": k_pe_out must have 2 dimensions");
+    for (const View* x : {&l, &ko, &vo, po}) {
+      check(x == nullptr || (x->kind.same_device(kind) && x->kind.dtype == kind.dtype && x->strides[x->dims - 1] == 1), op,
             ": all tensors must have one dtype and device, and a contiguous last dimension");
     }
     check(w.strides[1] == 1, op, ": weight must have a contiguous last dimension");
@@ -45,20 +51,27 @@ struct UpProject {
             ": rows must be a contiguous int32 list on the device of the latents");
       entries = r.sizes[0];
       rows = reinterpret_cast<const int32_t*>(r.data);
-      check_outputs(op, ko, vo, span_of(r));
     }
-    for (const View* x : {&l, &w}) check_outputs(op, ko, vo, span_of(*x));
-    check_apart(op, "k_out", span_of(ko), "v_out", span_of(vo));
-    check(slots <= INT32_MAX && entries <= INT32_MAX - kUpProjectTile && ko.sizes[0] >= entries && vo.sizes[0] >= entries, op,
-          ": k_out and v_out must have at least as many rows as there are, fewer than 2**31");
+    check(slots <= INT32_MAX && entries <= INT32_MAX - kUpProjectTile, op, ": there must be fewer than 2**31 latents and rows");
     const int64_t most = (entries + kUpProjectTile - 1) / kUpProjectTile * kUpProjectTile;
-    check(std::min(ko.sizes[0], most) == std::min(vo.sizes[0], most), op, ": k_out and v_out must have as many rows");
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const auto& [name, view] = outputs[i];
+      check(view->sizes[0] >= entries, op, ": ", name, " must have at least as many rows as there are");
+      check(std::min(view->sizes[0], most) == std::min(ko.sizes[0], most), op, ": ", name, " must have as many rows as k_out");
+      const Span written_to = span_of(*view);
+      for (const View* input : {&l, listed_rows, &w}) {
+        if (input != nullptr) check_apart(op, name, written_to, "the inputs", span_of(*input));
+      }
+      for (const Output& other : outputs.first(i)) check_apart(op, name, written_to, other.name, span_of(*other.view));
+    }
     rank = static_cast<uint32_t>(w.sizes[1]);
     heads = static_cast<uint32_t>(ko.sizes[1]);
-    check(rank > 0 && width >= rank && heads > 0 && vo.sizes[1] == heads && ko.sizes[2] >= width - rank, op,
+    const int64_t rope_of_k = apart ? 0 : width - rank;
+    check(rank > 0 && width >= rank && heads > 0 && vo.sizes[1] == heads && ko.sizes[2] >= rope_of_k, op,
           ": k_out must be [rows, heads, nope + rope] and v_out [rows, heads, v], with rope = width - kv_lora_rank");
     rope = static_cast<uint32_t>(width - rank);
-    nope = static_cast<uint32_t>(ko.sizes[2] - rope);
+    check(!apart || po->sizes[1] == rope, op, ": k_pe_out must be [rows, rope], with rope = width - kv_lora_rank");
+    nope = static_cast<uint32_t>(ko.sizes[2] - rope_of_k);
     v_dim = static_cast<uint32_t>(vo.sizes[2]);
     check(w.sizes[0] == int64_t{heads} * (nope + v_dim) && w.sizes[0] <= INT32_MAX, op,
           ": weight must be [heads * (nope + v), kv_lora_rank], less than 2**31 rows");
@@ -75,6 +88,10 @@ struct UpProject {
     k_head = ko.strides[1] * item;
     v_row = vo.strides[0] * item;
     v_head = vo.strides[1] * item;
+    pe = apart ? po->data : k + nope * item;
+    pe_row = apart ? po->strides[0] * item : k_row;
+    pe_head = apart ? 0 : k_head;
+    pe_heads = apart ? 1 : heads;
     count = static_cast<uint32_t>(entries);
     written = static_cast<uint32_t>(std::min(ko.sizes[0], most));
   }
@@ -90,10 +107,10 @@ struct UpProject {
   }
 
  private:
-  static void check_outputs(const char* op, const View& k_out, const View& v_out, const Span& input) {
-    check_apart(op, "k_out", span_of(k_out), "the inputs", input);
-    check_apart(op, "v_out", span_of(v_out), "the inputs", input);
-  }
+  struct Output {
+    const char* name;
+    const View* view;
+  };
 };
 
 }  // namespace pcp_mla

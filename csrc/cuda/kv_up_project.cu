@@ -84,6 +84,7 @@ bool is_aligned(const UpProject& u) {
   for (const char* at : {u.latents, u.weight, static_cast<const char*>(u.k), static_cast<const char*>(u.v)}) {
     bits |= reinterpret_cast<uintptr_t>(at);
   }
+  if (u.rope > 0) bits |= u.pe_row | u.pe_head | reinterpret_cast<uintptr_t>(u.pe);  // a tensor of no width has odd strides
   return bits % 16 == 0;
 }
 
@@ -93,8 +94,8 @@ void run(const UpProject& u) {
 }
 
 void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& k_out,
-                         const Tensor& v_out) {
-  const UpProject u(view_of(latents), OptionalView(rows), view_of(weight), view_of(k_out), view_of(v_out));
+                         const Tensor& v_out, const std::optional<Tensor>& k_pe_out) {
+  const UpProject u(view_of(latents), OptionalView(rows), view_of(weight), view_of(k_out), view_of(v_out), OptionalView(k_pe_out));
   check(has_dtype(u), "kv_up_project: the CUDA kernel needs bfloat16 or float16");
   check(has_widths(u),
         "kv_up_project: the CUDA kernel needs kv_lora_rank, nope and v in multiples of 64 and rope of 8, at most 64; got ", u.rank,
@@ -105,10 +106,11 @@ void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& row
 }
 
 // The choice of _fits_wgmma in python/pcp_mla/ops/kv_up_project.py. What does not fit is no error: nothing is thrown for it.
-const char* chosen(const View& latents, const View* rows, const View& weight, const View& k_out, const View& v_out) {
+const char* chosen(const View& latents, const View* rows, const View& weight, const View& k_out, const View& v_out,
+                   const View* k_pe_out) {
   constexpr const char* refusal = "kv_up_project: not for the CUDA kernel";
   if (!is_hopper(weight.kind)) return refusal;
-  const UpProject u(latents, rows, weight, k_out, v_out);
+  const UpProject u(latents, rows, weight, k_out, v_out, k_pe_out);
   if (!has_dtype(u) || !has_widths(u) || u.rank > kMaxChosenRank || !is_aligned(u)) return refusal;
   run(u);
   return nullptr;

@@ -139,8 +139,6 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
   for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
     const Item item = item_at(u, s, number);
     const uint32_t tiles = item.heads * tiles_a_head;
-    const uint32_t mine =
-        tiles - 1 - ((tiles - 1 + turn) % 2 != group);  // the last of this warpgroup: a head has two tiles at least
     for (uint32_t tile = 0; tile < tiles; ++tile, turn ^= 1) {
       if (turn != group) {
         ring.advance(s.slabs, s.stages);
@@ -150,6 +148,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
       // filled for an earlier tile. One multiplies at a time anyway.
       barrier_wait(shared_address(&b.turn[group]), turn_parity);
       turn_parity ^= 1;
+      const bool is_last = tile + 2 >= tiles;  // of this warpgroup in this item: a head has two tiles at least
       float sum[2][kN / 2];
       uint32_t before = 0;
       for (uint32_t slab = 0; slab < s.slabs; ++slab) {
@@ -168,7 +167,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
         product_wait<1>();
         if (slab > 0) {
           release_stage(before);
-          if (tile == mine) release_slab(slab - 1);
+          if (is_last) release_slab(slab - 1);
         }
         before = ring.stage;
         ring.advance(1, s.stages);
@@ -176,7 +175,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
       product_wait<0>();
       for (int m = 0; m < 2; ++m) settle(sum[m]);
       release_stage(before);
-      if (tile == mine) release_slab(s.slabs - 1);
+      if (is_last) release_slab(s.slabs - 1);
 
       const uint32_t in_item = tile / tiles_a_head, part = tile - in_item * tiles_a_head, head = item.first_head + in_item;
       const bool is_k = part < k_tiles;
@@ -198,8 +197,9 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
           }
         }
       }
-      if (part == k_tiles - 1 || tile == mine) barrier_wait(shared_address(&b.slab_full[s.slabs]), parity);
-      if (part == k_tiles - 1) {
+      const bool with_rope = part == k_tiles - 1 && head < u.pe_heads;
+      if (with_rope || is_last) barrier_wait(shared_address(&b.slab_full[s.slabs]), parity);
+      if (with_rope) {
         const uint32_t piece = thread % 8, from = slabs + s.slabs * kSlabBytes;
 #pragma unroll
         for (uint32_t i = 0; i < kRows / 16; ++i) {
@@ -209,10 +209,10 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
           asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                        : "r"(from + in_tile * kRowBytes + ((piece ^ in_tile % 8) << 4)));
-          *reinterpret_cast<uint4*>(u.k + row * u.k_row + head * u.k_head + u.nope * 2 + piece * 16) = value;
+          *reinterpret_cast<uint4*>(u.pe + row * u.pe_row + head * u.pe_head + piece * 16) = value;
         }
       }
-      if (tile == mine) {
+      if (is_last) {
         __syncwarp();
         release_slab(s.slabs);
       }
