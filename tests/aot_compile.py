@@ -29,7 +29,7 @@ POINTERS = {
         "*i64": "slots_out",
     },
     concat_k_kernel: {"data": "k_nope k_pe out"},
-    kv_up_project_kernel: {"data": "latents weight k_out v_out", "*i32": "rows"},
+    kv_up_project_kernel: {"data": "latents weight k_out v_out k_pe_out", "*i32": "rows"},
     latent_cache_kernel: {"data": "cache outside", "*i64": "slots", "*i32": "block_table cu_seqlens starts"},
     merge_states_kernel: {
         "data": "a b out",

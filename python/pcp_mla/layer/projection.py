@@ -58,4 +58,5 @@ def expand_rows(
     if weight is not None:
         return expand(latents, rows, weight, dims)
     linear = partial(_linear, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj
-    return kv_up_project(latents, rows, None, dims, linear=linear)
+    k, v = kv_up_project(latents, rows, None, dims, linear=linear)
+    return k, v

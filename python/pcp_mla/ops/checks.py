@@ -40,10 +40,11 @@ def check_input(op: str, name: str, x: torch.Tensor) -> None:
 
 
 def check_out(
-    op: str, name: str, out: Any, rows: int, shape: tuple[int, int], like: torch.Tensor, dtype: torch.dtype | None = None
+    op: str, name: str, out: Any, rows: int, shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """Raise unless ``out`` [rows or more, heads, dim] can be written as it is, in the dtype given or that of ``like``."""
-    check_tensor(op, name, out, (None, *shape), "[rows, heads, dim]", like.device)
+    """Raise unless ``out`` [rows or more, heads, dim] or [rows or more, dim] can be written as it is, in the dtype given or that
+    of ``like``."""
+    check_tensor(op, name, out, (None, *shape), "[rows, heads, dim]" if len(shape) == 2 else "[rows, dim]", like.device)
     if out.shape[0] < rows:
         raise ValueError(f"{op}: {name} must have at least {rows} rows, got {out.shape[0]}")
     if out.dtype != (dtype or like.dtype):

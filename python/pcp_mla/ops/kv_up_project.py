@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from ..checks import check_apart, check_list, check_tensor, dtype_name
+from ..checks import check_apart, check_list, check_no_gradients, check_tensor, dtype_name
 from ..plan.dims import MLADims
 from ..reference.kv_up_project import UP_PROJECT_TILE, zero_tail
 from . import native
@@ -29,30 +29,41 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _fits_wgmma(latents: torch.Tensor, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor) -> bool:
+def _fits_wgmma(
+    latents: torch.Tensor, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor, k_pe_out: torch.Tensor | None
+) -> bool:
     """Whether csrc/cuda/kv_up_project.cu takes these tensors; its own checks say why not. Its direct call chooses by itself, the
     same."""
     rank, rope = weight.shape[1], latents.shape[-1] - weight.shape[1]
-    widths = rank % 64 == 0 and rank <= 512 and (k_out.shape[2] - rope) % 64 == 0 and v_out.shape[2] % 64 == 0
+    nope = weight.shape[0] // k_out.shape[1] - v_out.shape[2]
+    widths = rank % 64 == 0 and rank <= 512 and nope % 64 == 0 and v_out.shape[2] % 64 == 0
     if not (widths and rope % 8 == 0 and rope <= 64 and weight.dtype in _DTYPES[:2] and _is_hopper(weight.device)):
         return False
     strides, addresses = latents.stride(0) | latents.stride(-2) | weight.stride(0), latents.data_ptr() | weight.data_ptr()
     for out in (k_out, v_out):
         strides |= out.stride(0) | out.stride(1)
         addresses |= out.data_ptr()
+    if k_pe_out is not None and rope > 0:
+        strides |= k_pe_out.stride(0)
+        addresses |= k_pe_out.data_ptr()
     return strides % 8 == 0 and addresses % 16 == 0
 
 
 def _on_cuda(
-    latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor
+    latents: torch.Tensor,
+    rows: torch.Tensor | None,
+    weight: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    k_pe_out: torch.Tensor | None,
 ) -> None:
     """The CUDA kernel if it takes these tensors, else Triton's (at a few hundred rows some 3 us faster, which is not looked at)."""
-    if not native.status["_native_cuda"] and _fits_wgmma(latents, weight, k_out, v_out):
-        _wgmma(latents, rows, weight, k_out, v_out)
+    if not native.status["_native_cuda"] and _fits_wgmma(latents, weight, k_out, v_out, k_pe_out):
+        _wgmma(latents, rows, weight, k_out, v_out, k_pe_out)
     elif HAS_TRITON and weight.dtype in _DTYPES:
-        select("kv_up_project", "triton", "cuda")(latents, rows, weight, k_out, v_out)
+        select("kv_up_project", "triton", "cuda")(latents, rows, weight, k_out, v_out, k_pe_out)
     else:
-        reference.kv_up_project(latents, rows, weight, k_out, v_out)
+        reference.kv_up_project(latents, rows, weight, k_out, v_out, k_pe_out)
 
 
 _up_project = register_composed("kv_up_project", fake_in_place, cpu=reference.kv_up_project, cuda=_on_cuda)
@@ -89,56 +100,84 @@ def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, sc
     check_input(op, "weight", weight)
 
 
+def _shapes(dims: MLADims, apart: bool) -> dict[str, tuple[int, ...]]:
+    """Of a row of each result, in their order."""
+    k_dim = dims.qk_nope_head_dim if apart else dims.qk_head_dim
+    shapes: dict[str, tuple[int, ...]] = {"k_out": (dims.num_heads, k_dim), "v_out": (dims.num_heads, dims.v_head_dim)}
+    if apart:
+        shapes["k_pe_out"] = (dims.qk_rope_head_dim,)
+    return shapes
+
+
 def _check_outs(
-    op: str, k_out: Any, v_out: Any, count: int, dims: MLADims, inputs: Mapping[str, Any], latents: torch.Tensor, dtype: torch.dtype
+    op: str,
+    given: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    count: int,
+    inputs: Mapping[str, Any],
+    latents: torch.Tensor,
+    dtype: torch.dtype,
 ) -> None:
-    for name, out, width in (("k_out", k_out, dims.qk_head_dim), ("v_out", v_out, dims.v_head_dim)):
-        if out is not None:
-            check_out(op, name, out, count, (dims.num_heads, width), latents, dtype)
-    if k_out is not None and v_out is not None and len(k_out) != len(v_out):
-        raise ValueError(f"{op}: v_out must have the {len(k_out)} rows of k_out, got {len(v_out)}")
-    if k_out is not None or v_out is not None:
-        check_apart(op, "k_out", k_out, inputs)
-        check_apart(op, "v_out", v_out, {**inputs, "k_out": k_out})
+    for name, out in given.items():
+        check_out(op, name, out, count, shapes[name], latents, dtype)
+    first, rows = next((name, len(out)) for name, out in given.items())
+    for name, out in given.items():
+        if len(out) != rows:
+            raise ValueError(f"{op}: {name} must have the {rows} rows of {first}, got {len(out)}")
+    others = dict(inputs)
+    for name, out in given.items():
+        check_apart(op, name, out, others)
+        others[name] = out
+
+
+def _placed(x: torch.Tensor, out: torch.Tensor | None, room: int) -> torch.Tensor:
+    """``x`` at the beginning of ``out``, or of a new tensor of ``room`` rows; itself if it has as many."""
+    if out is None:
+        if len(x) == room:
+            return x
+        out = x.new_empty(room, *x.shape[1:])
+    out[: len(x)] = x
+    zero_tail(out, len(x))
+    return out
 
 
 def _through_module(
-    latents: torch.Tensor,
-    linear: Callable[[torch.Tensor], torch.Tensor],
-    dims: MLADims,
-    k_out: torch.Tensor | None,
-    v_out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    latents: torch.Tensor, linear: Callable[[torch.Tensor], torch.Tensor], dims: MLADims, apart: bool, given: Mapping[str, Any]
+) -> tuple[torch.Tensor, ...]:
     """Contiguous latents [N, W] through the engine's module; results as ``kv_up_project`` gives them."""
     count, op = len(latents), "kv_up_project"
     kv_c, k_pe = latents.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=1)
     expanded = check_expanded(op, "linear's result", linear(kv_c), count, dims, latents)
+    check_no_gradients(op, "linear's result", expanded)
     k_nope, v = expanded.view(count, dims.num_heads, dims.expanded_dim).split([dims.qk_nope_head_dim, dims.v_head_dim], dim=2)
-    room = next((len(out) for out in (k_out, v_out) if out is not None), count)
-    if k_out is None and room == count:
-        k_out = concat_k(k_nope, k_pe)
-    else:
-        k_out = k_nope.new_empty(room, dims.num_heads, dims.qk_head_dim) if k_out is None else k_out
-        concat_k(k_nope, k_pe, out=k_out[:count])
-    if v_out is None and room == count:
-        v_out = v
-    else:
-        v_out = v.new_empty(room, dims.num_heads, dims.v_head_dim) if v_out is None else v_out
-        v_out[:count] = v
-    for out in (k_out, v_out):
-        zero_tail(out, count)
-    return k_out, v_out
+    room = next((len(out) for out in given.values()), count)
+    v = _placed(v, given.get("v_out"), room)
+    if apart:
+        return _placed(k_nope, given.get("k_out"), room), v, _placed(k_pe.contiguous(), given.get("k_pe_out"), room)
+    k = given.get("k_out")
+    if k is None:
+        k = k_nope.new_empty(room, dims.num_heads, dims.qk_head_dim)
+    concat_k(k_nope, k_pe, out=k[:count])
+    zero_tail(k, count)
+    return k, v
 
 
-def expand_into(latents: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def expand_into(
+    latents: torch.Tensor,
+    rows: torch.Tensor | None,
+    weight: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pe: torch.Tensor | None = None,
+) -> None:
     """:func:`kv_up_project` into given tensors, for arguments that are known to fit."""
     calls = direct()
-    if calls is not None and calls.kv_up_project(latents, rows, weight, k, v):
+    if calls is not None and calls.kv_up_project(latents, rows, weight, k, v, k_pe):
         return
     if latents.is_cuda and not torch.compiler.is_compiling():  # past the dispatcher, which costs more than the launch
-        _on_cuda(latents, rows, weight, k, v)
+        _on_cuda(latents, rows, weight, k, v, k_pe)
     else:
-        _up_project(latents, rows, weight, k, v)
+        _up_project(latents, rows, weight, k, v, k_pe)
 
 
 def expand(latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +186,17 @@ def expand(latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims
     v = latents.new_empty(rows.shape[0], dims.num_heads, dims.v_head_dim)
     expand_into(latents, rows, weight, k, v)
     return k, v
+
+
+def expand_apart(
+    latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`kv_up_project` with ``k_pe_apart``, for arguments that are known to fit."""
+    k = latents.new_empty(rows.shape[0], dims.num_heads, dims.qk_nope_head_dim)
+    v = latents.new_empty(rows.shape[0], dims.num_heads, dims.v_head_dim)
+    k_pe = latents.new_empty(rows.shape[0], dims.qk_rope_head_dim)
+    expand_into(latents, rows, weight, k, v, k_pe)
+    return k, v, k_pe
 
 
 def kv_up_project(
@@ -159,8 +209,10 @@ def kv_up_project(
     scale: torch.Tensor | None = None,
     k_out: torch.Tensor | None = None,
     v_out: torch.Tensor | None = None,
+    k_pe_apart: bool = False,
+    k_pe_out: torch.Tensor | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """K and V of all heads from latents anywhere: gather, ``kv_b_proj`` and the concat with ``k_pe`` in one launch.
 
     Args:
@@ -171,21 +223,26 @@ def kv_up_project(
         weight: [H * (nope + v), kv_lora_rank] of ``kv_b_proj``, in the layout of ``nn.Linear``; without bias.
         dims: of the layer.
         linear: in place of ``weight``, the module itself (one that is quantised, or has adapters): gather, module and
-            :func:`concat_k` are then launches of their own.
+            :func:`concat_k` (or the copy of ``k_pe``) are then launches of their own.
         scale: float32 of one element: ``latents`` are float8_e4m3fn, and are gathered with it in a launch of its own.
         k_out, v_out: [M, H, nope + rope] and [M, H, v] with M >= N, to write and return; any strides with a contiguous last
             dimension. Rows from N to the next multiple of :data:`UP_PROJECT_TILE` (128) are zeroed, further ones are not touched.
-            One that is not given has the rows of the other. They must share no memory with the inputs or each other.
+            One that is not given has the rows of those that are. They must share no memory with the inputs or each other.
+        k_pe_apart: leave ``k_pe`` out of K: ``k_out`` is [M, H, nope] then, and ``k_pe``, which all heads have in common, a result
+            of its own.
+        k_pe_out: [M, rope], with ``k_pe_apart``: as ``k_out`` and ``v_out``.
         backend: ``auto`` (on Hopper the CUDA kernel if widths are multiples of 64, else Triton), ``cuda``, ``triton`` or
             ``reference``.
 
     All of bf16, fp16 or fp32 (``reference``: also fp64), one dtype; products are summed in float32 and rounded once.
 
     Returns:
-        K [N, H, nope + rope] and V [N, H, v], or ``k_out`` and ``v_out``. With ``linear``, V may be a view.
+        K [N, H, nope + rope] and V [N, H, v], or ``k_out`` and ``v_out``; with ``k_pe_apart`` K [N, H, nope], V and k_pe [N, rope],
+        in the order of the rows. With ``linear``, V may be a view, and so may be K without ``k_pe``.
 
     Raises:
-        ValueError, TypeError: an argument does not fit ``dims`` or the others; before anything is written.
+        ValueError, TypeError: an argument does not fit ``dims`` or the others, or ``k_pe_out`` is given without ``k_pe_apart``;
+            before anything is written.
         NotImplementedError: a dtype that the kernels have not, or an input that requires gradients.
         RuntimeError: the named backend is not available, or does not support these widths.
     """
@@ -197,20 +254,25 @@ def kv_up_project(
     count = _check_latents(op, latents, rows, dims)
     if weight is not None:
         _check_weight(op, weight, latents, dims, scale)
-    given = next((x.dtype for x in (weight, k_out, v_out) if isinstance(x, torch.Tensor)), torch.bfloat16)
-    dtype = latents.dtype if scale is None else given
-    inputs = {"latents": latents, "rows": rows, "weight": weight, "scale": scale}
-    _check_outs(op, k_out, v_out, count, dims, inputs, latents, dtype)
+    if k_pe_out is not None and not k_pe_apart:
+        raise ValueError(f"{op}: k_pe_out must come with k_pe_apart=True, got {k_pe_apart!r}")
+    given = {name: x for name, x in (("k_out", k_out), ("v_out", v_out), ("k_pe_out", k_pe_out)) if x is not None}
+    dtype = latents.dtype
+    if scale is not None:
+        dtype = next((x.dtype for x in (weight, *given.values()) if isinstance(x, torch.Tensor)), torch.bfloat16)
+    shapes = _shapes(dims, k_pe_apart)
+    if given:
+        inputs = {"latents": latents, "rows": rows, "weight": weight, "scale": scale}
+        _check_outs(op, given, shapes, count, inputs, latents, dtype)
     if linear is not None or scale is not None:
         if rows is None:
             rows = torch.arange(count, dtype=torch.int32, device=latents.device)
         latents, rows = gather_latents(latents, rows, scale=scale, dtype=dtype if scale is not None else None), None
     if linear is not None:
-        return _through_module(latents, linear, dims, k_out, v_out)
+        return _through_module(latents, linear, dims, k_pe_apart, given)
     assert weight is not None
-    room = next((len(out) for out in (k_out, v_out) if out is not None), count)
-    k = latents.new_empty(room, dims.num_heads, dims.qk_head_dim) if k_out is None else k_out
-    v = latents.new_empty(room, dims.num_heads, dims.v_head_dim) if v_out is None else v_out
+    room = next((len(out) for out in given.values()), count)
+    k, v, *pe = [given[name] if name in given else latents.new_empty(room, *shape) for name, shape in shapes.items()]
     call = expand_into if backend == "auto" else select(op, backend, latents.device.type)
-    call(latents, rows, weight, k, v)
-    return k, v
+    call(latents, rows, weight, k, v, pe[0] if pe else None)
+    return k, v, *pe

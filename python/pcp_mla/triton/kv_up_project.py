@@ -32,8 +32,8 @@ def latent_offset(rows, n, count, num_slots, block_size, block_stride, row_strid
 
 @triton.jit(do_not_specialize=["count", "written", "num_slots"])
 def kv_up_project_kernel(
-    latents, rows, weight, k_out, v_out, count, written, num_slots, block_size, block_stride, row_stride, weight_stride,
-    k_stride_t, k_stride_h, v_stride_t, v_stride_h, heads, rank, nope, rope, v_dim,
+    latents, rows, weight, k_out, v_out, k_pe_out, count, written, num_slots, block_size, block_stride, row_stride, weight_stride,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h, pe_stride_t, pe_stride_h, pe_heads, heads, rank, nope, rope, v_dim,
     LISTED: tl.constexpr, ROPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -68,10 +68,11 @@ def kv_up_project_kernel(
     if is_k:
         to = k_out + t * k_stride_t + head.to(tl.int64) * k_stride_h
         tl.store(to + d[None, :], value, mask=exists & in_width[None, :])
-        if part == 0:
+        if (part == 0) & (head < pe_heads):
             r = tl.arange(0, ROPE)[None, :]
             k_pe = tl.load(latent + rank + r, mask=found[:, None] & (r < rope), other=0)
-            tl.store(to + nope + r, k_pe, mask=exists & (r < rope))
+            pe_to = k_pe_out + t * pe_stride_t + head.to(tl.int64) * pe_stride_h
+            tl.store(pe_to + r, k_pe, mask=exists & (r < rope))
     else:
         to = v_out + t * v_stride_t + head.to(tl.int64) * v_stride_h
         tl.store(to + d[None, :], value, mask=exists & in_width[None, :])
@@ -105,6 +106,7 @@ def kv_up_project(
     weight: torch.Tensor,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
+    k_pe_out: torch.Tensor | None,
     config: dict[str, int] | None = None,
 ) -> None:
     """Arguments as :func:`pcp_mla.reference.kv_up_project`; ``config`` in place of the tuned one."""
@@ -113,14 +115,15 @@ def kv_up_project(
     heads, v_dim = v_out.shape[1:]
     rank = weight.shape[1]
     rope = latents.shape[-1] - rank
-    nope = k_out.shape[2] - rope
+    nope = k_out.shape[2] if k_pe_out is not None else k_out.shape[2] - rope
     if written == 0:
         return
     if not latents.is_cuda and latents.dtype == torch.bfloat16:  # the interpreter multiplies it wrong and rounds it down
-        k, v = (torch.empty_like(x[:written], dtype=torch.float32) for x in (k_out, v_out))
-        kv_up_project(latents.float(), rows, weight.float(), k, v)
-        k_out[:written] = k
-        v_out[:written] = v
+        outs = [x for x in (k_out, v_out, k_pe_out) if x is not None]
+        k, v, *pe = [torch.empty_like(x[:written], dtype=torch.float32) for x in outs]
+        kv_up_project(latents.float(), rows, weight.float(), k, v, pe[0] if pe else None)
+        for out, wide in zip(outs, (k, v, *pe), strict=True):
+            out[:written] = wide
         return
     if config is None:
         gpu = torch.cuda.get_device_name(latents.device) if latents.is_cuda else "interpreter"
@@ -129,12 +132,15 @@ def kv_up_project(
     block_size = latents.shape[1] if latents.dim() == 3 else 1
     programs = triton.cdiv(written, config["ROWS"]) * heads * per_head
     check_counts("kv_up_project", rows=max(count, written), rows_of_weight=weight.shape[0], programs=programs)
+    # Where k_pe goes, and the first heads, which write it: all, or one where it stands apart.
+    rope_to, pe_heads = (k_out[..., nope:], heads) if k_pe_out is None else (k_pe_out[:, None], 1)
     kv_up_project_kernel[(programs,)](
         latents,
         rows,
         weight,
         k_out,
         v_out,
+        rope_to,
         count,
         written,
         latents.shape[0] * block_size,
@@ -146,6 +152,9 @@ def kv_up_project(
         k_out.stride(1),
         v_out.stride(0),
         v_out.stride(1),
+        rope_to.stride(0),
+        rope_to.stride(1),
+        pe_heads,
         heads,
         rank,
         nope,

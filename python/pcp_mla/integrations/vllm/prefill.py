@@ -207,7 +207,8 @@ class LayerPrefill:
         if not _is_plain(self._linear):
             # latents of a quantised cache are of the dtype of K, if it is given
             k = None if scale is None else q.new_empty(rows.shape[0], self._dims.num_heads, self._dims.qk_head_dim)
-            return kv_up_project(cache, rows, None, self._dims, linear=self._through_module, scale=scale, k_out=k)
+            k, v = kv_up_project(cache, rows, None, self._dims, linear=self._through_module, scale=scale, k_out=k)
+            return k, v
         weight = self._linear.weight.data  # looked up at every call: engines swap weights
         k, v = WORKSPACE.of(rows.shape[0], self._dims, q)
         if scale is None:
