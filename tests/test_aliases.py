@@ -314,12 +314,26 @@ def test_projected_keys_and_values(device, backend):
         ({"k_out": latents.view(-1)[:720].view(5, 2, 72)}, "k_out must not share memory with latents, got"),
         ({"v_out": weight.view(-1)[:640].view(5, 2, 64)}, "v_out must not share memory with weight, got"),
         ({"k_out": k_kept, "v_out": v_kept}, "v_out must not share memory with k_out, got"),
+        ({"k_pe_out": latents[:5, 64:]}, "k_pe_out must not share memory with latents, got"),
+        ({"k_pe_out": weight.view(-1)[:40].view(5, 8)}, "k_pe_out must not share memory with weight, got"),
+        (
+            {"k_out": kept[:640].view(5, 2, 64), "k_pe_out": kept[632:672].view(5, 8)},
+            "k_pe_out must not share memory with k_out, got",
+        ),
+        ({"v_out": v_kept, "k_pe_out": kept[704:744].view(5, 8)}, "k_pe_out must not share memory with v_out, got"),
     ):
+        change = change | {"k_pe_apart": "k_pe_out" in change}
         call = lambda change=change: kv_up_project(latents, rows, weight, DIMS, **change, backend=backend)  # noqa: E731
         refuses(call, words, latents, weight, kept)
     wanted = kv_up_project(latents, rows, weight, DIMS, backend=backend)
     got = kv_up_project(latents, rows, weight, DIMS, k_out=buffer[..., :72], v_out=buffer[..., 72:], backend=backend)
     assert all(same_bits(x.contiguous(), y) for x, y in zip(got, wanted, strict=True))
+    buffer = torch.zeros(5, 264, device=device).half()  # K, V and k_pe of a row side by side
+    heads = buffer[:, :256].view(5, 2, 128)
+    outs = {"k_out": heads[..., :64], "v_out": heads[..., 64:], "k_pe_out": buffer[:, 256:]}
+    got = kv_up_project(latents, rows, weight, DIMS, **outs, k_pe_apart=True, backend=backend)
+    apart = (wanted[0][..., :64], wanted[1], wanted[0][:, 0, 64:])
+    assert all(same_bits(x.contiguous(), y.contiguous()) for x, y in zip(got, apart, strict=True))
 
 
 @devices

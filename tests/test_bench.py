@@ -102,6 +102,12 @@ def spoiled(op: Callable[..., Any], result: int = 0) -> Callable[..., Any]:
     return call
 
 
+def spoiled_apart(op: Callable[..., Any], result: int) -> Callable[..., Any]:
+    """Spoiled where k_pe is left out of K."""
+    wrong = spoiled(op, result)
+    return lambda *arguments, **options: (wrong if options.get("k_pe_apart") else op)(*arguments, **options)
+
+
 def into(op: Callable[..., Any], argument: int) -> Callable[..., Any]:
     """The op with 5 % too much at the end of one of the arguments that it writes."""
 
@@ -167,6 +173,8 @@ def with_other_scale(make: Callable[..., Any]) -> Callable[..., Any]:
         pytest.param("tune", tune_kv_up_project, "kv_up_project", lambda op: into(op, 4), marks=INTERPRETED),
         ("kv_up_project", kv_up_project, "kv_up_project", spoiled),
         ("kv_up_project", kv_up_project, "kv_up_project", lambda op: spoiled(op, 1)),
+        ("kv_up_project", kv_up_project, "kv_up_project", lambda op: spoiled_apart(op, 0)),
+        ("kv_up_project", kv_up_project, "kv_up_project", lambda op: spoiled_apart(op, 2)),
         ("kv_up_project", kv_up_project, "concat_k", spoiled),
     ],
 )

@@ -105,11 +105,11 @@ class TestBits:
         latents, rows, weight, *_ = projection()
         if not listed:
             latents, rows = latents.flatten(0, 1)[rows.long()], None
-        got = kv_up_project(latents, rows, weight, DIMS)
-        assert (refused.calls, refused.count) == (1, 0 if HOPPER else 1)
-        wanted = kv_up_project(latents, rows, weight, DIMS, backend="cuda" if HOPPER else "triton")
-        assert same_bits(got[0], wanted[0])
-        assert same_bits(got[1], wanted[1])
+        for calls, apart in ((1, False), (2, True)):
+            got = kv_up_project(latents, rows, weight, DIMS, k_pe_apart=apart)
+            assert (refused.calls, refused.count) == (calls, 0 if HOPPER else calls)
+            wanted = kv_up_project(latents, rows, weight, DIMS, k_pe_apart=apart, backend="cuda" if HOPPER else "triton")
+            assert all(same_bits(x, y) for x, y in zip(got, wanted, strict=True))
 
     def test_a_layer(self, refused, monkeypatch):
         step = Step(None, "cuda", torch.bfloat16, "triton")
@@ -203,7 +203,7 @@ class TestRefusals:
             pass
 
         latents, rows, weight, k, v = projection()
-        assert not native.direct.kv_up_project(latents, rows, torch.Tensor._make_subclass(Quantised, weight), k, v)
+        assert not native.direct.kv_up_project(latents, rows, torch.Tensor._make_subclass(Quantised, weight), k, v, None)
         assert k.isnan().all()
         assert v.isnan().all()
         assert refused.calls == refused.count == 1

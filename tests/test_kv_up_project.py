@@ -5,7 +5,7 @@ import torch
 
 from batches import IMPLEMENTATIONS, half_ulp, same_bits
 from pcp_mla import PCPPlanner, concat_k, kv_up_project, write_latent_cache
-from pcp_mla.ops.kv_up_project import UP_PROJECT_TILE
+from pcp_mla.ops.kv_up_project import UP_PROJECT_TILE, expand, expand_apart, expand_into
 from pcp_mla.plan.dims import MLADims
 
 # The CPU has no C++ kernel of the product.
@@ -41,8 +41,10 @@ def random_rows(count, slots, device, seed):
     return rows.int().to(device)
 
 
-def outputs(dims, rows, dtype, device):
-    shapes = ((rows, dims.num_heads, dims.qk_head_dim), (rows, dims.num_heads, dims.v_head_dim))
+def outputs(dims, rows, dtype, device, apart=False):
+    shapes = [(rows, dims.num_heads, dims.qk_head_dim), (rows, dims.num_heads, dims.v_head_dim)]
+    if apart:
+        shapes = [(rows, dims.num_heads, dims.qk_nope_head_dim), shapes[1], (rows, dims.qk_rope_head_dim)]
     return [torch.full(shape, torch.nan, dtype=dtype, device=device) for shape in shapes]
 
 
@@ -58,8 +60,9 @@ def whole_sums():
         setattr(flags, name, value)
 
 
-def check(dims, latents, rows, weight, k, v):
-    """Against the product in float64: summed in float32, rounded once; rope bits as they were, zeros for rows outside."""
+def check(dims, latents, rows, weight, k, v, k_pe=None):
+    """Against the product in float64: summed in float32, rounded once; rope bits as they were, zeros for rows outside. With
+    ``k_pe`` they are there, and not in ``k``."""
     heads, nope, rank = dims.num_heads, dims.qk_nope_head_dim, dims.kv_lora_rank
     flat = latents.flatten(0, -2).cpu()
     if rows is not None:
@@ -67,7 +70,11 @@ def check(dims, latents, rows, weight, k, v):
         inside = (places >= 0) & (places < len(flat))
         flat = flat[places.clamp(0, len(flat) - 1)].masked_fill(~inside[:, None], 0)
     assert k.dtype == v.dtype == flat.dtype == weight.dtype
-    assert same_bits(k[..., nope:].cpu(), flat[:, None, rank:].expand(-1, heads, -1))
+    if k_pe is None:
+        assert same_bits(k[..., nope:].cpu(), flat[:, None, rank:].expand(-1, heads, -1))
+    else:
+        assert k.shape[2] == nope
+        assert same_bits(k_pe.cpu(), flat[:, rank:])
     given, weight = flat[:, :rank].double(), weight.double().cpu()
     right = (given @ weight.T).view(-1, heads, dims.expanded_dim)
     sizes = (given.abs() @ weight.abs().T).view_as(right)
@@ -91,11 +98,15 @@ def test_products_are_rounded_once(device, backend, dims, dtype):
         for rows in (random_rows(count, 2 * count, device, count), None):
             k, v = kv_up_project(latents, rows, weight, dims, backend=backend)
             check(dims, latents, rows, weight, k, v)
+            k_nope, v_again, k_pe = kv_up_project(latents, rows, weight, dims, k_pe_apart=True, backend=backend)
+            check(dims, latents, rows, weight, k_nope, v_again, k_pe)
+            assert all(x.is_contiguous() for x in (k_nope, v_again, k_pe))
 
 
 @projects
+@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
 @pytest.mark.parametrize("dims", [WIDE[2], ODD[0]], ids=["wide", "odd"])
-def test_rows_behind_the_last_one(device, backend, dims):
+def test_rows_behind_the_last_one(device, backend, dims, apart):
     """Zeros up to the tile's end, nothing behind it, also where there is no row at all; results may be slices of larger ones."""
     if backend == "cuda" and dims in ODD:
         pytest.skip("not a shape of the CUDA kernel")
@@ -104,13 +115,16 @@ def test_rows_behind_the_last_one(device, backend, dims):
         rows = random_rows(count, 40, device, count)
         wholes = [
             torch.full((room, dims.num_heads + 1, width + 8), torch.nan, dtype=torch.bfloat16, device=device)
-            for width in (dims.qk_head_dim, dims.v_head_dim)
+            for width in (dims.qk_nope_head_dim if apart else dims.qk_head_dim, dims.v_head_dim)
         ]
         outs = [x[:, 1:, : x.shape[2] - 8] for x in wholes]
-        given = kv_up_project(latents, rows, weight, dims, k_out=outs[0], v_out=outs[1], backend=backend)
-        assert given[0] is outs[0]
-        assert given[1] is outs[1]
-        check(dims, latents, rows, weight, outs[0][:count], outs[1][:count])
+        if apart:
+            wholes.append(torch.full((room, 2, dims.qk_rope_head_dim + 8), torch.nan, dtype=torch.bfloat16, device=device))
+            outs.append(wholes[2][:, 1, :-8])
+        names = dict(zip(("k_out", "v_out", "k_pe_out"), outs, strict=False))
+        given = kv_up_project(latents, rows, weight, dims, **names, k_pe_apart=apart, backend=backend)
+        assert all(x is out for x, out in zip(given, outs, strict=True))
+        check(dims, latents, rows, weight, *(out[:count] for out in outs))
         end = min(room, -(-count // UP_PROJECT_TILE) * UP_PROJECT_TILE)
         for whole, out in zip(wholes, outs, strict=True):
             assert not out[count:end].any()
@@ -120,17 +134,33 @@ def test_rows_behind_the_last_one(device, backend, dims):
 
 
 @projects
-def test_one_given_result_sets_the_rows_of_the_other(device, backend):
+@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
+def test_one_given_result_sets_the_rows_of_the_others(device, backend, apart):
     dims = WIDE[2]
     latents, weight = make(dims, 40, torch.bfloat16, device)
     rows = random_rows(5, 40, device, 5)
-    for name in ("k_out", "v_out"):
-        given = dict(zip(("k_out", "v_out"), outputs(dims, 150, torch.bfloat16, device), strict=True))
-        k, v = kv_up_project(latents, rows, weight, dims, **{name: given[name]}, backend=backend)
-        assert len(k) == len(v) == 150
-        check(dims, latents, rows, weight, k[:5], v[:5])
-        assert not k[5:128].any()
-        assert not v[5:128].any()
+    names = ("k_out", "v_out", "k_pe_out") if apart else ("k_out", "v_out")
+    for name in names:
+        given = dict(zip(names, outputs(dims, 150, torch.bfloat16, device, apart), strict=True))
+        results = kv_up_project(latents, rows, weight, dims, **{name: given[name]}, k_pe_apart=apart, backend=backend)
+        assert results[names.index(name)] is given[name]
+        check(dims, latents, rows, weight, *(x[:5] for x in results))
+        for x in results:
+            assert len(x) == 150
+            assert not x[5:128].any()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dims", [WIDE[0], ODD[0]], ids=["wide", "odd"])
+def test_calls_for_arguments_that_are_known_to_fit(device, dims):
+    latents, weight = make(dims, 40, torch.bfloat16, device)
+    rows = random_rows(30, 40, device, 5)
+    check(dims, latents, rows, weight, *expand(latents, rows, weight, dims))
+    check(dims, latents, rows, weight, *expand_apart(latents, rows, weight, dims))
+    for apart in (False, True):
+        outs = outputs(dims, 30, torch.bfloat16, device, apart)
+        expand_into(latents, rows, weight, *outs)
+        check(dims, latents, rows, weight, *outs)
 
 
 @projects
@@ -162,8 +192,15 @@ def test_float8_latents_with_a_scale(device, backend):
     cache = torch.zeros(50, dims.latent_dim, device=device).to(torch.float8_e4m3fn)
     write_latent_cache(latents, cache, torch.arange(50, device=device), scale=scale)
     rows = random_rows(30, 50, device, 1)
+    given = (cache.float() * scale).bfloat16()
     k, v = kv_up_project(cache, rows, weight, dims, scale=scale, backend=backend)
-    check(dims, (cache.float() * scale).bfloat16(), rows, weight, k, v)
+    check(dims, given, rows, weight, k, v)
+    check(dims, given, rows, weight, *kv_up_project(cache, rows, weight, dims, scale=scale, k_pe_apart=True, backend=backend))
+    linear = torch.nn.Linear(*weight.T.shape, bias=False, device=device, dtype=torch.float16).requires_grad_(False)
+    linear.weight.copy_(weight)
+    k_pe_out = torch.empty(30, 32, dtype=torch.float16, device=device)  # no other argument says what the latents become
+    results = kv_up_project(cache, rows, None, dims, linear=linear, scale=scale, k_pe_apart=True, k_pe_out=k_pe_out)
+    check(dims, (cache.float() * scale).half(), rows, linear.weight, *results)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -183,6 +220,48 @@ def test_linear_module_in_place_of_a_weight(device, room):
             assert not k[30:128].any()
             assert not v[30:128].any()
             assert k[128:].isnan().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("room", [None, 30, 200])
+def test_linear_module_and_k_pe_apart(device, room):
+    """Nothing is copied but k_pe where no result is given: K and V are the module's."""
+    dims, made = ODD[0], []
+    latents, weight = make(dims, 50, torch.float32, device)
+    rows = random_rows(30, 50, device, 1)
+    wanted = kv_up_project(latents, rows, weight, dims, k_pe_apart=True, backend="reference")
+
+    def linear(x):
+        made.append(torch.nn.functional.linear(x, weight))
+        return made[-1]
+
+    outs = (
+        {}
+        if room is None
+        else dict(zip(("k_out", "v_out", "k_pe_out"), outputs(dims, room, torch.float32, device, True), strict=True))
+    )
+    results = kv_up_project(latents, rows, None, dims, linear=linear, k_pe_apart=True, **outs)
+    torch.testing.assert_close(tuple(x[:30] for x in results), wanted)
+    assert same_bits(results[2][:30], wanted[2])
+    if room is None:
+        assert results[0].untyped_storage().data_ptr() == results[1].untyped_storage().data_ptr() == made[0].data_ptr()
+        assert results[2].is_contiguous()
+        assert results[2].untyped_storage().nbytes() == 30 * 8 * 4
+    else:
+        assert all(x is out for x, out in zip(results, outs.values(), strict=True))
+        for x in results:
+            assert not x[30:128].any()
+            assert x[128:].isnan().all()
+
+
+def test_a_module_that_requires_gradients():
+    """Refused before a result is written, which would require them then."""
+    linear = torch.nn.Linear(32, 80)
+    for apart in (False, True):
+        v_out = torch.full((5, 2, 24), torch.nan)
+        with pytest.raises(NotImplementedError, match="linear's result must not require gradients"):
+            kv_up_project(GOOD["latents"], GOOD["rows"], None, DIMS, linear=linear, v_out=v_out, k_pe_apart=apart)
+        assert v_out.isnan().all()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -211,18 +290,21 @@ def test_opcheck_and_compile(device):
     latents, weight = make(dims, 40, torch.bfloat16, device)
     rows = random_rows(30, 40, device, 3)
     outs = outputs(dims, 30, torch.bfloat16, device)
-    torch.library.opcheck(torch.ops.pcp_mla.kv_up_project.default, (latents, rows, weight, *outs))
+    torch.library.opcheck(torch.ops.pcp_mla.kv_up_project.default, (latents, rows, weight, *outs, None))
+    three = outputs(dims, 30, torch.bfloat16, device, True)
+    torch.library.opcheck(torch.ops.pcp_mla.kv_up_project.default, (latents, rows, weight, *three))
     k_nope, k_pe = outs[0][..., :64].clone(), latents[:30, 64:]
     torch.library.opcheck(torch.ops.pcp_mla.concat_k.default, (k_nope, k_pe, torch.empty_like(outs[0])))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(latents, rows, weight):
         k, v = kv_up_project(latents, rows, weight, dims)
-        return concat_k(k[..., :64], k[:, 0, 64:]) + 1, v + 1
+        k_nope, v_again, k_pe = kv_up_project(latents, rows, weight, dims, k_pe_apart=True)
+        return concat_k(k[..., :64], k[:, 0, 64:]) + 1, v + 1, concat_k(k_nope, k_pe) + 1, v_again + 1
 
     k, v = kv_up_project(latents, rows, weight, dims)
-    assert same_bits(compiled(latents, rows, weight)[0], k + 1)
-    assert same_bits(compiled(latents, rows, weight)[1], v + 1)
+    for got, wanted in zip(compiled(latents, rows, weight), (k, v, k, v), strict=True):
+        assert same_bits(got, wanted + 1)
 
 
 @pytest.mark.gpu
@@ -231,15 +313,18 @@ def test_graph_replay_with_other_rows(backend):
     dims = WIDE[0]
     latents, weight = make(dims, 400, torch.bfloat16, "cuda")
     rows = random_rows(300, 400, "cuda", 1)
-    k, v = kv_up_project(latents, rows, weight, dims, backend=backend)  # compiles
+    kv_up_project(latents, rows, weight, dims, k_pe_apart=True, backend=backend)  # compiles
+    k, v = kv_up_project(latents, rows, weight, dims, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         kv_up_project(latents, rows, weight, dims, k_out=k, v_out=v, backend=backend)
         again = concat_k(k[..., :128], k[:, 0, 128:], backend=backend)
+        apart = kv_up_project(latents, rows, weight, dims, k_pe_apart=True, backend=backend)
     rows.copy_(random_rows(300, 400, "cuda", 2))
     latents.mul_(2)
     graph.replay()
     check(dims, latents, rows, weight, k, v)
+    check(dims, latents, rows, weight, *apart)
     assert same_bits(again, k)
 
 
@@ -258,23 +343,24 @@ def test_offsets_past_two_to_the_31(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
 @pytest.mark.parametrize("dims", WIDE, ids=lambda d: f"{d.num_heads}x{d.qk_nope_head_dim}+{d.qk_rope_head_dim}")
-def test_the_same_bits_every_time(dims):
+def test_the_same_bits_every_time(dims, apart):
     """A missing wait shows as a result that moves: many runs, some beside another stream's work, into poisoned memory."""
     latents, weight = make(dims, 9000, torch.bfloat16, "cuda")
     side, busy = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     for count in (70, 1500, 9000):
         rows = random_rows(count, 9000, "cuda", count)
-        wanted = kv_up_project(latents, rows, weight, dims, backend="cuda")
+        wanted = kv_up_project(latents, rows, weight, dims, k_pe_apart=apart, backend="cuda")
         check(dims, latents, rows, weight, *wanted)
         for turn in range(30):
             if turn % 2:
                 with torch.cuda.stream(side):
                     busy @ busy
-            outs = outputs(dims, count, torch.bfloat16, "cuda")
-            kv_up_project(latents, rows, weight, dims, k_out=outs[0], v_out=outs[1], backend="cuda")
-            assert same_bits(outs[0], wanted[0])
-            assert same_bits(outs[1], wanted[1])
+            outs = outputs(dims, count, torch.bfloat16, "cuda", apart)
+            names = dict(zip(("k_out", "v_out", "k_pe_out"), outs, strict=False))
+            kv_up_project(latents, rows, weight, dims, **names, k_pe_apart=apart, backend="cuda")
+            assert all(same_bits(out, x) for out, x in zip(outs, wanted, strict=True))
 
 
 @pytest.mark.gpu
@@ -282,13 +368,14 @@ def test_kernel_for_each_shape():
     """On a Hopper GPU the CUDA kernel takes the widths of real models; auto finds Triton for the others."""
     for dims in (WIDE[0], ODD[0]):
         latents, weight = make(dims, 40, torch.bfloat16, "cuda")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            kv_up_project(latents, None, weight, dims)
-            torch.cuda.synchronize()
-        names = [event.name for event in profile.events() if "kv_up_project" in event.name]
-        hopper = torch.cuda.get_device_capability()[0] == 9
-        assert len(names) == 1, names
-        assert ("cuda::" in names[0]) == (hopper and dims is WIDE[0]), names
+        for apart in (False, True):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                kv_up_project(latents, None, weight, dims, k_pe_apart=apart)
+                torch.cuda.synchronize()
+            names = [event.name for event in profile.events() if "kv_up_project" in event.name]
+            hopper = torch.cuda.get_device_capability()[0] == 9
+            assert len(names) == 1, names
+            assert ("cuda::" in names[0]) == (hopper and dims is WIDE[0]), names
 
 
 DIMS = MLADims(2, 16, 8, 24, 32)
@@ -298,6 +385,7 @@ GOOD = {
     "weight": torch.zeros(80, 32),
     "dims": DIMS,
 }
+APART = {"k_pe_apart": True}
 
 
 @pytest.mark.parametrize(
@@ -323,6 +411,21 @@ GOOD = {
             {"k_out": torch.zeros(9, 2, 24), "v_out": torch.zeros(8, 2, 24)},
             ValueError,
             "v_out must have the 9 rows of k_out, got 8",
+        ),
+        ({"k_pe_out": torch.zeros(5, 8)}, ValueError, "k_pe_out must come with k_pe_apart=True, got False"),
+        (APART | {"k_out": torch.zeros(5, 2, 24)}, ValueError, r"k_out must have shape .* = \(any, 2, 16\), got \(5, 2, 24\)"),
+        (APART | {"k_pe_out": 3}, TypeError, "k_pe_out must be a torch.Tensor, got int"),
+        (APART | {"k_pe_out": torch.zeros(4, 8)}, ValueError, "k_pe_out must have at least 5 rows, got 4"),
+        (APART | {"k_pe_out": torch.zeros(5, 9)}, ValueError, r"k_pe_out must have shape \[rows, dim\] = \(any, 8\), got \(5, 9\)"),
+        (APART | {"k_pe_out": torch.zeros(5, 1, 8)}, ValueError, "k_pe_out must have 2 dimensions"),
+        (APART | {"k_pe_out": torch.zeros(5, 8).half()}, TypeError, "k_pe_out must be float32, got float16"),
+        (APART | {"k_pe_out": torch.zeros(8, 5).T}, ValueError, "k_pe_out must have a contiguous last dimension"),
+        (APART | {"k_pe_out": torch.zeros(1, 8).expand(5, 8)}, ValueError, "k_pe_out must not be expanded"),
+        (APART | {"k_pe_out": torch.zeros(5, 8, requires_grad=True)}, NotImplementedError, "k_pe_out must not require gradients"),
+        (
+            APART | {"v_out": torch.zeros(9, 2, 24), "k_pe_out": torch.zeros(8, 8)},
+            ValueError,
+            "k_pe_out must have the 9 rows of v_out, got 8",
         ),
         ({"weight": 3, "scale": torch.ones(1)}, TypeError, "weight must be a torch.Tensor, got int"),
         ({"weight": torch.zeros(81, 32), "scale": torch.ones(1)}, ValueError, "weight must have shape"),

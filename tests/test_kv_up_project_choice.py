@@ -13,13 +13,15 @@ from pcp_mla.plan.dims import MLADims
 
 PLAIN = MLADims(2, 64, 64, 64, 128)
 ROWS, BLOCK = 70, 5
+NAMES = ("latents", "rows", "weight", "k", "v", "k_pe")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 on_hopper = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="the CUDA kernel is for Hopper")
 
 with_direct = pytest.mark.skipif(native.direct is None, reason="no calls past the dispatcher here")
 
-# Widths, dtype and what is odd about a tensor: numbers between its rows, between its heads (or blocks), before its first.
+# Widths, dtype and what is odd about a tensor: numbers between its rows, between its heads (or blocks), before its first. Where
+# there is something of k_pe it goes apart.
 CASES = {
     "plain": ({}, torch.bfloat16, {}, "cuda"),
     "float16": ({}, torch.float16, {}, "cuda"),
@@ -49,6 +51,15 @@ CASES = {
     "row stride of V": ({}, torch.float16, {"v": (4, 0, 0)}, "triton"),
     "head stride of V": ({}, torch.float16, {"v": (0, 4, 0)}, "triton"),
     "address of V": ({}, torch.float16, {"v": (0, 0, 4)}, "triton"),
+    "apart": ({}, torch.bfloat16, {"k_pe": (0, 0, 0)}, "cuda"),
+    "apart at multiples of 16 bytes": ({}, torch.float16, {"k": (8, 8, 8), "k_pe": (8, 0, 8)}, "cuda"),
+    "narrow rope apart": ({"qk_rope_head_dim": 32}, torch.bfloat16, {"k_pe": (0, 0, 0)}, "cuda"),
+    "no rope apart": ({"qk_rope_head_dim": 0}, torch.bfloat16, {"k_pe": (0, 0, 1)}, "cuda"),
+    "odd nope apart": ({"qk_nope_head_dim": 96, "qk_rope_head_dim": 32}, torch.bfloat16, {"k_pe": (0, 0, 0)}, "triton"),
+    "odd rope apart": ({"qk_rope_head_dim": 60}, torch.bfloat16, {"latents": (4, 0, 0), "k_pe": (4, 0, 0)}, "triton"),
+    "row stride of k_pe": ({}, torch.bfloat16, {"k_pe": (4, 0, 0)}, "triton"),
+    "address of k_pe": ({}, torch.bfloat16, {"k_pe": (0, 0, 4)}, "triton"),
+    "head stride of K apart": ({}, torch.bfloat16, {"k": (0, 4, 0), "k_pe": (0, 0, 0)}, "triton"),
 }
 
 
@@ -87,12 +98,21 @@ def made(case, device):
     none = (0, 0, 0)
     weight = placed(factors.shape, odd.get("weight", none), dtype, device)
     weight.copy_(factors)
-    k = placed((ROWS, dims.num_heads, dims.qk_head_dim), odd.get("k", none), dtype, device)
+    apart = "k_pe" in odd
+    k_dim = dims.qk_nope_head_dim if apart else dims.qk_head_dim
+    k = placed((ROWS, dims.num_heads, k_dim), odd.get("k", none), dtype, device)
     v = placed((ROWS, dims.num_heads, dims.v_head_dim), odd.get("v", none), dtype, device)
-    return dims, values, rows, factors, (paged(values, odd.get("latents", none), dtype, device), rows.to(device), weight, k, v)
+    k_pe = placed((ROWS, dims.qk_rope_head_dim), odd["k_pe"], dtype, device) if apart else None
+    latents = paged(values, odd.get("latents", none), dtype, device)
+    return dims, values, rows, factors, (latents, rows.to(device), weight, k, v, k_pe)
 
 
-def check(dims, values, rows, factors, k, v):
+def project(latents, listed, weight, k, v, k_pe, dims, **options):
+    """kv_up_project into these results."""
+    return kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v, k_pe_apart=k_pe is not None, k_pe_out=k_pe, **options)
+
+
+def check(dims, values, rows, factors, k, v, k_pe=None):
     """One rounding of float32 sums; k_pe to the bit, and zeros for rows that are none."""
     there = (rows >= 0) & (rows < len(values))
     x = values.double()[rows.clamp(0, len(values) - 1).long()] * there[:, None]
@@ -103,7 +123,11 @@ def check(dims, values, rows, factors, k, v):
     eps = torch.finfo(got.dtype).eps
     sums = 2**-52 if got.dtype == torch.float64 else 2**-23
     assert not ((got.double() - wanted).abs() > eps / 2 * wanted.abs() + rank**0.5 * sums * size).any()
-    assert torch.equal(k[..., nope:].cpu().double(), x[:, None, rank:].expand(-1, dims.num_heads, -1))
+    if k_pe is None:
+        assert torch.equal(k[..., nope:].cpu().double(), x[:, None, rank:].expand(-1, dims.num_heads, -1))
+    else:
+        assert k.shape[2] == nope
+        assert torch.equal(k_pe.cpu().double(), x[:, rank:])
 
 
 @devices
@@ -138,11 +162,12 @@ def test_auto_takes(device, case, monkeypatch):
     check(dims, values, rows, factors, *tensors[3:])
     if device == "cuda":  # the function, results allocated and given
         taken.clear()
-        latents, listed, weight, k, v = tensors
-        k.fill_(math.nan)
-        v.fill_(math.nan)
-        check(dims, values, rows, factors, *kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v))
-        check(dims, values, rows, factors, *kv_up_project(latents, listed, weight, dims))
+        latents, listed, weight, *outs = tensors
+        for out in outs:
+            if out is not None:
+                out.fill_(math.nan)
+        check(dims, values, rows, factors, *project(*tensors, dims))
+        check(dims, values, rows, factors, *kv_up_project(latents, listed, weight, dims, k_pe_apart=outs[2] is not None))
         assert taken[0] == wanted
         assert len(taken) == 2
 
@@ -151,14 +176,13 @@ def test_auto_takes(device, case, monkeypatch):
 @with_direct
 @pytest.mark.parametrize("case", CASES)
 def test_the_direct_call_takes_the_same(case, inference):
-    dims, values, rows, factors, (latents, listed, weight, k, v) = made(case, "cuda")
-    taken = native.direct.kv_up_project(latents, listed, torch.nn.Parameter(weight, requires_grad=False), k, v)
+    dims, values, rows, factors, (latents, listed, weight, *outs) = made(case, "cuda")
+    taken = native.direct.kv_up_project(latents, listed, torch.nn.Parameter(weight, requires_grad=False), *outs)
     assert taken == (HOPPER and CASES[case][3] == "cuda")
     if taken:
-        check(dims, values, rows, factors, k, v)
+        check(dims, values, rows, factors, *outs)
     else:
-        assert k.isnan().all()
-        assert v.isnan().all()
+        assert all(out.isnan().all() for out in outs if out is not None)
 
 
 @pytest.mark.gpu
@@ -169,9 +193,8 @@ def test_more_of_a_rank_than_auto_gives_the_kernel(rank, wide, monkeypatch):
     monkeypatch.setitem(
         CASES, "large", ({"qk_nope_head_dim": wide, "v_head_dim": wide, "kv_lora_rank": rank}, torch.bfloat16, {}, "")
     )
-    dims, values, rows, factors, (latents, listed, weight, k, v) = made("large", "cuda")
-    kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v, backend="cuda")
-    check(dims, values, rows, factors, k, v)
+    dims, values, rows, factors, tensors = made("large", "cuda")
+    check(dims, values, rows, factors, *project(*tensors, dims, backend="cuda"))
 
 
 WIDTHS = "the CUDA kernel needs kv_lora_rank, nope and v in multiples of 64 and rope of 8, at most 64; got "
@@ -181,6 +204,8 @@ REFUSED = {
     "odd v": WIDTHS + "128, 64, 72, 64",
     "odd rope": WIDTHS + "128, 64, 64, 60",
     "wide rope": WIDTHS + "128, 64, 64, 72",
+    "odd nope apart": WIDTHS + "128, 96, 64, 32",
+    "odd rope apart": WIDTHS + "128, 64, 64, 60",
     "float32": "the CUDA kernel needs bfloat16 or float16",
     "float64": "the CUDA kernel needs bfloat16 or float16",
     **{case: "the CUDA kernel needs rows at multiples of 16 bytes" for case in CASES if " of " in case and "multiples" not in case},
@@ -190,12 +215,11 @@ REFUSED = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_kernel_refuses(case):
-    dims, *_, (latents, listed, weight, k, v) = made(case, "cuda")
+    dims, *_, tensors = made(case, "cuda")
     with pytest.raises(RuntimeError, match=f"kv_up_project: {REFUSED[case]}"):
-        kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v, backend="cuda")
+        project(*tensors, dims, backend="cuda")
     torch.cuda.synchronize()
-    assert k.isnan().all()
-    assert v.isnan().all()
+    assert all(out.isnan().all() for out in tensors[3:] if out is not None)
 
 
 @pytest.mark.gpu
@@ -205,10 +229,10 @@ def test_a_rank_that_needs_too_much_shared_memory(rank, wide, monkeypatch):
     monkeypatch.setitem(
         CASES, "large", ({"qk_nope_head_dim": wide, "v_head_dim": wide, "kv_lora_rank": rank}, torch.bfloat16, {}, "")
     )
-    dims, *_, (latents, listed, weight, k, v) = made("large", "cuda")
+    dims, *_, tensors = made("large", "cuda")
     with pytest.raises(RuntimeError, match=f"kv_up_project: kv_lora_rank {rank} needs more shared memory than there is"):
-        kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v, backend="cuda")
-    assert k.isnan().all()
+        project(*tensors, dims, backend="cuda")
+    assert tensors[3].isnan().all()
 
 
 @pytest.mark.gpu
@@ -223,16 +247,25 @@ def test_a_rank_that_needs_too_much_shared_memory(rank, wide, monkeypatch):
         ({"weight": lambda x: x.T.contiguous().T}, "weight must have a contiguous last dimension"),
         ({"rows": lambda x: x.long()}, "rows must be a contiguous int32 list on the device of the latents"),
         ({"rows": lambda x: x.cpu()}, "rows must be a contiguous int32 list on the device of the latents"),
-        ({"k": lambda x: x[:-1]}, "k_out and v_out must have at least as many rows as there are"),
-        ({"k": lambda x: x.repeat(2, 1, 1)}, "k_out and v_out must have as many rows"),
+        ({"k": lambda x: x[:-1]}, "k_out must have at least as many rows as there are"),
+        ({"v": lambda x: x[:-1]}, "v_out must have at least as many rows as there are"),
+        ({"k": lambda x: x.repeat(2, 1, 1)}, "v_out must have as many rows as k_out"),
+        ({"k_pe": lambda x: x[None]}, "k_pe_out must have 2 dimensions"),
+        ({"k_pe": lambda x: x.half()}, "all tensors must have one dtype and device, and a contiguous last dimension"),
+        ({"k_pe": lambda x: x.cpu()}, "all tensors must have one dtype and device, and a contiguous last dimension"),
+        ({"k_pe": lambda x: x.repeat(1, 2)[:, ::2]}, "all tensors must have one dtype and device, and a contiguous last"),
+        ({"k_pe": lambda x: x[:-1]}, "k_pe_out must have at least as many rows as there are"),
+        ({"k_pe": lambda x: x.repeat(2, 1)}, "k_pe_out must have as many rows as k_out"),
+        ({"k_pe": lambda x: x[:, :-8]}, "k_pe_out must be .rows, rope., with rope = width - kv_lora_rank"),
+        ({"k_pe": lambda x: x.repeat(1, 2)}, "k_pe_out must be .rows, rope., with rope = width - kv_lora_rank"),
         ({"v": lambda x: x[:, :1]}, "k_out must be .rows, heads, nope . rope. and v_out .rows, heads, v."),
         ({"weight": lambda x: x[:-1]}, "weight must be .heads . .nope . v., kv_lora_rank., less than 2..31 rows"),
     ],
 )
 def test_the_native_op_refuses_what_does_not_fit(change, words):
     """torch.ops is open to anyone: what does not fit must not reach memory."""
-    *_, tensors = made("plain", "cuda")
-    given = dict(zip(("latents", "rows", "weight", "k", "v"), tensors, strict=True))
+    *_, tensors = made("apart" if "k_pe" in change else "plain", "cuda")
+    given = dict(zip(NAMES, tensors, strict=True))
     for name, of in change.items():
         given[name] = of(given[name])
     with pytest.raises(RuntimeError, match=f"kv_up_project: {words}"):
@@ -240,8 +273,7 @@ def test_the_native_op_refuses_what_does_not_fit(change, words):
     with torch.inference_mode():
         assert native.direct is None or not native.direct.kv_up_project(*given.values())
     torch.cuda.synchronize()
-    assert given["k"].isnan().all()
-    assert given["v"].isnan().all()
+    assert all(given[name].isnan().all() for name in NAMES[3:] if given[name] is not None)
 
 
 def test_every_reason_stands_alone(monkeypatch):
@@ -250,9 +282,9 @@ def test_every_reason_stands_alone(monkeypatch):
     for case, (changes, _, odd, wanted) in CASES.items():
         if wanted != "triton" or not odd or changes:
             continue
-        (name,) = odd
+        name = next(iter(odd))
         *_, tensors = made(case, "cpu")
-        given = dict(zip(("latents", "rows", "weight", "k", "v"), tensors, strict=True))
+        given = dict(zip(NAMES, tensors, strict=True))
         del given["rows"]
         assert not module._fits_wgmma(*given.values()), case
         given[name] = given[name].clone(memory_format=torch.contiguous_format)

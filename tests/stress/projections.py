@@ -38,7 +38,8 @@ def draw_up_project(draw: Draw) -> Arguments:
     count = len(rows) if rows is not None else slots * (block or 1)
     scale = draw.choice([0.02, 1.5]) if draw.chance(0.15) else None
     linear = draw.choice(["module", "tuple", "view"]) if draw.chance(0.2) else None
-    given = draw.choice(["none", "none", "k", "v", "both"])
+    apart = (None if backend == "cuda" else draw.view(2),) if draw.chance(0.4) else None
+    given = draw.choice(["none", "none", "k", "v", "all", *(["k_pe"] if apart else [])])
     dtype = draw.choice(["bfloat16", "float16"] if backend == "cuda" else ["bfloat16", "float16", "float32"])
     if scale is not None and linear and given == "none":
         dtype = "bfloat16"  # nothing says another one
@@ -57,14 +58,32 @@ def draw_up_project(draw: Draw) -> Arguments:
         "weight_view": None if backend == "cuda" else draw.choice([None, ((0,), 1, 0, 3, 0), ((0,), 2, 0, 0, 1)]),
         "k_out": (count + draw.choice([0, 0, 1, 130, 300]), None if backend == "cuda" else draw.view(3)),
         "given": given,
+        "apart": apart,
         "together": draw.chance(0.5),
         "v_view": None if backend == "cuda" else draw.view(3),
     }
 
 
 def check_kv_up_project(
-    device, backend, dims, blocks, block_size, rows, dtype, scale, linear, seed, view, weight_view, k_out, given, together, v_view
+    device,
+    backend,
+    dims,
+    blocks,
+    block_size,
+    rows,
+    dtype,
+    scale,
+    linear,
+    seed,
+    view,
+    weight_view,
+    k_out,
+    given,
+    apart,
+    together,
+    v_view,
 ) -> None:
+    """``apart``: None, or how the k_pe that is given lies in memory, in a tuple of its own."""
     sizes, kind = MLADims(*dims), dtype_of(dtype)
     heads, nope, rope, v_dim, rank = dims
     shape = (blocks, rank + rope) if block_size is None else (blocks, block_size, rank + rope)
@@ -81,12 +100,13 @@ def check_kv_up_project(
     size = torch.einsum("nc,hoc->nho", used[:, :rank].abs(), weight.double().abs().view(heads, nope + v_dim, rank))
     slack = size * (rank + 2) ** 0.5 * EPS32  # of sums in float32, in any order
 
-    room = k_out[0]
-    k_target = blank((room, heads, nope + rope), kind, device, k_out[1])
+    room, k_dim = k_out[0], nope + rope if apart is None else nope
+    k_target = blank((room, heads, k_dim), kind, device, k_out[1])
     v_target = blank((room, heads, v_dim), kind, device, v_view)
-    whole = blank((room, heads, nope + rope + v_dim), kind, device, k_out[1])
-    if together and given == "both":  # K and V of a head side by side, as the projection has them
-        k_target, v_target = (Placed(x, whole.buffer) for x in whole.tensor.split([nope + rope, v_dim], dim=2))
+    pe_target = blank((room, rope), kind, device, apart and apart[0])
+    whole = blank((room, heads, k_dim + v_dim), kind, device, k_out[1])
+    if together and given == "all":  # K and V of a head side by side, as the projection has them
+        k_target, v_target = (Placed(x, whole.buffer) for x in whole.tensor.split([k_dim, v_dim], dim=2))
     given_weight = place(weight, weight_view, device)
 
     def module(x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
@@ -97,26 +117,34 @@ def check_kv_up_project(
             return wide[:, 8:]
         return (product, None) if linear == "tuple" else product
 
-    k, v = kv_up_project(
+    results = kv_up_project(
         place(latents, view, device),
         None if rows is None else torch.tensor(rows, dtype=torch.int32, device=device),
         None if linear else given_weight,
         sizes,
         linear=module if linear else None,
         scale=None if scale is None else torch.tensor(scale, device=device),
-        k_out=k_target.tensor if given in ("k", "both") else None,
-        v_out=v_target.tensor if given in ("v", "both") else None,
+        k_out=k_target.tensor if given in ("k", "all") else None,
+        v_out=v_target.tensor if given in ("v", "all") else None,
+        k_pe_apart=apart is not None,
+        k_pe_out=pe_target.tensor if apart and given in ("k_pe", "all") else None,
         backend="auto" if linear else backend,
     )
     count = len(index)
     total = count if given == "none" else room
-    assert (len(k), len(v)) == (total, total), f"K has {len(k)} rows and V {len(v)}, not {total}"
-    assert k.dtype == v.dtype == kind
+    k, v, k_pe = results if apart else (*results, None)
+    for x in results:
+        assert len(x) == total, f"K, V and k_pe have {[len(x) for x in results]} rows, not {total}"
+        assert x.dtype == kind
     close("k", k[:count, :, :nope], exact[..., :nope], slack[..., :nope])
     close("v", v[:count], exact[..., nope:], slack[..., nope:])
-    same_bits("k_pe", k[:count, :, nope:].cpu(), used[:, None, rank:].to(kind).expand(-1, heads, -1))
+    if k_pe is None:
+        same_bits("k_pe", k[:count, :, nope:].cpu(), used[:, None, rank:].to(kind).expand(-1, heads, -1))
+    else:
+        assert k.shape[2] == nope
+        same_bits("k_pe", k_pe[:count].cpu(), used[:, rank:].to(kind))
     zeroed = min(total, -(-count // TILE) * TILE)
-    for name, got, target in (("k", k, k_target), ("v", v, v_target)):
+    for name, got, target in zip(("k", "v", "k_pe"), results, (k_target, v_target, pe_target), strict=False):
         assert not got[count:zeroed].cpu().any(), f"{name}: rows behind the last one must be zeros up to a multiple of {TILE}"
         if got is target.tensor:
             assert (bits(got[zeroed:]) == -1).all(), f"{name}: rows behind the zeroed ones must stay as they are"
