@@ -1,6 +1,7 @@
 """kv_up_project beside the bare GEMM and beside torch's restore, kv_b_proj and K concat; concat_k beside torch's two copies.
 
 DeepSeek's widths in bf16, latents in blocks of 64 anywhere in a cache. Bytes: latents, weight, K and V once. FLOPs: of the GEMM.
+"apart" leaves k_pe out of K: it writes less, and has its own bytes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def make_paths(tokens: int, dims: MLADims, device: str, backends: list[str]) -> 
     k_pe = cache[rows.long(), rank:].contiguous()
     k = torch.full((tokens, heads, dims.qk_head_dim), torch.nan, dtype=torch.bfloat16, device=device)
     v = torch.full((tokens, heads, dims.v_head_dim), torch.nan, dtype=torch.bfloat16, device=device)
+    k_nope = torch.full((tokens, heads, nope), torch.nan, dtype=torch.bfloat16, device=device)
+    rope = torch.full_like(k_pe, torch.nan)
 
     def copies() -> torch.Tensor:
         k[..., :nope] = expanded[..., :nope]
@@ -54,12 +57,14 @@ def make_paths(tokens: int, dims: MLADims, device: str, backends: list[str]) -> 
     for backend in backends:
         project[backend] = lambda backend=backend: kv_up_project(cache, rows, weight, dims, k_out=k, v_out=v, backend=backend)
         concat[backend] = lambda backend=backend: concat_k(expanded[..., :nope], k_pe, out=k, backend=backend)
-    wanted = [x.clone() for x in in_torch()]
+    project["apart"] = lambda: kv_up_project(cache, rows, weight, dims, k_out=k_nope, v_out=v, k_pe_apart=True, k_pe_out=rope)
+    whole = [x.clone() for x in in_torch()]
+    wanted = {"apart": [whole[0][..., :nope], whole[1], k_pe]}
     for name, call in project.items():
         if name != "gemm":
-            k.fill_(torch.nan)
-            v.fill_(torch.nan)
-            for got, right in zip(call(), wanted, strict=True):
+            for out in (k, v, k_nope, rope):
+                out.fill_(torch.nan)
+            for got, right in zip(call(), wanted.get(name, whole), strict=True):
                 plain.check_close(f"the up-projection by {name}", got, right)
     wanted_k = copies().clone()
     for name, call in concat.items():
@@ -86,7 +91,12 @@ def run(device: str) -> Iterator[dict[str, Any]]:
             if gpu:
                 result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
             for name, call in paths.items():
-                numbers = timing.measure(call, result)
+                if name == "apart":
+                    moved -= 2 * tokens * (heads - 1) * dims.qk_rope_head_dim
+                    own = {"bytes": moved, **({"copy_us": timing.copy_us(moved)} if gpu else {})}
+                    numbers = own | timing.measure(call, result | own)
+                else:
+                    numbers = timing.measure(call, result)
                 if "gemm" in result and gpu:
                     numbers["of_gemm"] = numbers["gpu_us"] / result["gemm"]["gpu_us"]
                 result[name] = numbers
