@@ -1,7 +1,8 @@
 """pcp_attention's own kernels beside FlashAttention 2 and 3, all in the one-call form: widths 192 and 128, bf16, rank 0 of P.
 
 FLOPs: two for each multiplication that the causal mask leaves. K comes apart from ``k_pe``, or in one piece ("K"); "rows" are with
-``kv_rows``, "prev" merges an earlier result. ``python -m bench.attention sweep`` times the kernel's configurations, and some of them with ``kv_rows``.
+``kv_rows``, "prev" merges an earlier result. ``python -m bench.attention sweep`` times the Triton kernel's configurations, and some
+of them with ``kv_rows``.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ sanitizer() {  # small shapes through each CUDA kernel: random batches and types
   # It does not follow barriers that are waited for by parity: it reports cuBLAS's and cuDNN's kernels, and kv_up_project's.
   [[ $1 == racecheck ]] && skip="(test_kv_up_project or test_attention)"
   compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m pytest -q -m gpu \
-    -k "cuda and not reference and not $skip and (random or unaligned or empty or identity or block_of_rows or in_place or row_ops or shares or float8 or sequences or behind_the_last)" tests
+    -k "cuda and not reference and not $skip and (random or unaligned or empty or identity or block_of_rows or in_place or row_ops or shares or float8 or sequences or behind_the_last or share_keys)" tests
 }
 
 step build env PCP_MLA_CUDA="${PCP_MLA_CUDA:-1}" "$python" setup.py -q build_ext --inplace

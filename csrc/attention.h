@@ -34,8 +34,8 @@ struct Attention {
     check(v.tokens == k.tokens && out.tokens == q.tokens && out.dim == v.dim, op, ": v must have the rows of k, out those of q");
     if (a.k_pe != nullptr) {
       const View& x = *a.k_pe;
-      check(x.kind.same_device(kind) && x.kind.dtype == kind.dtype && x.dims == 2 && x.sizes[0] == k.tokens && x.strides[1] == 1, op,
-            ": k_pe must be [rows of k, rope], of its dtype, with a contiguous last dimension");
+      check(x.kind.same_device(kind) && x.kind.dtype == kind.dtype && x.dims == 2 && x.sizes[0] == k.tokens && x.strides[1] == 1,
+            op, ": k_pe must be [rows of k, rope], of its dtype, with a contiguous last dimension");
       k_pe = x.data;
       rope = x.sizes[1];
       k_pe_stride = x.strides[0] * x.item;
@@ -45,6 +45,9 @@ struct Attention {
     if (a.kv_rows != nullptr) {
       kv_rows = list(*a.kv_rows, a.kv_rows->sizes[0], "kv_rows");
       keys = a.kv_rows->sizes[0];
+      for (const int64_t stride : {k.token_stride, v.token_stride, k_pe_stride}) {
+        check(stride <= UINT32_MAX, op, ": k, v and k_pe must have rows less than 2**32 bytes apart with kv_rows, got ", stride);
+      }
     }
     rows = a.seqused_k.sizes[0];
     cu_seqlens_q = list(a.cu_seqlens_q, rows + 1, "cu_seqlens_q");
@@ -74,8 +77,8 @@ struct Attention {
     return reinterpret_cast<const int32_t*>(x.data);
   }
   Lse lse_of(const View& x, const char* name) const {
-    check(x.kind.same_device(kind) && x.kind.dtype == kFloat32 && x.dims == 2 && x.sizes[0] == q.tokens && x.sizes[1] == q.heads, op,
-          ": ", name, " must be float32 [tokens, heads] on the device of q");
+    check(x.kind.same_device(kind) && x.kind.dtype == kFloat32 && x.dims == 2 && x.sizes[0] == q.tokens && x.sizes[1] == q.heads,
+          op, ": ", name, " must be float32 [tokens, heads] on the device of q");
     return {reinterpret_cast<float*>(x.data), x.strides[0], x.strides[1]};
   }
 };

@@ -46,10 +46,10 @@ BATCHES = {
 }
 
 
-def available(device, backend, dtype=torch.bfloat16):
-    """Skip where the library is missing or does not take the dtype."""
+def available(device, backend, dtype=torch.bfloat16, widths=(NOPE + ROPE, V)):
+    """Skip where the library is missing or does not take the dtype or the widths."""
     reason = support.missing(backend, torch.device(device, 0) if device == "cuda" else torch.device(device))
-    reason = reason or support.refusal(backend, dtype, NOPE + ROPE, V, False)
+    reason = reason or support.refusal(backend, dtype, *widths, False)
     if reason:
         pytest.skip(f"{backend}: {reason}")
 
@@ -290,6 +290,12 @@ def test_addresses_that_are_no_multiples_of_16(device, backend):
         return room[1:].as_strided(x.shape, (x.shape[1] * x.shape[2] + 3, x.shape[2], 1)).copy_(x)
 
     out = shifted(torch.zeros_like(wanted[0]))
+    if backend == "cuda":  # does not reach them; auto takes Triton then
+        with pytest.raises(NotImplementedError, match="a tensor q whose rows and heads are not at multiples of 16 bytes"):
+            attend(shifted(q), shifted(k), shifted(v), meta, backend=backend)
+        with pytest.raises(NotImplementedError, match="a tensor out whose rows"):
+            attend(q, k, v, meta, backend=backend, out=(out, torch.zeros_like(wanted[1])))
+        backend = "auto"
     for got in (
         attend(shifted(q), shifted(k), shifted(v), meta, backend=backend),
         attend(q, k, v, meta, backend=backend, out=(out, torch.zeros_like(wanted[1]))),
@@ -316,6 +322,7 @@ def test_pads_of_q_are_not_written(device, backend, padded):
 @ours
 @pytest.mark.parametrize(("width", "v_width"), [(16, 16), (24, 8), (80, 48), (5, 3), (192, 96)])
 def test_other_widths(device, backend, width, v_width):
+    available(device, backend, torch.half, (width, v_width))
     meta = meta_of(BATCHES["context"], 0, device)
     generator = torch.Generator().manual_seed(4)
     q, k, v = (
@@ -381,6 +388,16 @@ def test_opcheck_and_compile(device):
     check([x / 4 for x in layer(q, k_nope, v, k_pe)], exact(q * 2, k, v, meta))
 
 
+def test_a_named_backend_under_a_compiler():
+    """On a CPU there is one op, whatever the name: nothing asks for addresses, which a compiler has not."""
+    meta = meta_of(BATCHES["context"], 0, "cpu")
+    q, k, v, _, _ = inputs(meta, torch.bfloat16)
+    torch.compiler.reset()
+    for name in ("cuda", "fa3", "triton"):
+        compiled = torch.compile(lambda *x, name=name: attend(*x, meta, backend=name), fullgraph=True, backend="eager")
+        check(compiled(q, k, v), exact(q, k, v, meta))
+
+
 @everywhere
 def test_many_requests(device, backend):
     """Of mixed lengths, with and without context, some of one token, some shorter than the ranks."""
@@ -414,14 +431,15 @@ def test_graph_replay_with_other_lengths(backend):
 
 
 @pytest.mark.parametrize(
-    ("device", "keys", "heads"),
+    ("device", "backend", "keys", "heads"),
     [
-        pytest.param("cpu", 90, 2, id="cpu", marks=next(p.marks for p in OURS if p.id == "triton-interpreted")),
-        pytest.param("cuda", 135168, 128, id="cuda", marks=pytest.mark.gpu),
+        pytest.param("cpu", "triton", 90, 2, id="cpu", marks=next(p.marks for p in OURS if p.id == "triton-interpreted")),
+        pytest.param("cuda", "triton", 135168, 128, id="triton", marks=pytest.mark.gpu),
+        pytest.param("cuda", "cuda", 135168, 128, id="cuda", marks=pytest.mark.gpu),
     ],
 )
 @pytest.mark.parametrize("listed", [False, True])
-def test_offsets_past_two_to_the_31(device, keys, heads, listed):
+def test_offsets_past_two_to_the_31(device, backend, keys, heads, listed):
     """Of K and of V, where there is memory for it."""
     new = min(300, keys // 3)
     meta = PCPMetadata.build([new], [keys - new], [True], world_size=1, rank=0, device=device)
@@ -432,7 +450,7 @@ def test_offsets_past_two_to_the_31(device, keys, heads, listed):
     q *= 3  # few keys have most of the weight: the outputs are not all close to 0
     assert device == "cpu" or min(k.numel(), v.numel()) > 2**31
     rows = torch.arange(keys, device=device).flip(0).int() if listed else None
-    out, lse = attend(q, k, v, meta, kv_rows=rows, backend="triton")
+    out, lse = attend(q, k, v, meta, kv_rows=rows, backend=backend)
     for head in (slice(0, 1), slice(heads - 1, heads)):
         one_k, one_v = (x[:, head].flip(0) if listed else x[:, head].contiguous() for x in (k, v))
         check((out[:, head], lse[:, head]), exact(q[:, head], one_k, one_v, meta))

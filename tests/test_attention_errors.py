@@ -87,7 +87,7 @@ BAD_CHUNK = KeyChunk(0, 4, True, 4, np.zeros(2), np.zeros(5, np.int32), np.zeros
         ({"out": (rows(T, 2, 5), STATE[1])}, ValueError, "out must have shape"),
         ({"out": (rows(1, 2, 6).expand(T, -1, -1), STATE[1])}, ValueError, "out must not be expanded"),
         ({"out": (rows(T, 6, 2).transpose(1, 2), STATE[1])}, ValueError, "out must have a contiguous last dimension"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of auto, fa3, fa4, fa2, triton, torch, got 'cuda'"),
+        ({"backend": "wgmma"}, ValueError, "backend must be one of auto, cuda, fa3, fa4, fa2, triton, torch, got 'wgmma'"),
         ({"backend": "fa3"}, NotImplementedError, "backend 'fa3' does not support dtype float32; these do: triton, torch"),
     ],
 )
@@ -108,8 +108,8 @@ def half(width, v_width):
     ("backend", "change", "words"),
     [
         ("fa3", half(192, 64), r"widths 192 of q and 64 of v \(it takes equal ones .*\); these do: fa2, triton, torch"),
-        ("fa3", {**half(192, 128), "kv_rows": torch.zeros(N, dtype=torch.int32)}, "kv_rows; these do: triton, torch"),
-        ("fa4", half(256, 256), "widths 256 of q and 256 of v .*; these do: fa3, fa2, triton, torch"),
+        ("fa3", {**half(192, 128), "kv_rows": torch.zeros(N, dtype=torch.int32)}, "kv_rows; these do: cuda, triton, torch"),
+        ("fa4", half(256, 256), "widths 256 of q and 256 of v .*; these do: cuda, fa3, fa2, triton, torch"),
         ("fa2", half(320, 64), "widths 320 of q and 64 of v .*; these do: triton, torch"),
         ("triton", {name: x.double() for name, x in half(32, 16).items()}, "dtype float64; these do: torch"),
     ],

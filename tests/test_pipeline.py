@@ -596,7 +596,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str,
 @pytest.mark.parametrize(
     ("backend", "error", "message"),
     [
-        ("fa9", ValueError, "backend must be one of auto, fa3, fa4, fa2, triton, torch, got 'fa9'"),
+        ("fa9", ValueError, "backend must be one of auto, cuda, fa3, fa4, fa2, triton, torch, got 'fa9'"),
         ("fa2", NotImplementedError, "backend 'fa2' does not support dtype float32"),
     ],
 )

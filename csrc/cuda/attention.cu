@@ -13,7 +13,9 @@ constexpr uint32_t kMaxItems = 1u << 30, kMaxGroup = 16;
 // As a tensor copy sees [tokens, heads, width]: boxes of a slab's columns of some tokens of one head.
 CUtensorMap map_of(const char* name, const Ragged& x, int tokens_of_box) {
   const cuuint64_t sizes[3] = {uint64_t(x.dim), uint64_t(x.tokens), uint64_t(x.heads)};
-  const cuuint64_t strides[2] = {uint64_t(x.token_stride), uint64_t(x.head_stride)};
+  // The stride of a dimension of one may be anything, and 0 makes no map.
+  const int64_t width = (x.width + 15) / 16 * 16;
+  const cuuint64_t strides[2] = {uint64_t(x.tokens > 1 ? x.token_stride : width), uint64_t(x.heads > 1 ? x.head_stride : width)};
   const cuuint32_t box[3] = {kSlab, cuuint32_t(tokens_of_box), 1};
   return encode<3>(name, x.kind, x.data, sizes, strides, box);
 }
@@ -62,14 +64,17 @@ void launch(const Attention& a) {
                 a.k.head_stride, a.k_pe_stride, a.v.token_stride, a.v.head_stride, static_cast<uint32_t>(last / 8)};
   }
   const uint32_t rows = listed ? Shape::keys / kGroupWarps : Shape::keys;  // of a tensor copy
-  maps.k = map_of("k", a.k, rows);
-  maps.v = map_of("v", a.v, rows);
-  if (a.k_pe != nullptr) {
-    const cuuint64_t sizes[2] = {uint64_t(a.rope), uint64_t(a.k.tokens)}, strides[1] = {uint64_t(a.k_pe_stride)};
+  if (a.k.tokens > 0) {                                                    // else there is no map, and no row has a key
+    maps.k = map_of("k", a.k, rows);
+    maps.v = map_of("v", a.v, rows);
+  }
+  if (a.k_pe != nullptr && a.k.tokens > 0) {
+    const cuuint64_t sizes[2] = {uint64_t(a.rope), uint64_t(a.k.tokens)},
+                     strides[1] = {uint64_t(a.k.tokens > 1 ? a.k_pe_stride : kRowBytes)};
     const cuuint32_t box[2] = {kSlab, rows};
     maps.k_pe = encode<2>("k_pe", a.kind, a.k_pe, sizes, strides, box);
   }
-  kernel<<<c.items * static_cast<uint32_t>(a.q.heads), kAttentionThreads, Shape::bytes, current_stream(a.kind)>>>(c, maps);
+  kernel<<<c.items* static_cast<uint32_t>(a.q.heads), kAttentionThreads, Shape::bytes, current_stream(a.kind)>>>(c, maps);
   check_cuda(cudaGetLastError());
 }
 
@@ -103,10 +108,11 @@ const char* refusal(const Attention& a, Launch* found) {
   }
   const int64_t slabs = (a.q.dim + kSlab - 1) / kSlab;
   *found = a.kind.dtype == kFloat16 ? launch_for<__half>(slabs, a.v.dim) : launch_for<__nv_bfloat16>(slabs, a.v.dim);
-  if (*found == nullptr) return "its widths of q and v are up to 128 and 64 or 128, 192 and 128, and 256 and 256";
+  if (*found == nullptr) return "its widths of q and v are 65 to 128 and 64, 65 to 192 and 128, and 193 to 256 and 256";
   if (a.q.dim % 8 != 0 || !is_aligned(a)) return "rows and heads must lie at multiples of 16 bytes";
   if (std::max({a.q.tokens, a.k.tokens, a.keys}) > INT32_MAX - 256) return "there must be less than 2**31 tokens";
   if (is_expanded(a.k) || is_expanded(a.v) || is_expanded(a.q)) return "q, k and v must not be expanded";
+  if (a.k_pe != nullptr && a.k.tokens > 1 && a.k_pe_stride == 0) return "k_pe must not be expanded";
   if (a.kind.device_type != kCudaDevice || !is_hopper(a.kind)) return "it needs a GPU of compute capability 9.0";
   return nullptr;
 }
@@ -119,9 +125,11 @@ void attention_wgmma(const Tensor& q, const Tensor& k, const Tensor& v, const st
                      const std::optional<Tensor>& kv_rows, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                      const Tensor& seqused_k, const std::optional<Tensor>& prev_out, const std::optional<Tensor>& prev_lse,
                      double softmax_scale, bool causal, const Tensor& out, const std::optional<Tensor>& lse) {
-  const View views[] = {view_of(q), view_of(k), view_of(v), view_of(cu_seqlens_q), view_of(cu_seqlens_k), view_of(seqused_k), view_of(out)};
+  const View views[] = {view_of(q),         view_of(k),  view_of(v), view_of(cu_seqlens_q), view_of(cu_seqlens_k),
+                        view_of(seqused_k), view_of(out)};
   const OptionalView pe(k_pe), listed(kv_rows), po(prev_out), pl(prev_lse), l(lse);
-  const Attention a({views[0], views[1], views[2], pe, listed, views[3], views[4], views[5], po, pl, softmax_scale, causal, views[6], l});
+  const Attention a(
+      {views[0], views[1], views[2], pe, listed, views[3], views[4], views[5], po, pl, softmax_scale, causal, views[6], l});
   Launch launch = nullptr;
   const char* wrong = refusal(a, &launch);
   check(wrong == nullptr, "pcp_attention: the CUDA kernel does not take this: ", wrong);

@@ -83,7 +83,7 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       const char* from = c.prev_out + token * c.prev_token + t.head * c.prev_head + lane % 4 * 4;
 #pragma unroll
       for (int i = 0; i < kO / 4; ++i) prev[2 * i + r] = *reinterpret_cast<const uint32_t*>(from + i * 16);
-      if (!(fabsf(lse) < INFINITY)) continue;
+      if (fabsf(lse) == INFINITY) continue;
       softmax.highest[r] = lse * 1.4426950408889634f;
       softmax.total[r] = lane % 4 == 0 ? 1.0f : 0.0f;
     }
@@ -101,7 +101,8 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
     const int32_t first_query = group * kGroupQueries;
     const int32_t step = c.rows.causal ? 1 : 0;
     // Tiles that all queries see.
-    const uint32_t unmasked = min(uniform(max(min(t.first_limit + step * first_query, t.used), 0) / Shape::keys), static_cast<int32_t>(tiles));
+    const uint32_t unmasked =
+        min(uniform(max(min(t.first_limit + step * first_query, t.used), 0) / Shape::keys), static_cast<int32_t>(tiles));
     const int32_t limits[2] = {min(t.first_limit + step * query, t.used), min(t.first_limit + step * (query + 8), t.used)};
     const uint64_t q = matrix_descriptor(q_tile + group * kGroupQueries * kRowBytes);
     float s[kS], factor[2];
@@ -122,7 +123,8 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       for (int slab = 0; slab < Shape::slabs; ++slab) {
 #pragma unroll
         for (int i = 0; i < kSlab / 16; ++i) {
-          product<T>(s, further(q, slab * Shape::q_slab_bytes + 32 * i), further(k, slab * Shape::slab_bytes + 32 * i), slab > 0 || i > 0);
+          product<T>(s, further(q, slab * Shape::q_slab_bytes + 32 * i), further(k, slab * Shape::slab_bytes + 32 * i),
+                     slab > 0 || i > 0);
         }
       }
       product_commit();

@@ -194,6 +194,8 @@ __device__ void copy_listed(const AttentionCall& c, const AttentionMaps& maps, c
     load_v(j - 1, before);
   }
   load_v(tiles - 1, row);
+  copy_async_commit();
+  copy_async_wait<0>();  // no thread ends before its copies
 }
 
 #endif

@@ -54,10 +54,10 @@ __device__ inline void tensor_load_2d(uint32_t to, const CUtensorMap* map, uint3
 }
 
 __device__ inline void tensor_load_3d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y, int32_t z) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-                   to),
-               "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
 }
 
 // 16 bytes, or 16 zeros.
@@ -128,28 +128,28 @@ __device__ void settle(uint32_t (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
-#define PCP_SUMS_64 \
+#define PCP_SUMS_64                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PCP_SUMS_128 \
-  PCP_SUMS_64        \
-  ", "               \
+#define PCP_SUMS_128                                                                 \
+  PCP_SUMS_64                                                                        \
+  ", "                                                                               \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PCP_SUMS_256 \
-  PCP_SUMS_128       \
-  ", "               \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define PCP_SUMS_256                                                                             \
+  PCP_SUMS_128                                                                                   \
+  ", "                                                                                           \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PCP_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define PCP_D32(i) PCP_D8(i), PCP_D8(i + 8), PCP_D8(i + 16), PCP_D8(i + 24)
 #define PCP_D64(i) PCP_D32(i), PCP_D32(i + 32)
-#define PCP_PRODUCT(n, type, a, b, more)     \
-  "{\n.reg .pred more;\nsetp.ne.b32 more, " more ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type " {" \
-  PCP_SUMS_##n "}, " a ", " b ", more, 1, 1"
+#define PCP_PRODUCT(n, type, a, b, more)                                                                                        \
+  "{\n.reg .pred more;\nsetp.ne.b32 more, " more ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type " {" PCP_SUMS_##n \
+      "}, " a ", " b ", more, 1, 1"
 #define PCP_ROWS ", 0, 0;\n}"
 #define PCP_TRANSPOSED ", 1;\n}"
 

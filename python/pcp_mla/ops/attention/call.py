@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from ... import reference
 from ...plan.metadata import PCPMetadata
 from ...plan.slots import KeyChunk
 from ...reference.fused_gather import gathered_shapes
@@ -15,67 +13,15 @@ from ..concat_k import concat_k
 from ..fused_gather import GatheredRows, pcp_fused_gather
 from ..fused_restore import pcp_fused_restore
 from ..merge_states import merge_attn_states
-from ..registry import HAS_TRITON, direct, fake_in_place, register_composed, triton_form
+from ..registry import HAS_TRITON, direct
 from . import support
 from .checks import check_attention
+from .kernels import able, choose, kernel
 from .libraries import LIBRARIES, Library, Rows, call, check_placement, find, prepared
 from .rows import attend_rows
 
 State = tuple[torch.Tensor, torch.Tensor]  # an output and its LSE
 Result = tuple[torch.Tensor, torch.Tensor | None]
-
-
-def _on_cuda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pe: torch.Tensor | None,
-    kv_rows: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    seqused_k: torch.Tensor,
-    prev_out: torch.Tensor | None,
-    prev_lse: torch.Tensor | None,
-    softmax_scale: float,
-    causal: bool,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """The CUDA kernel if it takes these tensors, else Triton's."""
-    name = support.choose("auto", q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None, ours=True)
-    if name == "cuda" and support.out_of_reach(q, k, v, k_pe, out, prev_out):
-        name = "triton" if HAS_TRITON else "torch"
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    _kernel(name)(q, k, v, k_pe, kv_rows, *lengths, prev_out, prev_lse, softmax_scale, causal, out, lse)
-
-
-_attention = register_composed("attention", fake_in_place, cpu=reference.attention, cuda=_on_cuda)
-_wgmma = torch.ops.pcp_mla.attention_wgmma.default
-
-
-def _by_wgmma(*args: Any) -> None:
-    calls = direct()
-    if calls is None or not calls.attention(*args):
-        _wgmma(*args)
-
-
-def choose(backend: str, device: torch.device, dtype: torch.dtype, width: int, v_width: int, listed: bool) -> str:
-    """As :func:`support.choose`; under a compiler, where looking for libraries is nothing to compile, ``auto`` on a GPU is the op
-    that chooses among our own kernels when it runs."""
-    if not torch.compiler.is_compiling():
-        return support.choose(backend, device, dtype, width, v_width, listed)
-    if backend != "auto" and device.type == "cuda":
-        raise NotImplementedError(f"pcp_attention: backend must be auto under torch.compile on a GPU, got {backend!r}")
-    return "auto"
-
-
-def _kernel(name: str) -> Callable[..., None]:
-    """Our own implementation: the op under a compiler, else past the dispatcher, which costs more than the launch."""
-    if torch.compiler.is_compiling():
-        return _attention
-    if name == "cuda":
-        return _by_wgmma
-    return triton_form("attention") if name == "triton" else reference.attention
 
 
 def _library(name: str) -> Library | None:
@@ -134,12 +80,11 @@ def run_rows(
     if lse is None and return_lse:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lengths = (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k)
-    if name == "cuda" and support.out_of_reach(q, k, v, k_pe, out, None if prev is None else prev[0]):
-        name = "triton" if HAS_TRITON else "torch"
+    name = able(name, q, k, v, k_pe, out, None if prev is None else prev[0])
     if name == "torch" and lse is None and prev is None and kv_rows is None and not torch.compiler.is_compiling():
         attend_rows(q, k if k_pe is None else concat_k(k, k_pe), v, *lengths, float(scale), rows.causal, out)
         return out, None
-    _kernel(name)(q, k, v, k_pe, kv_rows, *lengths, *(prev or (None, None)), float(scale), rows.causal, out, lse)
+    kernel(name)(q, k, v, k_pe, kv_rows, *lengths, *(prev or (None, None)), float(scale), rows.causal, out, lse)
     return out, lse
 
 
@@ -210,11 +155,29 @@ def _rows(meta: PCPMetadata, chunk: KeyChunk | None) -> Rows:
     return Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)
 
 
-def prepared_call(name: str, meta: PCPMetadata, softmax_scale: float) -> Callable[..., None] | None:
-    """What :func:`attend` does with a backend that was chosen, for many layers of a step: a function of q, K, V and ``out``, all
-    keys at once, for tensors that :func:`libraries.in_reach` leaves as they are. None where the backend has no such form."""
+def _by_wgmma_over(rows: Rows, scale: float) -> Callable[..., None]:
+    lengths, calls = (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k), direct()
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, k_pe: torch.Tensor | None = None) -> None:
+        if calls is None or not calls.attention(q, k, v, k_pe, None, *lengths, None, None, scale, rows.causal, out, None):
+            run_rows("cuda", q, k, v, rows, scale, False, k_pe, out=out)  # which knows what the kernel does not reach
+
+    return run
+
+
+def prepared_rows(name: str, rows: Rows, softmax_scale: float) -> Callable[..., None] | None:
+    """What :func:`run_rows` does with a backend that was chosen, for many layers of a step: a function of q, K, V and ``out``, and
+    of ``k_pe`` where the backend takes it apart, for tensors that :func:`libraries.apart` has nothing against. None where the
+    backend has no such form."""
+    if name == "cuda":
+        return _by_wgmma_over(rows, float(softmax_scale))
     library = _library(name)
-    return None if library is None else prepared(library, _rows(meta, None), float(softmax_scale))
+    return None if library is None else prepared(library, rows, float(softmax_scale))
+
+
+def prepared_call(name: str, meta: PCPMetadata, softmax_scale: float) -> Callable[..., None] | None:
+    """:func:`prepared_rows` of a step, for all keys at once."""
+    return prepared_rows(name, _rows(meta, None), softmax_scale)
 
 
 def attend(
@@ -290,8 +253,8 @@ def pcp_attention(
             very tensors: then a row that has no key in the chunk costs nothing. Otherwise they must share no memory with each other
             or an input.
         backend: ``cuda`` (our own, Hopper), ``fa3``, ``fa4``, ``fa2``, ``triton``, ``torch`` (the definition; any device), or
-            ``auto``: the fastest, cuda on Hopper for the widths that it takes, else triton, on the CPU torch. Under
-            ``torch.compile`` ``auto`` on a GPU.
+            ``auto``: the fastest, on Hopper cuda for the widths that it takes (for long rows fa3, if it is there), else triton, on
+            the CPU torch. Under ``torch.compile`` ``auto`` on a GPU.
 
     All of bf16, fp16 or fp32 (``torch``: also fp64), one dtype; any row and head strides with a contiguous last dimension. Causal,
     aligned bottom-right; a chunk of context is seen by every query.
@@ -306,8 +269,9 @@ def pcp_attention(
         RuntimeError: the named backend is not available.
     """
     check_attention(q, k, v, meta, softmax_scale, k_pe, kv_rows, prev, chunk, out, return_lse)
-    name = choose(backend, q.device, q.dtype, q.shape[2], v.shape[2], kv_rows is not None)
-    if backend == "cuda":
+    width, v_width, listed, apart = q.shape[2], v.shape[2], kv_rows is not None, k_pe is not None
+    name = choose(backend, q.device, q.dtype, width, v_width, listed, meta.max_seqlen_q, apart)
+    if backend == name == "cuda":  # under a compiler, which has no addresses, it is not
         given = out[0] if isinstance(out, tuple) else out
         refused = support.out_of_reach(q, k, v, k_pe, given, None if prev is None else prev[0])
         if refused:

@@ -39,7 +39,7 @@ SUPPORT = {
     "cuda": Support(
         BF16_FP16,
         lambda d, dv: d % 8 == 0 and (-(-d // 64), dv) in ((2, 64), (2, 128), (3, 128), (4, 256)),
-        "q over 64 and up to 128 with v 64 or 128, q up to 192 with v 128, q up to 256 with v 256",
+        "q over 64 and up to 128 with v 64, up to 192 with v 128; q over 192 and up to 256 with v 256",
         kv_rows=True,
         k_pe=True,
         capabilities=(9,),
@@ -80,8 +80,10 @@ SUPPORT = {
 }
 
 
-# As measured (docs/attention.md): the first that takes a call.
+# As measured (docs/attention.md): the first that takes a call. The library is ahead, of widths 192 and 128, where rows are long: of
+# so many queries with K in one piece, and where K must first be put together for it.
 _FASTEST = ("cuda", "triton")
+_LIBRARY, _LIBRARY_WIDTHS, _LIBRARY_QUERIES, _LIBRARY_QUERIES_APART = "fa3", (192, 128), 2048, 4096
 
 
 @functools.cache
@@ -140,6 +142,8 @@ def out_of_reach(
         return f"widths {k.shape[2]} of k and {k_pe.shape[1]} of k_pe (k's must be a multiple of 64, k_pe's of 8 and at most 64)"
     if k_pe is not None and (k_pe.data_ptr() | k_pe.stride(0) * k_pe.element_size()) % 16 != 0:
         return f"a k_pe whose rows are not at multiples of 16 bytes (strides {k_pe.stride()})"
+    if k_pe is not None and k_pe.shape[0] > 1 and k_pe.stride(0) == 0:
+        return "a k_pe that is expanded"
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("prev", prev_out)):
         if x is not None and apart(x):
             return f"a tensor {name} whose rows and heads are not at multiples of 16 bytes (strides {x.stride()})"
@@ -148,10 +152,27 @@ def out_of_reach(
     return ""
 
 
+def wants_apart(name: str, nope: int, rope: int) -> bool:
+    """Whether K is to be left in two parts for a backend that was chosen: it takes these, and nobody writes to every head what all
+    of them share. Triton pads each part to a power of two: others than it would make of K in one piece may need more shared memory
+    than a GPU has. ``auto``, under a compiler, may be either of the two."""
+    if name == "triton":
+        return nope & (nope - 1) == 0 and 0 < rope <= nope
+    return name in ("auto", "cuda") and nope % 64 == 0 and 0 < rope <= 64 and rope % 8 == 0
+
+
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, width: int, v_width: int, listed: bool, ours: bool = False
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    v_width: int,
+    listed: bool,
+    longest: int = 0,
+    apart: bool = False,
 ) -> str:
-    """The backend that does this: the named one, or with ``auto`` the fastest that there is, or of ``ours`` alone.
+    """The backend that does this: the named one, or with ``auto`` the fastest that there is. ``longest``: most queries of a row;
+    ``apart``: K is in two parts.
 
     Raises:
         ValueError: no such backend.
@@ -161,7 +182,9 @@ def choose(
     if backend == "auto":
         if device.type != "cuda":
             return "torch"
-        for name in _FASTEST:
+        ahead = (width, v_width) == _LIBRARY_WIDTHS and not listed
+        ahead = ahead and longest >= (_LIBRARY_QUERIES_APART if apart else _LIBRARY_QUERIES)
+        for name in (_LIBRARY, *_FASTEST) if ahead else _FASTEST:
             if not missing(name, device) and not refusal(name, dtype, width, v_width, listed):
                 return name
         return "torch"
