@@ -68,7 +68,7 @@ class Stack:
         self.exchange = LatentExchange(group, planner.max_local_tokens, DIMS, torch.bfloat16, device)
         self.layer = MLAPrefill(DIMS, width**-0.5, self.exchange)
         self.room, self.device = planner.max_local_tokens, device
-        backend = support.choose("auto", self.hidden.device, torch.bfloat16, width, DIMS.v_head_dim, False)
+        backend = "torch" if device == "cpu" else "triton" if support.missing("fa3", self.hidden.device) else "fa3"
         self.seed_path = SeedPath(unpadded.plan([tokens], [0], [True], table), group, DIMS, backend)
 
     def forward(self, attend: Callable[..., torch.Tensor]) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""One MLA layer, latents in and output in local order out, three ways over the same attention kernel: MLAPrefill, the first
-implementation's way, and virtual rows.
+"""One MLA layer, latents in and output in local order out, three ways: MLAPrefill, with our own attention kernel and with
+FlashAttention 3 ("ours_fa3"), and over the latter the first implementation's way and virtual rows.
 
 "seed": two all-gathers, two restores, a cache write, kv_b_proj and K concat in torch, lengths worked out on the device, six
 index_select, two attention calls, a concat and a restore. "rows": one all-gather, restore and cache write; every head and tail a
@@ -112,14 +112,17 @@ class Layer:
         exchange = LatentExchange(group, planner.max_local_tokens, dims, torch.bfloat16, device)
         self.group, self.room, self.device = group, planner.max_local_tokens, device
         self.backend = support.choose("auto", self.q.device, torch.bfloat16, 192, 128, False)
-        self.layer = MLAPrefill(dims, SCALE, exchange if group is not None else Copied(exchange, gathered), self.backend)  # type: ignore[arg-type]
+        self.library = self.backend if support.missing("fa3", self.q.device) else "fa3"
+        self.exchange: Any = exchange if group is not None else Copied(exchange, gathered)
+        self.layer = MLAPrefill(dims, SCALE, self.exchange, self.backend)
+        self.layer_by_library = MLAPrefill(dims, SCALE, self.exchange, self.library)
         # Virtual rows: every row's keys on their own.
         used = meta.partition.seqused_k
         starts = np.repeat(meta.partition.cu_seqlens_kv[:-1], 2)
         index = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, used, strict=True)])
         self.row_slots = meta.kv_rows[torch.from_numpy(index).to(device)]
         self.row_cu_seqlens = torch.from_numpy(np.append(0, used.cumsum()).astype(np.int32)).to(device)
-        self.seed_path = SeedPath(meta, group, dims, self.backend)
+        self.seed_path = SeedPath(meta, group, dims, self.library)
 
     def seed(self) -> torch.Tensor:
         return self.seed_path(self.q, self.kv_c, self.k_pe, self.weight, self.cache, self.parts)
@@ -131,6 +134,9 @@ class Layer:
     def ours(self) -> torch.Tensor:
         return self.layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
 
+    def ours_fa3(self) -> torch.Tensor:
+        return self.layer_by_library(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+
     @functools.cached_property
     def layer_by_peers(self) -> MLAPrefill:
         exchange = PeerExchange(self.group, self.room, self.dims, torch.bfloat16, self.device, caches=[self.cache])
@@ -138,6 +144,13 @@ class Layer:
 
     def peers(self) -> torch.Tensor:
         return self.layer_by_peers(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+
+    @functools.cached_property
+    def layer_by_peers_and_library(self) -> MLAPrefill:
+        return MLAPrefill(self.dims, SCALE, self.layer_by_peers.exchange, self.library)
+
+    def peers_fa3(self) -> torch.Tensor:
+        return self.layer_by_peers_and_library(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
 
     def rows(self) -> torch.Tensor:
         meta = self.meta
@@ -147,7 +160,7 @@ class Layer:
         latents = self.cache.view(-1, self.dims.latent_dim).index_select(0, self.row_slots)
         k, v = build_kv(*self.parts_of(latents), self.weight, self.dims)
         lengths = (meta.cu_seqlens_q, self.row_cu_seqlens, meta.seqused_k, meta.max_seqlen_q, meta.max_seqlen_k, True)
-        return run_rows(self.backend, self.q, k, v, Rows(*lengths), SCALE, False)[0]
+        return run_rows(self.library, self.q, k, v, Rows(*lengths), SCALE, False)[0]
 
     def plain(self) -> torch.Tensor:
         """What all of them must give."""
@@ -216,7 +229,7 @@ def played(batch: Batch, device: str, rates: tuple[float, float] | None) -> dict
     result |= {"heads": batch[2], "P": batch[3], "flops": flops, "bytes": moved, "backend": layer.backend}
     if rates is not None:
         result["floor_us"] = flops / rates[0] / 1e6 + moved / rates[1] / 1e3
-    for name, call in layer.paths("seed", "rows", "ours").items():
+    for name, call in layer.paths("seed", "rows", "ours_fa3", "ours").items():
         result[name] = {"cpu_us": timing.cpu_us(call, 7, 10 if rates else 1)}
         if rates is not None:
             result[name] |= {"gpu_us": timing.gpu_us(call, 15), "launches": timing.launches(call)}
@@ -235,7 +248,7 @@ def on_ranks(group: Any, batches: tuple[list[int], ...]) -> list[dict[str, Any]]
             layer = Layer((lengths, [], 16, world), group, rank, "cuda")
             result: dict[str, Any] = {"op": "layer", "tokens": sum(lengths), "requests": len(lengths), "heads": 16, "P": world}
             result["backend"] = layer.backend
-            for name, call in layer.paths("seed", "rows", "ours", "peers").items():
+            for name, call in layer.paths("seed", "rows", "ours", "peers_fa3", "peers").items():
                 times = []
                 for _ in range(9):
                     dist.barrier(group)
@@ -264,7 +277,7 @@ def run(device: str) -> Iterator[dict[str, Any]]:
             for result in run_distributed(world, on_ranks, RANKS_BATCHES, backend="nccl", timeout=300.0)[0]:
                 size = result["tokens"], result["requests"]
                 alone.setdefault(size, result["peers"]["wall_us"])
-                for name in ("seed", "rows", "ours", "peers"):
+                for name in ("seed", "rows", "ours", "peers_fa3", "peers"):
                     result[name]["efficiency"] = alone[size] / world / result[name]["wall_us"]
                 yield result
         return

@@ -6,15 +6,15 @@ CHANGES = (
     Change(
         "a layer's scale is 1 % off",
         "python/pcp_mla/layer/prefill.py",
-        "out = attend(step.backend, q, k, v, meta, self.softmax_scale)",
-        "out = attend(step.backend, q, k, v, meta, 1.01 * self.softmax_scale)",
+        "out = attend(step.backend, q, k, v, meta, self.softmax_scale, k_pe=k_pe)",
+        "out = attend(step.backend, q, k, v, meta, 1.01 * self.softmax_scale, k_pe=k_pe)",
         "tests/test_layer.py::test_ranks[1-None-cpu]",
     ),
     Change(
         "the scale of a chunk of keys is 1 % off",
         "python/pcp_mla/layer/prefill.py",
-        "v, meta, self.softmax_scale, True, prev=prev",
-        "v, meta, 1.01 * self.softmax_scale, True, prev=prev",
+        "v, meta, self.softmax_scale, True, k_pe, prev=prev",
+        "v, meta, 1.01 * self.softmax_scale, True, k_pe, prev=prev",
         "tests/test_pipeline.py::test_keys_that_do_not_fit_the_workspace",
     ),
     Change(
@@ -132,8 +132,8 @@ CHANGES = (
     Change(
         "auto takes a library for any widths",
         "python/pcp_mla/ops/attention/support.py",
-        "fits = (width, v_width) == (192, 128) and not listed",
-        "fits = not listed",
+        "ahead = (width, v_width) == _LIBRARY_WIDTHS and not listed",
+        "ahead = not listed",
         "tests/test_attention_choice.py::test_what_auto_takes",
     ),
     Change(

@@ -20,7 +20,7 @@ from ..exchange.peers import PeerExchange
 from ..ops.attention.call import attend
 from ..ops.attention.checks import check_scale
 from ..ops.attention.libraries import apart
-from ..ops.kv_up_project import expand
+from ..ops.kv_up_project import expand, expand_apart
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 from ..plan.slots import KeyChunk
@@ -260,10 +260,10 @@ class MLAPrefill:
     ) -> torch.Tensor:
         """What :meth:`_attend` does without a chunk, by the call that the layers of the step share."""
         with _stage("up_project", q):
-            k, v = expand(latents, step.rows, weight, self.dims)
+            k, v, *k_pe = (expand_apart if step.apart else expand)(latents, step.rows, weight, self.dims)
         with _stage("attention", q):
             out = q.new_empty(q.shape[0], self.dims.num_heads, self.dims.v_head_dim)
-            call(q, k, v, out)
+            call(q, k, v, out, *k_pe)
         return out
 
     def _attend(
@@ -279,14 +279,14 @@ class MLAPrefill:
         """Output and LSE over the keys of a chunk, merged into ``prev`` in place; without a chunk over all keys, and no LSE."""
         rows = step.rows if chunk is None else step.rows[chunk.first_row : chunk.first_row + chunk.num_rows]
         with _stage("up_project", q):
-            k, v = expand_rows(latents, rows, kv_b_proj, self.dims)
+            k, v, k_pe = expand_rows(latents, rows, kv_b_proj, self.dims, step.apart)
         with _stage("attention", q):
             # Everything was checked, or made here.
             if chunk is None:
-                out = attend(step.backend, q, k, v, meta, self.softmax_scale)
+                out = attend(step.backend, q, k, v, meta, self.softmax_scale, k_pe=k_pe)
                 assert isinstance(out, torch.Tensor)
                 return out, out
-            state = attend(step.backend, q, k, v, meta, self.softmax_scale, True, prev=prev, chunk=chunk, out=prev)
+            state = attend(step.backend, q, k, v, meta, self.softmax_scale, True, k_pe, prev=prev, chunk=chunk, out=prev)
             assert isinstance(state, tuple)
             assert state[1] is not None
             return state[0], state[1]

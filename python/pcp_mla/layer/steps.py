@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..ops.attention.call import check_library, choose, prepared_call
+from ..ops.attention.support import wants_apart
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 
@@ -24,14 +25,17 @@ class LayerStep:
         backend: that was chosen.
         rows: int32, of each key its row in the published latents.
         chunks: of the metadata, those of context first; none, or one alone, for all keys at once.
+        apart: whether K is left in two parts, the one that all heads share for itself.
         call: attention of all keys at once, for tensors that a library can reach: q [n >= 1, ...], K and V of all ``rows`` in
-            contiguous tensors, and the output. None where there is no such call.
+            contiguous tensors, the output, and if ``apart`` the rest of K. None where there is no such call.
     """
 
     def __init__(self, kind: Kind, meta: PCPMetadata) -> None:
         """Errors as :func:`choose` and :func:`check_library`, and RuntimeError for a plan that is no longer the planner's."""
         dims, scale, backend, dtype, cached = self.kind = kind
-        self.backend = choose(backend, meta.device, dtype, dims.qk_head_dim, dims.v_head_dim, False)
+        apart = dims.qk_rope_head_dim > 0
+        self.backend = choose(backend, meta.device, dtype, dims.qk_head_dim, dims.v_head_dim, False, meta.max_seqlen_q, apart)
+        self.apart = wants_apart(self.backend, dims.qk_nope_head_dim, dims.qk_rope_head_dim)
         self.chunks = meta.key_chunks
         check_library(self.backend, len(self.chunks) > 1)
         rows = meta.kv_rows if cached else meta.allgather_restore_idx
