@@ -6,9 +6,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pcp_mla.integrations.vllm import parts
+from pcp_mla.integrations.vllm import parts, prefill
 from pcp_mla.integrations.vllm.prefill import FIELD, LayerPrefill
 from pcp_mla.integrations.vllm.rows import host_rows, step_rows
+from pcp_mla.ops.attention.call import run_rows
 
 ORDERS = ("starts at 0 last", "by request", "any")
 
@@ -285,6 +286,30 @@ def test_weights_may_be_swapped():
     linear.weight.data = other = weight.flip(0).contiguous()
     out = run_part(FIXED, other, linear, cache, q)
     torch.testing.assert_close(out.double(), attention(q, cache, FIXED, other), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_other_backends_share_no_call(monkeypatch):
+    """Of one scale, with narrower keys that the first one's backend may not take."""
+
+    def prepared(name, rows, scale):
+        def run(q, k, v, out):
+            shared.append(q.shape[2])
+            run_rows("torch", q, k, v, rows, scale, False, out=out)
+
+        return run if name == "cuda" else None
+
+    monkeypatch.setattr(prefill, "choose", lambda backend, device, dtype, width, *_: "cuda" if width == NOPE + ROPE else "torch")
+    monkeypatch.setattr(prefill, "prepared_rows", prepared)
+    shared, step = [], {**FIXED, "limit": 1000}
+    weight, cache, q = tensors_of(step)
+    planned = plan(step)[1]
+    for nope in (NOPE, NOPE - 2, NOPE):
+        impl = Impl(ColumnParallelLinear(weight[: HEADS * (nope + V)]))
+        impl.qk_nope_head_dim = nope
+        out = torch.empty(len(q), HEADS * V)
+        LayerPrefill(Layer(impl)).forward_mha(q[..., : nope + ROPE], None, None, cache, Metadata(planned), None, out)
+    assert shared == [NOPE + ROPE] * 2
+    torch.testing.assert_close(out.view(-1, HEADS, V).double(), attention(q, cache, step, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_without_tokens_has_a_plan_without_keys():

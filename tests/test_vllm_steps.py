@@ -215,7 +215,7 @@ def test_the_profile_run_allocates_what_a_step_needs(names, exchanging, monkeypa
     assert not hasattr(layer.forward_impl, "__wrapped__")
     # 100 rows for 2 heads: K of 12 and V of 8, what kv_b_proj gives of K besides, 8, as it is no plain one, and latents of 16
     width = 2 * (12 + 8 + 8) + 16
-    assert made == ([(100 * width + 128,), (100, width)] if "prefill" in names else [])
+    assert made == ([(100 * width + 3 * 128,), (100, width)] if "prefill" in names else [])
     if "exchange" not in names:
         assert State.exchange is None
         return

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from ...ops.attention.call import run_rows
-from ...ops.attention.libraries import LIBRARIES, Library, find, prepared
-from ...ops.attention.support import choose
+from ...ops.attention.call import prepared_rows, run_rows
+from ...ops.attention.libraries import Rows
+from ...ops.attention.support import choose, wants_apart
 from ...ops.kv_up_project import expand_into, kv_up_project
 from ...plan.dims import MLADims
 from . import parts
@@ -16,6 +17,7 @@ from .latents import E4M3
 from .rows import RowChunk, StepRows
 
 FIELD = "pcp_mla_rows"  # of vLLM's prefill metadata: the step's rows, where they are this part's
+_BOUNDARY = 128  # numbers, of which tensors in a kept buffer begin at a multiple: tensor copies want 16 bytes
 _KEPT_BYTES = 2**28  # K and V of smaller steps, whose host time counts, lie in a buffer that is kept
 
 
@@ -58,27 +60,30 @@ class Workspace:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._last: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor] | None = None
+        self._last: tuple[tuple[Any, ...], tuple[torch.Tensor, ...]] | None = None
 
     def keep(self, like: torch.Tensor, numbers: int) -> None:
         """Allocate what is kept, for steps that never need more than so many numbers."""
-        room = min(_KEPT_BYTES // like.element_size(), numbers + 128)
+        room = min(_KEPT_BYTES // like.element_size(), numbers + 3 * _BOUNDARY)
         self._kept[like.dtype, like.device] = like.new_empty(room)
 
-    def of(self, count: int, dims: MLADims, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K [count, heads, nope + rope] and V [count, heads, v] to be written, of the dtype and on the device of ``like``."""
-        key = (count, dims, like.dtype, like.device)
+    def of(self, count: int, dims: MLADims, apart: bool, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """K [count, heads, nope + rope] and V [count, heads, v] to be written, of the dtype and on the device of ``like``; with
+        ``apart`` K [count, heads, nope] and, last, k_pe [count, rope]."""
+        key = (count, dims, apart, like.dtype, like.device)
         if self._last is not None and self._last[0] == key:
-            return self._last[1:]
-        heads, widths = dims.num_heads, (dims.qk_head_dim, dims.v_head_dim)
-        numbers = [count * heads * width for width in widths]
-        kept = self._kept.get(key[2:])
-        if kept is None or sum(numbers) + 128 > kept.shape[0]:
-            return like.new_empty(count, heads, widths[0]), like.new_empty(count, heads, widths[1])
-        start = -(-numbers[0] // 128) * 128  # V begins at a multiple of 128 numbers, for tensor copies
-        k = kept[: numbers[0]].view(count, heads, widths[0])
-        self._last = key, k, kept[start : start + numbers[1]].view(count, heads, widths[1])
-        return self._last[1:]
+            return self._last[1]
+        k_width = dims.qk_nope_head_dim if apart else dims.qk_head_dim
+        shapes: list[tuple[int, ...]] = [(count, dims.num_heads, k_width), (count, dims.num_heads, dims.v_head_dim)]
+        if apart:
+            shapes.append((count, dims.qk_rope_head_dim))
+        rooms = [-(-math.prod(shape) // _BOUNDARY) * _BOUNDARY for shape in shapes]
+        kept = self._kept.get(key[3:])
+        if kept is None or sum(rooms) > kept.shape[0]:
+            return tuple(like.new_empty(shape) for shape in shapes)
+        parts = kept[: sum(rooms)].split(rooms)
+        self._last = key, tuple(part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True))
+        return self._last[1]
 
 
 WORKSPACE = Workspace()
@@ -100,7 +105,7 @@ class LayerPrefill:
             kv_lora_rank=impl.kv_lora_rank,
         )
         self._quantised = impl.kv_cache_dtype in E4M3
-        self._backend = ""
+        self._choice: tuple[int, tuple[str, bool]] | None = None  # for the longest row of the last call
 
     def workspace_width(self) -> int:
         """Numbers that a call needs at a time for each of its keys: K and V, what a module gives before K is put together, and
@@ -167,24 +172,24 @@ class LayerPrefill:
             for chunk in context:
                 self._attend(q, cache, step, chunk, scale, out, lse, (out, lse))
             return
-        call = step.calls.get(self._scale)
-        if call is None:
-            call = step.calls[self._scale] = self._prepared(q, new)
+        name, apart = self._chosen(q, new.rows)
+        kind = name, self._scale
+        call: Any = step.calls.get(kind)
+        if call is None:  # False where the backend has no such form
+            call = step.calls[kind] = prepared_rows(name, new.rows, self._scale) or False
         if call is False:
             self._attend(q, cache, step, new, scale, out, None)
         else:
-            call(q, *self._expand(cache, step.kv_rows, scale, q), out)
+            k, v, *k_pe = self._expand(cache, step.kv_rows, scale, q, apart)
+            call(q, k, v, out, *k_pe)
 
-    def _prepared(self, q: torch.Tensor, chunk: RowChunk) -> Any:
-        """A call of the step's attention that all layers with this scale can share, or False if the library has none."""
-        name = self._chosen(q)
-        library = find(name) if name in LIBRARIES else None
-        return isinstance(library, Library) and (prepared(library, chunk.rows, self._scale) or False)
-
-    def _chosen(self, q: torch.Tensor) -> str:
-        if not self._backend:
-            self._backend = choose("auto", q.device, q.dtype, self._dims.qk_head_dim, self._dims.v_head_dim, False)
-        return self._backend
+    def _chosen(self, q: torch.Tensor, rows: Rows) -> tuple[str, bool]:
+        """The backend for such rows, and whether it takes K in two parts."""
+        dims, longest, choice = self._dims, rows.max_seqlen_q, self._choice
+        if choice is None or choice[0] != longest:
+            name = choose("auto", q.device, q.dtype, dims.qk_head_dim, dims.v_head_dim, False, longest, True)
+            choice = self._choice = longest, (name, wants_apart(name, dims.qk_nope_head_dim, dims.qk_rope_head_dim))
+        return choice[1]
 
     def _attend(
         self,
@@ -198,24 +203,30 @@ class LayerPrefill:
         prev: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Output over a chunk's keys in ``out`` and its LSE in ``lse`` if it is wanted, merged with ``prev``."""
-        k, v = self._expand(cache, step.kv_rows[chunk.first : chunk.first + chunk.num_keys], scale, q)
-        run_rows(self._chosen(q), q, k, v, chunk.rows, self._scale, lse is not None, prev=prev, out=out, lse=lse)
+        name, apart = self._chosen(q, chunk.rows)
+        k, v, *rest = self._expand(cache, step.kv_rows[chunk.first : chunk.first + chunk.num_keys], scale, q, apart)
+        k_pe = rest[0] if rest else None
+        run_rows(name, q, k, v, chunk.rows, self._scale, lse is not None, k_pe, prev=prev, out=out, lse=lse)
 
     def _expand(
-        self, cache: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None, q: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, cache: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None, q: torch.Tensor, apart: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """K and V of the keys in these rows of the cache, and k_pe if it is to be ``apart``."""
+        dims = self._dims
         if not _is_plain(self._linear):
             # latents of a quantised cache are of the dtype of K, if it is given
-            k = None if scale is None else q.new_empty(rows.shape[0], self._dims.num_heads, self._dims.qk_head_dim)
-            k, v = kv_up_project(cache, rows, None, self._dims, linear=self._through_module, scale=scale, k_out=k)
-            return k, v
+            width = dims.qk_nope_head_dim if apart else dims.qk_head_dim
+            k = None if scale is None else q.new_empty(rows.shape[0], dims.num_heads, width)
+            return kv_up_project(cache, rows, None, dims, linear=self._through_module, scale=scale, k_out=k, k_pe_apart=apart)
         weight = self._linear.weight.data  # looked up at every call: engines swap weights
-        k, v = WORKSPACE.of(rows.shape[0], self._dims, q)
+        k, v, *k_pe = parts = WORKSPACE.of(rows.shape[0], dims, apart, q)
         if scale is None:
-            expand_into(cache, rows, weight, k, v)
+            expand_into(cache, rows, weight, *parts)
         else:
-            kv_up_project(cache, rows, weight, self._dims, scale=scale, k_out=k, v_out=v)
-        return k, v
+            kv_up_project(
+                cache, rows, weight, dims, scale=scale, k_out=k, v_out=v, k_pe_apart=apart, k_pe_out=k_pe[0] if apart else None
+            )
+        return parts
 
     def _through_module(self, latents: torch.Tensor) -> torch.Tensor:
         return self._linear(latents)[0]

@@ -27,7 +27,7 @@ class RowChunk(NamedTuple):
 class StepRows(NamedTuple):
     """What the layers of a step share. ``kv_rows`` is int32: the slot of every key, each key once.
 
-    ``calls`` are attention calls that layers share, by their scale.
+    ``calls`` are attention calls that layers share, by backend and scale.
 
     Of several chunks, which are for a workspace that does not hold all keys, the last one has the new tokens, seen causally; those
     before it have context that every query of the request sees.
@@ -35,7 +35,7 @@ class StepRows(NamedTuple):
 
     kv_rows: torch.Tensor
     chunks: tuple[RowChunk, ...]
-    calls: dict[float, Any]
+    calls: dict[tuple[str, float], Any]
 
 
 class HostRows(NamedTuple):
