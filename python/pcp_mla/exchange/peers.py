@@ -190,7 +190,7 @@ class PeerExchange:
         if cache is None:
             return self._rows
         assert self._slots is not None
-        write_rows(self._rows, cache, self._slots, scale)
+        self._write(self._rows, cache, self._slots, scale)
         return cache
 
     def publish_rows(
@@ -220,10 +220,18 @@ class PeerExchange:
         if calls is not None:
             where = calls.publish_latents(self._mailbox, kv_c, k_pe, slot_mapping, cache, scale, *rows)
         if where == _IN_STAGING:
-            write_rows(self._staging[: self.world_size * count], cache, slot_mapping, scale)
+            self._write(self._staging[: self.world_size * count], cache, slot_mapping, scale)
         elif where != _IN_CACHE:
             self._check_status()
             raise RuntimeError(f"PeerExchange.publish_rows: {where or 'tensors must be plain, without gradients'}")
+
+    def _write(self, rows: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """Rows from the staging buffer to a cache that was not attached. A launch behind a call that failed fails, too."""
+        try:
+            write_rows(rows, cache, slot_mapping, scale)
+        except RuntimeError:
+            self._check_status()
+            raise
 
     def _take(self, meta: PCPMetadata) -> None:
         """Look at a step once."""
