@@ -19,11 +19,11 @@ device copy that moves the same bytes, and counts the fewest bytes that the op c
 on slow virtual machines: compare within a row. Columns of vLLM and FlashAttention 3 need these, installed or named by
 `PCP_MLA_VLLM_OPS` and `PCP_MLA_FA3`."""
 
-LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result), FlashAttention 3
-in all columns. "seed": the first implementation's way. "rows": virtual rows, keys gathered and expanded for each head
-and tail. "Floor": all FLOPs at the rate of a large GEMM, and the bytes of exchange and cache. The last column is ours by
-stages: checks, exchange and cache write; up-projection; attention. A row with cached tokens is a serving step drawn from
-a trace of requests (`--trace FILE`)."""
+LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result). "seed": the first
+implementation's way. "rows": virtual rows, keys gathered and expanded for each head and tail. Both over FlashAttention 3,
+as "FA3", which is ours with it; "ours" is with the backend that `auto` takes. "Floor": all FLOPs at the rate of a large
+GEMM, and the bytes of exchange and cache. The last column is ours by stages: checks, exchange and cache write;
+up-projection; attention. A row with cached tokens is a serving step drawn from a trace of requests (`--trace FILE`)."""
 
 GRAPHS = """4096 tokens through eight MLA layers with their projections, DeepSeek-V2-Lite's widths, P = 2. "Piecewise": CUDA
 graphs between the collectives. "Compiled": torch.compile of all eight, whose attention is the Triton kernel; the others' is
@@ -35,9 +35,9 @@ at P ranks; "same text": answers that are the stock model's token by token."""
 RANKS = """Real ranks over NCCL: time of a layer of 16 heads on the slowest rank, calls one after another, host time of one, and
 the parallel efficiency t(1) / (P t(P)). "Collective" and "peers": ours with a `LatentExchange` and with a `PeerExchange`."""
 
-ATTENTION = """One call over shared key starts, 16 heads, widths 192 and 128, bf16, rank 0 of P; TFLOP/s (µs). The Triton kernel
+ATTENTION = """One call over shared key starts, widths 192 and 128, bf16, rank 0 of P; TFLOP/s (µs). The CUDA and the Triton kernel
 with `k_pe` apart, with K in one piece, with `kv_rows` in order, in blocks of 64 and random, with `prev`; FlashAttention
-3 (fa3-fwd), torch's FlashAttention 2."""
+3 (fa3-fwd), torch's FlashAttention 2, K in one piece."""
 
 UP_PROJECT = """bf16, DeepSeek's widths, latents in shuffled blocks of 64. "GEMM" is the bare product on gathered latents; "torch" a
 restore, the product and two copies."""
@@ -95,7 +95,7 @@ def section(title: str, file: str, text: str, columns: str, cells: Callable[[dic
 
 def by_stages(stages: dict[str, float]) -> str:
     """Host time of checks, exchange and cache write, of up-projection, and of attention."""
-    first = stages["checks"] + stages["exchange"] + stages.get("cache_write", 0.0)
+    first = stages["checks"] + stages["exchange"]
     return " / ".join(f"{t:.0f}" for t in (first, stages["up_project"], stages["attention"]))
 
 
@@ -124,8 +124,22 @@ def evaluation() -> Iterator[str]:
     yield from table("prefill | P | exact match | same text | largest difference of logits", rows)
 
 
+def attention() -> Iterator[str]:
+    """Our kernels with all that they take, and libraries beside the first of them."""
+    yield from head("Attention", source("attention_h100"), ATTENTION)
+    rows = []
+    for r in load("attention_h100")["results"]:
+        for kernel in ("cuda", "triton"):
+            names = [f"{kernel}{form}" for form in ("", " K", " rows", " blocks of rows", " random rows", " prev")]
+            names += ["fa3", "fa2"] if kernel == "cuda" else ["", ""]
+            cells = [f"{r[n]['tflops']:.0f} ({r[n]['gpu_us']:.0f})" if n in r else "" for n in names]
+            rows.append([r["tokens"], r["heads"], r["P"], kernel, *cells])
+    forms = "k_pe apart | K | rows in order | blocks of rows | random rows | prev"
+    yield from table(f"T | heads | P | kernel | {forms} | FA3 | FA2", rows)
+
+
 def ranks_cells(r: dict[str, Any]) -> list[Any]:
-    times = (us(r, "seed,rows,ours,peers", key) for key in ("launches", "wall_us", "cpu_us"))
+    times = (us(r, "seed,rows,ours,peers_fa3,peers", key) for key in ("launches", "wall_us", "cpu_us"))
     return [f"{r['tokens']} ({r['requests']})", r["P"], *times, f"{r['peers']['efficiency']:.2f}"]
 
 
@@ -170,18 +184,18 @@ def lines() -> Iterator[str]:
         "The layer",
         "layer_h100",
         LAYER,
-        "new tokens (cached) | requests | heads | P | launches, seed / rows / ours | GPU µs, seed / rows / ours | seed / ours "
-        "| share of the floor | CPU µs, seed / rows / ours | ours by stages",
+        "new tokens (cached) | requests | heads | P | launches, seed / rows / FA3 / ours | GPU µs, the same | seed / ours "
+        "| share of the floor | CPU µs, the same | ours by stages",
         lambda r: [
             f"{r['tokens']} ({r['context']})" if r["context"] else r["tokens"],
             r["requests"],
             r["heads"],
             r["P"],
-            us(r, "seed,rows,ours", "launches"),
-            us(r, "seed,rows,ours"),
+            us(r, "seed,rows,ours_fa3,ours", "launches"),
+            us(r, "seed,rows,ours_fa3,ours"),
             f"{r['seed']['gpu_us'] / r['ours']['gpu_us']:.2f}",
             f"{r['ours']['share_of_floor']:.0%}",
-            us(r, "seed,rows,ours", "cpu_us"),
+            us(r, "seed,rows,ours_fa3,ours", "cpu_us"),
             by_stages(r["ours"]["stages_cpu_us"]),
         ],
     )
@@ -191,28 +205,22 @@ def lines() -> Iterator[str]:
         "The layer on real ranks",
         "layer_h200x2",
         RANKS,
-        "tokens (requests) | P | launches, seed / rows / collective / peers | wall µs | CPU µs | efficiency of peers",
+        "tokens (requests) | P | launches, seed / rows / collective / peers, FA3 / peers | wall µs | CPU µs | efficiency of peers",
         ranks_cells,
     )
-    names = ("triton", "triton K", "triton rows", "triton blocks of rows", "triton random rows", "triton prev", "fa3", "fa2")
-    yield from section(
-        "Attention",
-        "attention_h100",
-        ATTENTION,
-        "T | P | k_pe apart | K | rows in order | blocks of rows | random rows | prev | FA3 | FA2",
-        lambda r: [r["tokens"], r["P"], *(f"{r[n]['tflops']:.0f} ({r[n]['gpu_us']:.0f})" for n in names)],
-    )
+    yield from attention()
     yield from section(
         "Up-projection and concat",
         "kv_up_project_h100",
         UP_PROJECT,
-        "op | T | heads | GPU µs, GEMM / torch / ours / Triton | ours in GEMMs | share | CPU µs, torch / ours",
+        "op | T | heads | GPU µs, GEMM / torch / ours / Triton / `k_pe` apart | ours in GEMMs, apart | share "
+        "| CPU µs, torch / ours",
         lambda r: [
             f"`{r['op']}`",
             r["tokens"],
             r["heads"],
-            us(r, "gemm,torch,auto,triton"),
-            f"{r['auto']['of_gemm']:.2f}" if r["flops"] else "-",
+            us(r, "gemm,torch,auto,triton,apart"),
+            f"{r['auto']['of_gemm']:.2f}, {r['apart']['of_gemm']:.2f}" if r["flops"] else "-",
             "-" if r["flops"] else f"{r['auto']['share_of_copy']:.0%}",
             us(r, "torch,auto", "cpu_us"),
         ],

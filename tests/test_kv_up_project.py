@@ -205,8 +205,8 @@ def test_float8_latents_with_a_scale(device, backend):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("room", [None, 200])
-def test_linear_module_in_place_of_a_weight(device, room):
-    dims = ODD[0]
+@pytest.mark.parametrize("dims", [ODD[0], MLADims(3, 24, 0, 40, 48)], ids=["rope", "no rope"])
+def test_linear_module_in_place_of_a_weight(device, room, dims):
     latents, weight = make(dims, 50, torch.float32, device)
     rows = random_rows(30, 50, device, 1)
     wanted = kv_up_project(latents, rows, weight, dims, backend="reference")

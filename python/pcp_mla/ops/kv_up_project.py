@@ -154,6 +154,8 @@ def _through_module(
     v = _placed(v, given.get("v_out"), room)
     if apart:
         return _placed(k_nope, given.get("k_out"), room), v, _placed(k_pe.contiguous(), given.get("k_pe_out"), room)
+    if dims.qk_rope_head_dim == 0:
+        return _placed(k_nope, given.get("k_out"), room), v
     k = given.get("k_out")
     if k is None:
         k = k_nope.new_empty(room, dims.num_heads, dims.qk_head_dim)
