@@ -213,7 +213,7 @@ import sys, time, torch
 sys.path.insert(0, {tests!r})
 from peer_ranks import run_threads
 from test_peer_exchange import DIMS, ROOM, STEPS, plan
-from pcp_mla import PeerExchange
+from pcp_mla import PeerExchange, write_latent_cache
 
 def run(group):
     meta = plan(STEPS[0], 3, group.rank, "cuda")
@@ -221,6 +221,8 @@ def run(group):
     latents = torch.zeros(meta.num_tokens, DIMS.latent_dim, device="cuda")
     cache = torch.zeros(40, 8, DIMS.latent_dim, device="cuda")
     kv_c, k_pe = latents[:, :DIMS.kv_lora_rank], latents[:, DIMS.kv_lora_rank:]
+    # A cache that was not attached is written by a kernel more. To load it while this rank waits would keep the others from coming.
+    write_latent_cache(torch.zeros(3 * meta.num_tokens_padded, DIMS.latent_dim, device="cuda"), cache, meta.slot_mapping)
     exchange.publish(kv_c, k_pe, meta)
     torch.cuda.current_stream().synchronize()
     group.all_gather(torch.zeros(1))
