@@ -95,7 +95,7 @@ def section(title: str, file: str, text: str, columns: str, cells: Callable[[dic
 
 def by_stages(stages: dict[str, float]) -> str:
     """Host time of checks, exchange and cache write, of up-projection, and of attention."""
-    first = stages["checks"] + stages["exchange"]
+    first = stages["checks"] + stages["exchange"] + stages.get("cache_write", 0.0)  # a stage of its own before the exchange had it
     return " / ".join(f"{t:.0f}" for t in (first, stages["up_project"], stages["attention"]))
 
 
@@ -130,8 +130,10 @@ def attention() -> Iterator[str]:
     rows = []
     for r in load("attention_h100")["results"]:
         for kernel in ("cuda", "triton"):
+            if kernel not in r:
+                continue
             names = [f"{kernel}{form}" for form in ("", " K", " rows", " blocks of rows", " random rows", " prev")]
-            names += ["fa3", "fa2"] if kernel == "cuda" else ["", ""]
+            names += ["fa3", "fa2"]
             cells = [f"{r[n]['tflops']:.0f} ({r[n]['gpu_us']:.0f})" if n in r else "" for n in names]
             rows.append([r["tokens"], r["heads"], r["P"], kernel, *cells])
     forms = "k_pe apart | K | rows in order | blocks of rows | random rows | prev"
