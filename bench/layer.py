@@ -111,7 +111,7 @@ class Layer:
         self.gathered = gathered
         exchange = LatentExchange(group, planner.max_local_tokens, dims, torch.bfloat16, device)
         self.group, self.room, self.device = group, planner.max_local_tokens, device
-        self.backend = support.choose("auto", self.q.device, torch.bfloat16, 192, 128, False)
+        self.backend = support.choose("auto", self.q.device, torch.bfloat16, 192, 128, False, meta.max_seqlen_q, True)
         self.library = self.backend if support.missing("fa3", self.q.device) else "fa3"
         self.exchange: Any = exchange if group is not None else Copied(exchange, gathered)
         self.layer = MLAPrefill(dims, SCALE, self.exchange, self.backend)
@@ -131,11 +131,14 @@ class Layer:
         kv_c, k_pe = latents.split([self.dims.kv_lora_rank, self.dims.qk_rope_head_dim], dim=1)
         return kv_c, k_pe
 
+    def by(self, layer: MLAPrefill) -> torch.Tensor:
+        return layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+
     def ours(self) -> torch.Tensor:
-        return self.layer(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+        return self.by(self.layer)
 
     def ours_fa3(self) -> torch.Tensor:
-        return self.layer_by_library(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+        return self.by(self.layer_by_library)
 
     @functools.cached_property
     def layer_by_peers(self) -> MLAPrefill:
@@ -143,14 +146,14 @@ class Layer:
         return MLAPrefill(self.dims, SCALE, exchange, self.backend)
 
     def peers(self) -> torch.Tensor:
-        return self.layer_by_peers(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+        return self.by(self.layer_by_peers)
 
     @functools.cached_property
     def layer_by_peers_and_library(self) -> MLAPrefill:
         return MLAPrefill(self.dims, SCALE, self.layer_by_peers.exchange, self.library)
 
     def peers_fa3(self) -> torch.Tensor:
-        return self.layer_by_peers_and_library(self.q, self.kv_c, self.k_pe, self.weight, self.meta, self.cache)
+        return self.by(self.layer_by_peers_and_library)
 
     def rows(self) -> torch.Tensor:
         meta = self.meta
