@@ -65,3 +65,25 @@ def test_a_padded_step_without_keys(context: int, launched: list[Any]) -> None:
     assert 0 in [chunk.num_rows for chunk in meta.key_chunks]
     run("cuda", meta, torch.zeros(24, 2, 72).bfloat16())
     assert len(launched) == len(meta.key_chunks)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_the_direct_call_looks_for_itself(takes: bool, launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it took is not looked at again; what it refused goes to the op, or past what tensor copies do not reach."""
+    asked: list[Any] = []
+
+    class Direct:
+        def attention(self, *arguments: Any) -> bool:
+            asked.append(arguments)
+            if takes:
+                reference.attention(*arguments)
+            return takes
+
+    monkeypatch.setattr(kernels, "direct", Direct)
+    if takes:
+        monkeypatch.setattr(support, "out_of_reach", lambda *_: pytest.fail("looked at again"))
+    meta = PCPPlanner(2, 24, 1, 0, block_size=4).plan([9, 4], [3, 9], None, TABLES)
+    q = torch.randn(13, 2, 72, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got = run("cuda", meta, q)
+    assert (len(asked), len(launched)) == (1, 0 if takes else 1)
+    torch.testing.assert_close(got, run("torch", meta, q), rtol=2e-2, atol=2e-2)

@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..ops.attention.call import check_library, choose, prepared_call
-from ..ops.attention.support import wants_apart
+from ..ops.attention.call import check_library, prepared_call
+from ..ops.attention.support import choose, wants_apart
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 

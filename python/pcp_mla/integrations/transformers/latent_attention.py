@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from ...ops.attention.call import choose, run_rows
+from ...ops.attention.call import run_rows
 from ...ops.attention.libraries import Rows
+from ...ops.attention.support import choose
 from ...plan.dims import MLADims
 from ...plan.metadata import PCPMetadata
 

@@ -13,10 +13,10 @@ from ..concat_k import concat_k
 from ..fused_gather import GatheredRows, pcp_fused_gather
 from ..fused_restore import pcp_fused_restore
 from ..merge_states import merge_attn_states
-from ..registry import HAS_TRITON, direct
+from ..registry import HAS_TRITON
 from . import support
 from .checks import check_attention
-from .kernels import able, choose, kernel
+from .kernels import by_wgmma, kernel
 from .libraries import LIBRARIES, Library, Rows, call, check_placement, find, prepared
 from .rows import attend_rows
 
@@ -80,7 +80,6 @@ def run_rows(
     if lse is None and return_lse:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lengths = (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k)
-    name = able(name, q, k, v, k_pe, out, None if prev is None else prev[0])
     if name == "torch" and lse is None and prev is None and kv_rows is None and not torch.compiler.is_compiling():
         attend_rows(q, k if k_pe is None else concat_k(k, k_pe), v, *lengths, float(scale), rows.causal, out)
         return out, None
@@ -156,11 +155,10 @@ def _rows(meta: PCPMetadata, chunk: KeyChunk | None) -> Rows:
 
 
 def _by_wgmma_over(rows: Rows, scale: float) -> Callable[..., None]:
-    lengths, calls = (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k), direct()
+    lengths = (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k)
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, k_pe: torch.Tensor | None = None) -> None:
-        if calls is None or not calls.attention(q, k, v, k_pe, None, *lengths, None, None, scale, rows.causal, out, None):
-            run_rows("cuda", q, k, v, rows, scale, False, k_pe, out=out)  # which knows what the kernel does not reach
+        by_wgmma(q, k, v, k_pe, None, *lengths, None, None, scale, rows.causal, out, None)
 
     return run
 
@@ -270,7 +268,7 @@ def pcp_attention(
     """
     check_attention(q, k, v, meta, softmax_scale, k_pe, kv_rows, prev, chunk, out, return_lse)
     width, v_width, listed, apart = q.shape[2], v.shape[2], kv_rows is not None, k_pe is not None
-    name = choose(backend, q.device, q.dtype, width, v_width, listed, meta.max_seqlen_q, apart)
+    name = support.choose(backend, q.device, q.dtype, width, v_width, listed, meta.max_seqlen_q, apart)
     if backend == name == "cuda":  # under a compiler, which has no addresses, it is not
         given = out[0] if isinstance(out, tuple) else out
         refused = support.out_of_reach(q, k, v, k_pe, given, None if prev is None else prev[0])

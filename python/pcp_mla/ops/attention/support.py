@@ -172,13 +172,18 @@ def choose(
     apart: bool = False,
 ) -> str:
     """The backend that does this: the named one, or with ``auto`` the fastest that there is. ``longest``: most queries of a row;
-    ``apart``: K is in two parts.
+    ``apart``: K is in two parts. Under a compiler, where looking for libraries is nothing to compile, ``auto``: on a GPU the op
+    that chooses among our own kernels when it runs.
 
     Raises:
         ValueError: no such backend.
         NotImplementedError: it does not support this; the message names those that do.
         RuntimeError: it is not available here; the message says why and what is.
     """
+    if torch.compiler.is_compiling():
+        if backend != "auto" and device.type == "cuda":
+            raise NotImplementedError(f"pcp_attention: backend must be auto under torch.compile on a GPU, got {backend!r}")
+        return "auto"
     if backend == "auto":
         if device.type != "cuda":
             return "torch"
