@@ -5,7 +5,7 @@ import torch
 
 from batches import IMPLEMENTATIONS, half_ulp, same_bits
 from pcp_mla import PCPPlanner, concat_k, kv_up_project, write_latent_cache
-from pcp_mla.ops.kv_up_project import UP_PROJECT_TILE, expand, expand_apart, expand_into
+from pcp_mla.ops.kv_up_project import UP_PROJECT_TILE, expand, expand_into
 from pcp_mla.plan.dims import MLADims
 
 # The CPU has no C++ kernel of the product.
@@ -156,7 +156,7 @@ def test_calls_for_arguments_that_are_known_to_fit(device, dims):
     latents, weight = make(dims, 40, torch.bfloat16, device)
     rows = random_rows(30, 40, device, 5)
     check(dims, latents, rows, weight, *expand(latents, rows, weight, dims))
-    check(dims, latents, rows, weight, *expand_apart(latents, rows, weight, dims))
+    check(dims, latents, rows, weight, *expand(latents, rows, weight, dims, apart=True))
     for apart in (False, True):
         outs = outputs(dims, 30, torch.bfloat16, device, apart)
         expand_into(latents, rows, weight, *outs)

@@ -20,7 +20,7 @@ from ..exchange.peers import PeerExchange
 from ..ops.attention.call import attend
 from ..ops.attention.checks import check_scale
 from ..ops.attention.libraries import apart
-from ..ops.kv_up_project import expand, expand_apart
+from ..ops.kv_up_project import expand
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 from ..plan.slots import KeyChunk
@@ -260,7 +260,7 @@ class MLAPrefill:
     ) -> torch.Tensor:
         """What :meth:`_attend` does without a chunk, by the call that the layers of the step share."""
         with _stage("up_project", q):
-            k, v, *k_pe = (expand_apart if step.apart else expand)(latents, step.rows, weight, self.dims)
+            k, v, *k_pe = expand(latents, step.rows, weight, self.dims, step.apart)
         with _stage("attention", q):
             out = q.new_empty(q.shape[0], self.dims.num_heads, self.dims.v_head_dim)
             call(q, k, v, out, *k_pe)
@@ -279,7 +279,8 @@ class MLAPrefill:
         """Output and LSE over the keys of a chunk, merged into ``prev`` in place; without a chunk over all keys, and no LSE."""
         rows = step.rows if chunk is None else step.rows[chunk.first_row : chunk.first_row + chunk.num_rows]
         with _stage("up_project", q):
-            k, v, k_pe = expand_rows(latents, rows, kv_b_proj, self.dims, step.apart)
+            k, v, *apart = expand_rows(latents, rows, kv_b_proj, self.dims, step.apart)
+            k_pe = apart[0] if apart else None
         with _stage("attention", q):
             # Everything was checked, or made here.
             if chunk is None:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch.nn.modules import module as _modules
 
-from ..ops.kv_up_project import expand, expand_apart, kv_up_project
+from ..ops.kv_up_project import expand, kv_up_project
 from ..plan.dims import MLADims
 
 KVProjection = torch.nn.Module | torch.Tensor
@@ -52,12 +52,11 @@ def _linear(weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 def expand_rows(
     latents: torch.Tensor, rows: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims, apart: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, ...]:
     """K [n, heads, nope + rope] and V [n, heads, v] of the latents at ``rows`` (int32 [n]), by a weight or a module; with ``apart``
-    K [n, heads, nope], and k_pe [n, rope]."""
+    K [n, heads, nope], and last k_pe [n, rope]."""
     weight = plain_weight(kv_b_proj)
     if weight is not None:
-        return expand_apart(latents, rows, weight, dims) if apart else (*expand(latents, rows, weight, dims), None)
+        return expand(latents, rows, weight, dims, apart)
     linear = partial(_linear, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj
-    k, v, *k_pe = kv_up_project(latents, rows, None, dims, linear=linear, k_pe_apart=apart)
-    return k, v, k_pe[0] if apart else None
+    return kv_up_project(latents, rows, None, dims, linear=linear, k_pe_apart=apart)

@@ -100,8 +100,8 @@ def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, sc
     check_input(op, "weight", weight)
 
 
-def _shapes(dims: MLADims, apart: bool) -> dict[str, tuple[int, ...]]:
-    """Of a row of each result, in their order."""
+def result_shapes(dims: MLADims, apart: bool) -> dict[str, tuple[int, ...]]:
+    """Of a row of each result, in their order: K, V, and k_pe if it is ``apart``."""
     k_dim = dims.qk_nope_head_dim if apart else dims.qk_head_dim
     shapes: dict[str, tuple[int, ...]] = {"k_out": (dims.num_heads, k_dim), "v_out": (dims.num_heads, dims.v_head_dim)}
     if apart:
@@ -182,23 +182,13 @@ def expand_into(
         _up_project(latents, rows, weight, k, v, k_pe)
 
 
-def expand(latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`kv_up_project` for arguments that are known to fit."""
-    k = latents.new_empty(rows.shape[0], dims.num_heads, dims.qk_head_dim)
-    v = latents.new_empty(rows.shape[0], dims.num_heads, dims.v_head_dim)
-    expand_into(latents, rows, weight, k, v)
-    return k, v
-
-
-def expand_apart(
-    latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`kv_up_project` with ``k_pe_apart``, for arguments that are known to fit."""
-    k = latents.new_empty(rows.shape[0], dims.num_heads, dims.qk_nope_head_dim)
-    v = latents.new_empty(rows.shape[0], dims.num_heads, dims.v_head_dim)
-    k_pe = latents.new_empty(rows.shape[0], dims.qk_rope_head_dim)
-    expand_into(latents, rows, weight, k, v, k_pe)
-    return k, v, k_pe
+def expand(
+    latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims, apart: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """:func:`kv_up_project` with ``k_pe_apart`` or without, for arguments that are known to fit."""
+    results = [latents.new_empty(rows.shape[0], *shape) for shape in result_shapes(dims, apart).values()]
+    expand_into(latents, rows, weight, *results)
+    return tuple(results)
 
 
 def kv_up_project(
@@ -262,7 +252,7 @@ def kv_up_project(
     dtype = latents.dtype
     if scale is not None:
         dtype = next((x.dtype for x in (weight, *given.values()) if isinstance(x, torch.Tensor)), torch.bfloat16)
-    shapes = _shapes(dims, k_pe_apart)
+    shapes = result_shapes(dims, k_pe_apart)
     if given:
         inputs = {"latents": latents, "rows": rows, "weight": weight, "scale": scale}
         _check_outs(op, given, shapes, count, inputs, latents, dtype)

@@ -10,7 +10,7 @@ import torch
 from ...ops.attention.call import prepared_rows, run_rows
 from ...ops.attention.libraries import Rows
 from ...ops.attention.support import choose, wants_apart
-from ...ops.kv_up_project import expand_into, kv_up_project
+from ...ops.kv_up_project import expand_into, kv_up_project, result_shapes
 from ...plan.dims import MLADims
 from . import parts
 from .latents import E4M3
@@ -73,16 +73,13 @@ class Workspace:
         key = (count, dims, apart, like.dtype, like.device)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        k_width = dims.qk_nope_head_dim if apart else dims.qk_head_dim
-        shapes: list[tuple[int, ...]] = [(count, dims.num_heads, k_width), (count, dims.num_heads, dims.v_head_dim)]
-        if apart:
-            shapes.append((count, dims.qk_rope_head_dim))
+        shapes = [(count, *shape) for shape in result_shapes(dims, apart).values()]
         rooms = [-(-math.prod(shape) // _BOUNDARY) * _BOUNDARY for shape in shapes]
         kept = self._kept.get(key[3:])
         if kept is None or sum(rooms) > kept.shape[0]:
             return tuple(like.new_empty(shape) for shape in shapes)
-        parts = kept[: sum(rooms)].split(rooms)
-        self._last = key, tuple(part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True))
+        places = zip(kept[: sum(rooms)].split(rooms), shapes, strict=True)
+        self._last = key, tuple(place[: math.prod(shape)].view(shape) for place, shape in places)
         return self._last[1]
 
 
@@ -215,18 +212,17 @@ class LayerPrefill:
         dims = self._dims
         if not _is_plain(self._linear):
             # latents of a quantised cache are of the dtype of K, if it is given
-            width = dims.qk_nope_head_dim if apart else dims.qk_head_dim
-            k = None if scale is None else q.new_empty(rows.shape[0], dims.num_heads, width)
+            k = None if scale is None else q.new_empty(rows.shape[0], *result_shapes(dims, apart)["k_out"])
             return kv_up_project(cache, rows, None, dims, linear=self._through_module, scale=scale, k_out=k, k_pe_apart=apart)
         weight = self._linear.weight.data  # looked up at every call: engines swap weights
-        k, v, *k_pe = parts = WORKSPACE.of(rows.shape[0], dims, apart, q)
+        results = WORKSPACE.of(rows.shape[0], dims, apart, q)
         if scale is None:
-            expand_into(cache, rows, weight, *parts)
+            expand_into(cache, rows, weight, *results)
         else:
-            kv_up_project(
-                cache, rows, weight, dims, scale=scale, k_out=k, v_out=v, k_pe_apart=apart, k_pe_out=k_pe[0] if apart else None
-            )
-        return parts
+            k, v, *k_pe = results
+            k_pe_out = k_pe[0] if apart else None
+            kv_up_project(cache, rows, weight, dims, scale=scale, k_out=k, v_out=v, k_pe_apart=apart, k_pe_out=k_pe_out)
+        return results
 
     def _through_module(self, latents: torch.Tensor) -> torch.Tensor:
         return self._linear(latents)[0]
