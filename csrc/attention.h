@@ -43,16 +43,16 @@ struct Attention {
     check(k.dim + rope == q.dim, op, ": K must be as wide as q, ", q.dim, ", got ", k.dim + rope);
     keys = k.tokens;
     if (a.kv_rows != nullptr) {
-      kv_rows = list(*a.kv_rows, a.kv_rows->sizes[0], "kv_rows");
+      kv_rows = list_of<int32_t>(op, "kv_rows", *a.kv_rows, a.kv_rows->sizes[0], kind, "q");
       keys = a.kv_rows->sizes[0];
       for (const int64_t stride : {k.token_stride, v.token_stride, k_pe_stride}) {
         check(stride <= UINT32_MAX, op, ": k, v and k_pe must have rows less than 2**32 bytes apart with kv_rows, got ", stride);
       }
     }
     rows = a.seqused_k.sizes[0];
-    cu_seqlens_q = list(a.cu_seqlens_q, rows + 1, "cu_seqlens_q");
-    cu_seqlens_k = list(a.cu_seqlens_k, a.cu_seqlens_k.sizes[0], "cu_seqlens_k");
-    seqused_k = list(a.seqused_k, rows, "seqused_k");
+    cu_seqlens_q = list_of<int32_t>(op, "cu_seqlens_q", a.cu_seqlens_q, rows + 1, kind, "q");
+    cu_seqlens_k = list_of<int32_t>(op, "cu_seqlens_k", a.cu_seqlens_k, a.cu_seqlens_k.sizes[0], kind, "q");
+    seqused_k = list_of<int32_t>(op, "seqused_k", a.seqused_k, rows, kind, "q");
     check(a.cu_seqlens_k.sizes[0] >= rows, op, ": cu_seqlens_k must have an entry for each row");
     if (a.prev_out != nullptr) {
       prev_out = ragged(op, "prev_out", *a.prev_out);
@@ -71,11 +71,6 @@ struct Attention {
   static constexpr const char* op = "pcp_attention";
 
  private:
-  const int32_t* list(const View& x, int64_t length, const char* name) const {
-    check(x.kind.same_device(kind) && x.kind.dtype == kInt32 && x.dims == 1 && x.sizes[0] == length && x.is_contiguous(), op, ": ",
-          name, " must be a contiguous int32 list of ", length, " on the device of q");
-    return reinterpret_cast<const int32_t*>(x.data);
-  }
   Lse lse_of(const View& x, const char* name) const {
     check(x.kind.same_device(kind) && x.kind.dtype == kFloat32 && x.dims == 2 && x.sizes[0] == q.tokens && x.sizes[1] == q.heads,
           op, ": ", name, " must be float32 [tokens, heads] on the device of q");

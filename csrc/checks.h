@@ -9,6 +9,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <type_traits>
 
 #include "overlap.h"
 #include "row_table.h"
@@ -55,6 +56,17 @@ inline View view_of(const Tensor& t) {
 // What is written must have its memory to itself.
 inline void check_apart(const char* op, const char* name, const Span& written, const char* other_name, const Span& other) {
   check(!share_memory(written, other), op, ": ", name, " must not share memory with ", other_name);
+}
+
+// The numbers of a list of so many, int32 or int64, on the device of `beside`, which is that of `whose`.
+template <typename Number>
+const Number* list_of(const char* op, const char* name, const View& v, int64_t length, const Kind& beside, const char* whose) {
+  constexpr bool is_long = std::is_same_v<Number, int64_t>;
+  static_assert(is_long || std::is_same_v<Number, int32_t>);
+  check(v.kind.same_device(beside) && v.kind.dtype == (is_long ? kInt64 : kInt32) && v.dims == 1 && v.sizes[0] == length &&
+            v.is_contiguous(),
+        op, ": ", name, " must be a contiguous ", is_long ? "int64" : "int32", " list of ", length, " on the device of ", whose);
+  return reinterpret_cast<const Number*>(v.data);
 }
 
 // A view of a tensor that may be missing: null then.

@@ -42,13 +42,6 @@ inline CacheSlots cache_slots(const char* op, const View& c, const Kind& outside
   return {c.sizes[0] * block_size, block_size, c.strides[0] * c.item, c.dims == 3 ? c.strides[1] * c.item : 0};
 }
 
-// The numbers of a list, int32 or int64 as `dtype` says, of so many entries, on the device of `beside`.
-inline const char* check_list(const char* op, const char* name, const View& v, int32_t dtype, int64_t entries, const Kind& beside) {
-  check(v.kind.same_device(beside) && v.kind.dtype == dtype && v.dims == 1 && v.sizes[0] == entries && v.is_contiguous(), op, ": ",
-        name, " must be a contiguous ", dtype == kInt64 ? "int64" : "int32", " list of ", entries, " on the device of the cache");
-  return v.data;
-}
-
 // Which slot row n has: by a list of slots, or by the tokens of sequences.
 struct CacheRows {
   enum class By { kSlots, kRows, kSequences } by;
@@ -109,11 +102,11 @@ struct LatentCache {
   // Exactly one of these says which slots rows have.
   void set_slots(const View& v) {
     rows.by = CacheRows::By::kSlots;
-    rows.slots = reinterpret_cast<const int64_t*>(list("slot_mapping", v, kInt64, count));
+    rows.slots = list_of<int64_t>(op, "slot_mapping", v, count, kind, "the cache");
   }
   void set_rows(const View& v) {
     rows.by = CacheRows::By::kRows;
-    rows.rows = reinterpret_cast<const int32_t*>(list("rows", v, kInt32, count));
+    rows.rows = list_of<int32_t>(op, "rows", v, count, kind, "the cache");
   }
   void set_sequences(const View& table, const View& cu_seqlens, const View* starts) {
     check(table.kind.same_device(kind) && table.kind.dtype == kInt32 && table.dims == 2 &&
@@ -125,18 +118,13 @@ struct LatentCache {
     rows.table_stride = table.strides[0];
     rows.sequences = static_cast<int32_t>(table.sizes[0]);
     rows.columns = static_cast<int32_t>(table.sizes[1]);
-    rows.cu_seqlens = reinterpret_cast<const int32_t*>(list("cu_seqlens", cu_seqlens, kInt32, table.sizes[0] + 1));
+    rows.cu_seqlens = list_of<int32_t>(op, "cu_seqlens", cu_seqlens, table.sizes[0] + 1, kind, "the cache");
     rows.has_starts = starts != nullptr;
-    if (starts) rows.starts = reinterpret_cast<const int32_t*>(list("starts", *starts, kInt32, table.sizes[0]));
+    if (starts) rows.starts = list_of<int32_t>(op, "starts", *starts, table.sizes[0], kind, "the cache");
   }
 
   // Of row n in the cache, in bytes; -1 where it has no slot.
   PCP_HOST_DEVICE int64_t offset(int64_t n) const { return slots.offset(rows.slot(n, slots.block_size)); }
-
- private:
-  const char* list(const char* name, const View& v, int32_t dtype, int64_t entries) const {
-    return check_list(op, name, v, dtype, entries, kind);
-  }
 };
 
 // The ops around a device's kernel: rows into the cache, rows out of it.

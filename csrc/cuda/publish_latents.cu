@@ -150,7 +150,8 @@ Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall
   for (int i = 0; i < c.dims - 1; ++i) check(c.sizes[i] <= 1 || c.strides[i] != 0, op, ": cache must not be expanded");
   check(call.slot_mapping != nullptr, op, ": slot_mapping must be given with a cache");
   const View& slots = *call.slot_mapping;
-  const char* listed = check_list(op, "slot_mapping", slots, kInt64, int64_t{mailbox.world} * call.padded, call.kv_c.kind);
+  const int64_t length = int64_t{mailbox.world} * call.padded;
+  const int64_t* listed = list_of<int64_t>(op, "slot_mapping", slots, length, call.kv_c.kind, "the cache");
   const Span written = span_of(c);
   for (const View* other : {&call.kv_c, &call.k_pe, &slots}) check_apart(op, "cache", written, "what is read", span_of(*other));
   const bool local = call.alone || mailbox.world == 1;
@@ -168,7 +169,7 @@ Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall
     p.what = words_of(known->second.number, call.padded);
   }
   p.scale = call.scale == nullptr ? nullptr : reinterpret_cast<const float*>(call.scale->data);
-  p.of_rows = reinterpret_cast<const int64_t*>(listed) + (call.alone ? 0 : call.first);
+  p.of_rows = listed + (call.alone ? 0 : call.first);
   return Published::kCache;
 }
 
