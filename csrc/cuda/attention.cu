@@ -1,6 +1,4 @@
 // pcp_attention on sm_90: which calls the kernel takes, and its launch.
-#include <mutex>
-
 #include "attention.cuh"
 #include "direct.h"
 #include "driver.h"
@@ -31,11 +29,8 @@ template <typename T, typename Shape>
 void launch(const Attention& a) {
   const DeviceGuard guard(a.kind);
   const int device = a.kind.device_index;
-  check(device < kMaxDevices, "pcp_attention: there must be at most ", kMaxDevices, " GPUs, got number ", device);
-  static std::once_flag allowed[kMaxDevices];
-  const auto kernel = attention_kernel<T, Shape>;
-  std::call_once(allowed[device],
-                 [&] { check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::bytes)); });
+  constexpr auto kernel = attention_kernel<T, Shape>;
+  allow_shared_memory<kernel>("pcp_attention", device, Shape::bytes);
 
   AttentionCall c{};
   c.rows = {a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_k, static_cast<int32_t>(a.rows), a.causal, a.in_place};

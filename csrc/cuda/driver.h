@@ -3,6 +3,8 @@
 #pragma once
 #include <cuda.h>
 
+#include <mutex>
+
 #include "vec.cuh"
 
 namespace pcp_mla::cuda {
@@ -16,6 +18,16 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
 }
 
 inline bool is_hopper(const Kind& kind) { return device_attribute(cudaDevAttrComputeCapabilityMajor, kind.device_index) == 9; }
+
+// Lets a kernel have up to so many bytes of dynamic shared memory, the same in all calls of a device: set once for each, as threads
+// that set it to what their own launches want would take it from one another.
+template <auto kKernel>
+void allow_shared_memory(const char* op, int device, int bytes) {
+  static std::once_flag done[kMaxDevices];
+  check(device < kMaxDevices, op, ": there must be at most ", kMaxDevices, " GPUs, got number ", device);
+  std::call_once(done[device],
+                 [bytes] { check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)); });
+}
 
 // A function of the driver as of CUDA 12.0: driver_function<decltype(cuFunction)>("cuFunction").
 template <typename Function>

@@ -1,7 +1,4 @@
 // kv_up_project on sm_90: schedule and launch of the kernel.
-#include <array>
-#include <mutex>
-
 #include "direct.h"
 #include "driver.h"
 #include "kv_up_project.cuh"
@@ -32,17 +29,6 @@ uint32_t heads_an_item(uint32_t row_tiles, uint32_t heads, uint32_t blocks) {
   return best;
 }
 
-// Lets the kernel have as much dynamic shared memory as there is: once for each device, as threads that set it to what their own
-// launches want would take it from one another.
-template <typename T, int kN>
-void allow_shared_memory(int device, int bytes) {
-  static std::array<std::once_flag, kMaxDevices> done;
-  check(device < kMaxDevices, "kv_up_project: there must be at most ", kMaxDevices, " GPUs, got number ", device);
-  std::call_once(done[device], [bytes] {
-    check_cuda(cudaFuncSetAttribute(kv_up_project_kernel<T, kN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  });
-}
-
 template <typename T, int kN>
 void launch(const UpProject& u) {
   const DeviceGuard guard(u.kind);
@@ -59,9 +45,9 @@ void launch(const UpProject& u) {
   const uint64_t items = uint64_t{s.row_tiles} * ((u.heads + s.heads_an_item - 1) / s.heads_an_item);
   check(items <= INT32_MAX, "kv_up_project: rows * heads must make less than 2**31 tiles, got ", items);
   s.items = static_cast<uint32_t>(items);
-  const auto kernel = kv_up_project_kernel<T, kN>;
+  constexpr auto kernel = kv_up_project_kernel<T, kN>;
   const int bytes = fixed + static_cast<int>(s.stages) * stage;
-  allow_shared_memory<T, kN>(device, limit);
+  allow_shared_memory<kernel>("kv_up_project", device, limit);  // whatever the rank
   const CUtensorMap map = weight_map(u, kN);
   kernel<<<std::min(s.items, processors), kBlockThreads, bytes, current_stream(u.kind)>>>(u, s, map);
   check_cuda(cudaGetLastError());
