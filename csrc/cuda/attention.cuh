@@ -108,9 +108,6 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
     float s[kS], factor[2];
     uint32_t p[kP];
 
-    const auto release = [&](const uint64_t& barrier) {
-      if (lane == 0) barrier_arrive(shared_address(&barrier));
-    };
     const auto wait_for = [&](const uint64_t& full, uint32_t parity) {
       barrier_wait(shared_address(&full), parity);
       if (c.listed.rows != nullptr) proxy_fence();  // whoever copied row by row did not wait for it to arrive
@@ -159,7 +156,7 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
     begin_output();
     product_wait<0>();
     settle(s);
-    release(b.k_empty[stage_of(0)]);
+    barrier_release(b.k_empty[stage_of(0)], lane);
     if (unmasked < 1) mask(0);
     softmax.take(s, factor);
     pack_weights();
@@ -173,7 +170,7 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       start_output(j - 1);
       product_wait<1>();
       settle(s);
-      release(b.k_empty[stage_of(j)]);
+      barrier_release(b.k_empty[stage_of(j)], lane);
       if (masked) mask(j);
       softmax.take(s, factor);
       // The assembler moves the wait before the work that is to go on meanwhile, but not over a barrier, nor that over the sum
@@ -182,7 +179,7 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       product_wait<0>();
       settle(o);
       settle(p);
-      release(b.v_empty[stage_of(j - 1)]);
+      barrier_release(b.v_empty[stage_of(j - 1)], lane);
       pack_weights();
       if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) scale_output();
     };

@@ -9,11 +9,8 @@ namespace pcp_mla::cuda {
 namespace {
 
 constexpr int kQueries = 128;
-constexpr int kGroupThreads = 128, kGroupWarps = 4;  // of a warpgroup
 constexpr int kAttentionThreads = 3 * kGroupThreads;
 constexpr int kGroupQueries = 64;
-constexpr uint32_t kRowBytes = kSlab * 2;
-constexpr uint32_t kAtomBytes = 1024;
 constexpr int kStages = 2;
 
 // Slabs of q and K, the width of V, and the keys of a tile.
@@ -60,8 +57,7 @@ struct AttentionTile {
   int32_t first_limit;                // keys that the first query sees; each further one sees one more, or just as many
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-#define PCP_MLA_HOPPER
+#ifdef PCP_MLA_HOPPER
 
 __device__ inline AttentionTile attention_tile(const AttentionCall& c, uint32_t block, uint32_t lane) {
   const uint32_t in_group = block % (c.items * c.head_group), head = block / (c.items * c.head_group) * c.head_group;

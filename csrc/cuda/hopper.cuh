@@ -7,7 +7,14 @@
 
 #include <cstdint>
 
+// Only the pass for sm_90a knows these instructions; the host's pass must see a kernel's calls.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define PCP_MLA_HOPPER
+#endif
+
 namespace pcp_mla::cuda {
+
+constexpr int kGroupThreads = 128, kGroupWarps = 4;  // of a warpgroup
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -38,6 +45,11 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
 
 __device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// A warp's one arrival, when its lanes have read what is to be overwritten.
+__device__ inline void barrier_release(const uint64_t& barrier, uint32_t lane) {
+  if (lane == 0) barrier_arrive(shared_address(&barrier));
 }
 
 // Announces bytes without arriving.
@@ -93,10 +105,12 @@ __device__ void take_registers() {
 // operand that is taken transposed are its numbers, side by side in slabs of 64 columns.
 
 constexpr int kSlab = 64;  // numbers of such a row
+constexpr uint32_t kRowBytes = kSlab * 2;
+constexpr uint32_t kAtomBytes = 8 * kRowBytes;
 
 // `slab`: bytes from one slab of a transposed operand to the next; of no meaning to others.
 __device__ inline uint64_t matrix_descriptor(uint32_t address, uint32_t slab = 16) {
-  constexpr uint64_t swizzle_128 = uint64_t{1} << 62, atom = uint64_t{1024 >> 4} << 32;
+  constexpr uint64_t swizzle_128 = uint64_t{1} << 62, atom = uint64_t{kAtomBytes >> 4} << 32;
   return swizzle_128 | atom | uint64_t{slab >> 4} << 16 | ((address & 0x3FFFF) >> 4);
 }
 

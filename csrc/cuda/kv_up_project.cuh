@@ -14,11 +14,8 @@ namespace pcp_mla::cuda {
 namespace {
 
 constexpr int kRows = kUpProjectTile;
-constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kBlockThreads = 3 * kGroupThreads;
-constexpr uint32_t kRowBytes = kSlab * 2;
 constexpr uint32_t kSlabBytes = kRows * kRowBytes;
-constexpr uint32_t kAtomBytes = 1024;
 constexpr int kMaxStages = 10;
 constexpr int kMaxSlabs = 12;  // with that of k_pe
 
@@ -34,9 +31,8 @@ struct Barriers {
   uint64_t turn[2];  // of each warpgroup: the other one has seen all stages of the tile before
 };
 
-// Only the pass for sm_90a knows these instructions; the host's pass must see a kernel's calls.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-#define PCP_MLA_HOPPER
+#ifdef PCP_MLA_HOPPER
+
 constexpr int kGatherWarps = 2;
 
 // A place in the ring of stages and the parity of its phase.
@@ -127,12 +123,6 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
                          uint32_t group) {
   const uint32_t thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
   const uint32_t k_tiles = u.nope / kN, tiles_a_head = k_tiles + u.v_dim / kN;
-  const auto release_slab = [&](uint32_t slab) {
-    if (lane == 0) barrier_arrive(shared_address(&b.slab_empty[slab]));
-  };
-  const auto release_stage = [&](uint32_t stage) {
-    if (lane == 0) barrier_arrive(shared_address(&b.stage_empty[stage]));
-  };
   Ring ring;
   uint32_t turn = 0, parity = 0;      // whose tile the next one is
   uint32_t turn_parity = group == 0;  // the first turn is free
@@ -166,16 +156,16 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
         if (slab == s.slabs - 1 && lane == 0) barrier_arrive(shared_address(&b.turn[group ^ 1]));
         product_wait<1>();
         if (slab > 0) {
-          release_stage(before);
-          if (is_last) release_slab(slab - 1);
+          barrier_release(b.stage_empty[before], lane);
+          if (is_last) barrier_release(b.slab_empty[slab - 1], lane);
         }
         before = ring.stage;
         ring.advance(1, s.stages);
       }
       product_wait<0>();
       for (int m = 0; m < 2; ++m) settle(sum[m]);
-      release_stage(before);
-      if (is_last) release_slab(s.slabs - 1);
+      barrier_release(b.stage_empty[before], lane);
+      if (is_last) barrier_release(b.slab_empty[s.slabs - 1], lane);
 
       const uint32_t in_item = tile / tiles_a_head, part = tile - in_item * tiles_a_head, head = item.first_head + in_item;
       const bool is_k = part < k_tiles;
@@ -214,7 +204,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
       }
       if (is_last) {
         __syncwarp();
-        release_slab(s.slabs);
+        barrier_release(b.slab_empty[s.slabs], lane);
       }
     }
   }
@@ -235,17 +225,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxSlabs; ++i) {
       barrier_init(shared_address(&b.slab_full[i]), kGatherWarps * 32);
-      barrier_init(shared_address(&b.slab_empty[i]), 2 * kGroupThreads / 32);
+      barrier_init(shared_address(&b.slab_empty[i]), 2 * kGroupWarps);
     }
     for (int i = 0; i < kMaxStages; ++i) {
       barrier_init(shared_address(&b.stage_full[i]), 1);
-      barrier_init(shared_address(&b.stage_empty[i]), kGroupThreads / 32);
+      barrier_init(shared_address(&b.stage_empty[i]), kGroupWarps);
     }
-    for (uint64_t& turn : b.turn) barrier_init(shared_address(&turn), kGroupThreads / 32);
+    for (uint64_t& turn : b.turn) barrier_init(shared_address(&turn), kGroupWarps);
     barrier_init_fence();
   }
   __syncthreads();
-  if (warp >= kGroupThreads / 32) {
+  if (warp >= kGroupWarps) {
     multiply<T, kN>(u, s, slabs, stages, b, threadIdx.x / kGroupThreads - 1);
   } else if (warp == 0) {
     if (lane == 0) load_weights<kN>(u, s, &weight, stages, b);
