@@ -159,78 +159,58 @@ __device__ void settle(uint32_t (&d)[kCount]) {
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PCP_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define PCP_D32(i) PCP_D8(i), PCP_D8(i + 8), PCP_D8(i + 16), PCP_D8(i + 24)
-#define PCP_D64(i) PCP_D32(i), PCP_D32(i + 32)
-#define PCP_PRODUCT(n, type, a, b, more)                                                                                        \
-  "{\n.reg .pred more;\nsetp.ne.b32 more, " more ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type " {" PCP_SUMS_##n \
+#define PCP_D_64(i) PCP_D8(i), PCP_D8(i + 8), PCP_D8(i + 16), PCP_D8(i + 24)
+#define PCP_D_128(i) PCP_D_64(i), PCP_D_64(i + 32)
+#define PCP_D_256(i) PCP_D_128(i), PCP_D_128(i + 64)
+#define PCP_WGMMA(n, types, a, b, more)                                                                                          \
+  "{\n.reg .pred more;\nsetp.ne.b32 more, " more ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" PCP_SUMS_##n \
       "}, " a ", " b ", more, 1, 1"
 #define PCP_ROWS ", 0, 0;\n}"
 #define PCP_TRANSPOSED ", 1;\n}"
+// The statement, of operands of type T: what a, b and `more` are called in it, how b lies, then the inputs themselves.
+#define PCP_PRODUCT(T, n, a, b, more, layout, ...)                                           \
+  if constexpr (__is_same(T, __half)) {                                                      \
+    asm volatile(PCP_WGMMA(n, "f16.f16", a, b, more) layout : PCP_D_##n(0) : __VA_ARGS__);   \
+  } else {                                                                                   \
+    asm volatile(PCP_WGMMA(n, "bf16.bf16", a, b, more) layout : PCP_D_##n(0) : __VA_ARGS__); \
+  }
 
 // d [64, N] += a [64, 16] b [N, 16]^T, or = without `accumulate`. Lane l of warp w has, for every 8 columns, columns 2 (l % 4) and
 // the next one of rows 16 w + l / 4 and 8 further down.
+#define PCP_INPUTS "l"(a), "l"(b), "r"(static_cast<int>(accumulate))
 template <typename T>
 __device__ void product(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
-  if constexpr (__is_same(T, __half)) {
-    asm volatile(PCP_PRODUCT(64, "f16.f16", "%32", "%33", "%34") PCP_ROWS
-                 : PCP_D32(0)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  } else {
-    asm volatile(PCP_PRODUCT(64, "bf16.bf16", "%32", "%33", "%34") PCP_ROWS
-                 : PCP_D32(0)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
+  PCP_PRODUCT(T, 64, "%32", "%33", "%34", PCP_ROWS, PCP_INPUTS);
 }
 template <typename T>
 __device__ void product(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-  if constexpr (__is_same(T, __half)) {
-    asm volatile(PCP_PRODUCT(128, "f16.f16", "%64", "%65", "%66") PCP_ROWS
-                 : PCP_D64(0)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  } else {
-    asm volatile(PCP_PRODUCT(128, "bf16.bf16", "%64", "%65", "%66") PCP_ROWS
-                 : PCP_D64(0)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
+  PCP_PRODUCT(T, 128, "%64", "%65", "%66", PCP_ROWS, PCP_INPUTS);
 }
+#undef PCP_INPUTS
 
 // d [64, N] += a [64, 16] b [16, N], with `a` in registers: a pair of its numbers where a sum's pair of columns would be, of the
 // first 8 columns and of the others, rows first.
-#define PCP_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1)
+#define PCP_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1)
 template <typename T>
 __device__ void product(float (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (__is_same(T, __half)) {
-    asm volatile(PCP_PRODUCT(64, "f16.f16", "{%32, %33, %34, %35}", "%36", "%37") PCP_TRANSPOSED : PCP_D32(0) : PCP_A);
-  } else {
-    asm volatile(PCP_PRODUCT(64, "bf16.bf16", "{%32, %33, %34, %35}", "%36", "%37") PCP_TRANSPOSED : PCP_D32(0) : PCP_A);
-  }
+  PCP_PRODUCT(T, 64, "{%32, %33, %34, %35}", "%36", "%37", PCP_TRANSPOSED, PCP_INPUTS);
 }
 template <typename T>
 __device__ void product(float (&d)[64], const uint32_t* a, uint64_t b) {
-  if constexpr (__is_same(T, __half)) {
-    asm volatile(PCP_PRODUCT(128, "f16.f16", "{%64, %65, %66, %67}", "%68", "%69") PCP_TRANSPOSED : PCP_D64(0) : PCP_A);
-  } else {
-    asm volatile(PCP_PRODUCT(128, "bf16.bf16", "{%64, %65, %66, %67}", "%68", "%69") PCP_TRANSPOSED : PCP_D64(0) : PCP_A);
-  }
+  PCP_PRODUCT(T, 128, "{%64, %65, %66, %67}", "%68", "%69", PCP_TRANSPOSED, PCP_INPUTS);
 }
 template <typename T>
 __device__ void product(float (&d)[128], const uint32_t* a, uint64_t b) {
-  if constexpr (__is_same(T, __half)) {
-    asm volatile(PCP_PRODUCT(256, "f16.f16", "{%128, %129, %130, %131}", "%132", "%133") PCP_TRANSPOSED
-                 : PCP_D64(0), PCP_D64(64)
-                 : PCP_A);
-  } else {
-    asm volatile(PCP_PRODUCT(256, "bf16.bf16", "{%128, %129, %130, %131}", "%132", "%133") PCP_TRANSPOSED
-                 : PCP_D64(0), PCP_D64(64)
-                 : PCP_A);
-  }
+  PCP_PRODUCT(T, 256, "{%128, %129, %130, %131}", "%132", "%133", PCP_TRANSPOSED, PCP_INPUTS);
 }
-#undef PCP_A
+#undef PCP_INPUTS
+#undef PCP_PRODUCT
 #undef PCP_TRANSPOSED
 #undef PCP_ROWS
-#undef PCP_PRODUCT
-#undef PCP_D64
-#undef PCP_D32
+#undef PCP_WGMMA
+#undef PCP_D_256
+#undef PCP_D_128
+#undef PCP_D_64
 #undef PCP_D8
 #undef PCP_SUMS_256
 #undef PCP_SUMS_128
