@@ -26,8 +26,11 @@ GEMM, and the bytes of exchange and cache. The last column is ours by stages: ch
 up-projection; attention. A row with cached tokens is a serving step drawn from a trace of requests (`--trace FILE`)."""
 
 GRAPHS = """4096 tokens through eight MLA layers with their projections, DeepSeek-V2-Lite's widths, P = 2. "Piecewise": CUDA
-graphs between the collectives. "Compiled": torch.compile of all eight, whose attention is the Triton kernel; the others' is
-FlashAttention 3. Wall time is from a call to its end on the GPU. One GPU: rank 0 played."""
+graphs between the collectives. "Peers": with a `PeerExchange`, and in one graph of all eight. "Compiled": torch.compile of all
+eight. Wall time is from a call to its end on the GPU. One GPU: rank 0 played."""
+
+OVERLAP = """DeepSeek-V3's query projection (1536 to 128 heads of 192) and the exchange of a rank's latents by `MLAPrefill.start`,
+one behind the other and side by side on two streams; the kernel of a `PeerExchange` with so many multiprocessors, µs."""
 
 EVALUATION = """Exact match of the small model of `bench/train_tiny.py` on 500 word problems, bf16, as transformers' own model and
 at P ranks; "same text": answers that are the stock model's token by token."""
@@ -101,9 +104,9 @@ def by_stages(stages: dict[str, float]) -> str:
 
 def graphs() -> Iterator[str]:
     yield from head("A prefill in CUDA graphs", source("graphs_h100"), GRAPHS)
-    paths = "seed,ours,piecewise,compiled"
+    paths = "seed,ours,piecewise,peers,one graph,compiled"
     yield from table(
-        "GPUs | wall µs, seed / ours / piecewise / compiled | CPU µs, seed / ours / piecewise / compiled",
+        "GPUs | wall µs, seed / ours / piecewise / peers / one graph / compiled | CPU µs, the same",
         (
             [where, us(r, paths, "wall_us"), us(r, paths, "cpu_us")]
             for where, file in (("H100, played", "graphs_h100"), ("two H200s, NCCL", "graphs_h200x2"))
@@ -249,6 +252,13 @@ def lines() -> Iterator[str]:
         "T | P | launches, seed / collective / peers | graph µs, seed / collective / peers | CPU µs, the same "
         "| peers, 1 / 2 / 4 / 8 / 16 / 32 SMs",
         exchange_cells,
+    )
+    yield from section(
+        "Exchange beside a projection",
+        "overlap_h200x2",
+        OVERLAP,
+        "T | P | exchange | projection alone | one behind the other | side by side",
+        lambda r: [r["tokens"], r["ranks"], r["exchange"], *(us(r, path) for path in ("projection", "serial", "beside"))],
     )
     yield from section(
         "Merges",
