@@ -143,6 +143,59 @@ def test_no_keys_at_all():
     assert lse.eq(-torch.inf).all()
 
 
+def many_tiles():
+    """Several for each processor, short and long, without keys among them; and what they give where each block has one."""
+    lengths = [1000, 0, 257, *[3, 130, 64] * 20, 700]
+    used = [3000, 5, 0, *[0, 200, 1, 90, 513, 0] * 10, 700]
+    call = Call(lengths, used, heads=16)
+    listed = call(rows=torch.arange(len(call.k), dtype=torch.int32, device="cuda"))
+    call.check(listed)
+    return call, listed
+
+
+def equal(got, wanted):
+    return all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
+def test_blocks_take_several_tiles():
+    call, wanted = many_tiles()
+    for _ in range(30):
+        assert equal(call(), wanted)
+    call.check(call(causal=False), causal=False)
+
+
+def test_streams_do_not_share_what_is_left_to_do():
+    """Calls on streams at the same time, and a graph of several that is replayed beside them."""
+    call, wanted = many_tiles()
+    graph = torch.cuda.CUDAGraph()
+    lists, order = call.lists(range(len(call.used))), (call.k, call.v, call.k_pe, None)
+    outs = [[torch.empty_like(x) for x in wanted] for _ in range(3)]
+
+    def run(out, lse):
+        torch.ops.pcp_mla.attention_wgmma(call.q, *order, *lists, None, None, SCALE, True, out, lse)
+
+    with torch.cuda.graph(graph):
+        for out in outs:
+            run(*out)
+    streams = [torch.cuda.Stream() for _ in range(6)]
+    made = []
+    torch.cuda.synchronize()
+    for turn in range(20):
+        for out in outs:
+            for x in out:
+                x.fill_(torch.nan)
+        torch.cuda.synchronize()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                made.append([torch.full_like(x, torch.nan) for x in wanted])
+                run(*made[-1])
+        with torch.cuda.stream(streams[turn % 6]):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert all(equal(got, wanted) for got in (*outs, *made)), turn
+        made.clear()
+
+
 def test_rows_share_keys():
     """A head and a tail over the same keys, and rows that begin within another's."""
     call = Call([100, 100, 50], [1000, 0, 0])

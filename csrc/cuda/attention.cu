@@ -1,4 +1,7 @@
 // pcp_attention on sm_90: which calls the kernel takes, and its launch.
+#include <mutex>
+#include <unordered_map>
+
 #include "attention.cuh"
 #include "direct.h"
 #include "driver.h"
@@ -25,6 +28,33 @@ uint32_t head_group(uint32_t heads, uint64_t items, uint32_t processors) {
   return heads;
 }
 
+// Counts of tiles that are drawn, all 0 between calls. Calls that may run at the same time must not share one: each stream has its
+// own, and so has each call that is captured, as its graph may be replayed beside anything. Null where there are no more.
+constexpr uint32_t kStreamCounts = 4096, kCounts = 1 << 16;
+__device__ uint32_t counts[kCounts];
+
+uint32_t* count_for(int device, cudaStream_t stream) {
+  struct Taken {
+    uint32_t* first = nullptr;
+    std::unordered_map<unsigned long long, uint32_t> of_stream;
+    uint32_t captured = kStreamCounts;
+  };
+  static std::mutex mutex;
+  static Taken taken[kMaxDevices];
+  cudaStreamCaptureStatus status{};
+  check_cuda(cudaStreamIsCapturing(stream, &status));
+  const std::lock_guard lock(mutex);
+  Taken& t = taken[device];
+  if (t.first == nullptr) check_cuda(cudaGetSymbolAddress(reinterpret_cast<void**>(&t.first), counts));
+  if (status != cudaStreamCaptureStatusNone) return t.captured < kCounts ? t.first + t.captured++ : nullptr;
+  unsigned long long id = 0;
+  check_cuda(cudaStreamGetId(stream, &id));
+  const auto known = t.of_stream.find(id);
+  if (known != t.of_stream.end()) return t.first + known->second;
+  if (t.of_stream.size() == kStreamCounts) return nullptr;
+  return t.first + t.of_stream.emplace(id, static_cast<uint32_t>(t.of_stream.size())).first->second;
+}
+
 template <typename T, typename Shape>
 void launch(const Attention& a) {
   const DeviceGuard guard(a.kind);
@@ -38,6 +68,7 @@ void launch(const Attention& a) {
   check(items * a.q.heads <= kMaxItems, "pcp_attention: there must be at most ", kMaxItems, " tiles of queries, got ",
         items * a.q.heads);
   c.items = static_cast<uint32_t>(items);
+  c.tiles = static_cast<uint32_t>(items * a.q.heads);
   const uint32_t processors = static_cast<uint32_t>(device_attribute(cudaDevAttrMultiProcessorCount, device));
   c.head_group = head_group(static_cast<uint32_t>(a.q.heads), items, processors);
   c.k_slabs = static_cast<uint32_t>((a.k.dim + kSlab - 1) / kSlab);
@@ -69,7 +100,13 @@ void launch(const Attention& a) {
     const cuuint32_t box[2] = {kSlab, rows};
     maps.k_pe = encode<2>("k_pe", a.kind, a.k_pe, sizes, strides, box);
   }
-  kernel<<<c.items* static_cast<uint32_t>(a.q.heads), kAttentionThreads, Shape::bytes, current_stream(a.kind)>>>(c, maps);
+  const cudaStream_t stream = current_stream(a.kind);
+  uint32_t blocks = c.tiles;
+  if (blocks > processors && !listed) {
+    c.drawn = count_for(device, stream);
+    if (c.drawn != nullptr) blocks = processors;
+  }
+  kernel<<<blocks, kAttentionThreads, Shape::bytes, stream>>>(c, maps);
   check_cuda(cudaGetLastError());
 }
 

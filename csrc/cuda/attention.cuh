@@ -1,4 +1,4 @@
-// pcp_attention on sm_90: a block takes 128 queries of a row in one head through all keys that they see.
+// pcp_attention on sm_90: a block takes 128 queries of a row in one head through all keys that they see, then the next ones.
 //
 // One warpgroup brings queries, K and V into shared memory, by tensor copies, or row by row where rows are listed. Two warpgroups
 // have 64 queries each: scores of the next keys are multiplied while the softmax of the last ones goes on, and these then weigh V
@@ -65,10 +65,10 @@ struct Softmax {
   }
 };
 
-// One warpgroup's 64 queries.
+// One warpgroup's 64 queries, of the block's number-th tile, before which it had `before` tiles of K and V.
 template <typename T, typename Shape>
 __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t q_tile, uint32_t k_tiles, uint32_t v_tiles,
-                       const AttentionBarriers& b, uint32_t tiles, uint32_t group) {
+                       const AttentionBarriers& b, uint32_t tiles, uint32_t before, uint32_t number, uint32_t group) {
   constexpr int kS = Shape::keys / 2, kO = Shape::v_width / 2, kP = Shape::keys / 4;  // registers of scores, output, weights
   const uint32_t thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
   const int32_t query = group * kGroupQueries + warp * 16 + lane / 4;  // of the tile; the other one is 8 further down
@@ -97,6 +97,7 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
     }
   };
 
+  barrier_wait(shared_address(&b.q_full), number & 1);
   if (tiles > 0) {
     const int32_t first_query = group * kGroupQueries;
     const int32_t step = c.rows.causal ? 1 : 0;
@@ -113,8 +114,8 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       if (c.listed.rows != nullptr) proxy_fence();  // whoever copied row by row did not wait for it to arrive
     };
     const auto start_scores = [&](uint32_t j) {
-      wait_for(b.k_full[stage_of(j)], parity_of(j));
-      const uint64_t k = matrix_descriptor(k_tiles + stage_of(j) * Shape::k_bytes);
+      wait_for(b.k_full[stage_of(before + j)], parity_of(before + j));
+      const uint64_t k = matrix_descriptor(k_tiles + stage_of(before + j) * Shape::k_bytes);
       product_fence();
 #pragma unroll
       for (int slab = 0; slab < Shape::slabs; ++slab) {
@@ -127,8 +128,8 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       product_commit();
     };
     const auto start_output = [&](uint32_t j) {
-      wait_for(b.v_full[stage_of(j)], parity_of(j));
-      const uint64_t v = matrix_descriptor(v_tiles + stage_of(j) * Shape::v_bytes, Shape::slab_bytes);
+      wait_for(b.v_full[stage_of(before + j)], parity_of(before + j));
+      const uint64_t v = matrix_descriptor(v_tiles + stage_of(before + j) * Shape::v_bytes, Shape::slab_bytes);
       product_fence();
 #pragma unroll
       for (int i = 0; i < Shape::keys / 16; ++i) product<T>(o, p + 4 * i, further(v, i * 16 * kRowBytes));
@@ -150,13 +151,12 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       for (int i = 0; i < kP; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
     };
 
-    barrier_wait(shared_address(&b.q_full), 0);
     settle(s);
     start_scores(0);
     begin_output();
     product_wait<0>();
     settle(s);
-    barrier_release(b.k_empty[stage_of(0)], lane);
+    barrier_release(b.k_empty[stage_of(before)], lane);
     if (unmasked < 1) mask(0);
     softmax.take(s, factor);
     pack_weights();
@@ -170,7 +170,7 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       start_output(j - 1);
       product_wait<1>();
       settle(s);
-      barrier_release(b.k_empty[stage_of(j)], lane);
+      barrier_release(b.k_empty[stage_of(before + j)], lane);
       if (masked) mask(j);
       softmax.take(s, factor);
       // The assembler moves the wait before the work that is to go on meanwhile, but not over a barrier, nor that over the sum
@@ -179,19 +179,20 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
       product_wait<0>();
       settle(o);
       settle(p);
-      barrier_release(b.v_empty[stage_of(j - 1)], lane);
+      barrier_release(b.v_empty[stage_of(before + j - 1)], lane);
       pack_weights();
       if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) scale_output();
     };
     uint32_t j = 1;
     for (; j < unmasked; ++j) next(j, false);
     for (; j < tiles; ++j) next(j, true);
+    barrier_release(b.q_empty, lane);
 
     // Past the row's last key there may be anything, and 0 * NaN is NaN.
     const uint32_t last = tiles - 1, end = tiles * Shape::keys;
     if (c.listed.rows == nullptr && end > static_cast<uint32_t>(t.used)) {
-      barrier_wait(shared_address(&b.v_full[stage_of(last)]), parity_of(last));
-      const uint32_t cut = t.used - last * Shape::keys, tile = v_tiles + stage_of(last) * Shape::v_bytes;
+      barrier_wait(shared_address(&b.v_full[stage_of(before + last)]), parity_of(before + last));
+      const uint32_t cut = t.used - last * Shape::keys, tile = v_tiles + stage_of(before + last) * Shape::v_bytes;
       for (uint32_t slab = 0; slab < Shape::v_slabs; ++slab) {
         for (uint32_t at = cut * kRowBytes + thread * 16; at < Shape::slab_bytes; at += kGroupThreads * 16) {
           asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(tile + slab * Shape::slab_bytes + at), "r"(0) : "memory");
@@ -205,7 +206,9 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
     start_output(last);
     product_wait<0>();
     settle(o);
+    barrier_release(b.v_empty[stage_of(before + last)], lane);
   } else {
+    barrier_release(b.q_empty, lane);
     begin_output();
   }
 
@@ -240,48 +243,48 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     attention_kernel(const __grid_constant__ AttentionCall c, const __grid_constant__ AttentionMaps maps) {
 #ifdef PCP_MLA_HOPPER
   __shared__ AttentionBarriers b;
-  __shared__ AttentionTile tile;
+  __shared__ AttentionTile found[2];  // in turns
   extern __shared__ char memory[];
   const uint32_t q_tile = (shared_address(memory) + kAtomBytes - 1) / kAtomBytes * kAtomBytes;
   const uint32_t k_tiles = q_tile + Shape::q_bytes, v_tiles = k_tiles + kStages * Shape::k_bytes;
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == 0) {
-    const AttentionTile found = attention_tile(c, blockIdx.x, lane);
-    if (lane == 0) {
-      tile = found;
-      barrier_init(shared_address(&b.q_full), 1);
-      for (int i = 0; i < kStages; ++i) {
-        const uint32_t loading = c.listed.rows == nullptr ? 1 : kGroupThreads;
-        barrier_init(shared_address(&b.k_full[i]), loading);
-        barrier_init(shared_address(&b.v_full[i]), loading);
-        barrier_init(shared_address(&b.k_empty[i]), 2 * kGroupWarps);
-        barrier_init(shared_address(&b.v_empty[i]), 2 * kGroupWarps);
-      }
-      barrier_init_fence();
-    }
-  }
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = uniform(warp / kGroupWarps);
+  if (threadIdx.x == 0) init_barriers(b, c.listed.rows != nullptr);
   __syncthreads();
-  const AttentionTile t = tile;
-  if (t.tokens == 0) return;
-  const uint32_t tiles = uniform((t.seen + Shape::keys - 1) / Shape::keys), group = uniform(warp / (kGroupWarps));
+  const auto tile = [&](uint32_t number) {
+    barrier_wait(shared_address(&b.found[number % 2]), number / 2 & 1);
+    return found[number % 2];
+  };
+  const auto tiles_of = [](const AttentionTile& t) { return uniform((t.seen + Shape::keys - 1) / Shape::keys); };
   if (group == 0) {
-    give_registers<56>();
-    if (tiles == 0) return;
-    if (threadIdx.x == 0) {
-      const uint32_t full = shared_address(&b.q_full);
-      barrier_arrive_expect(full, Shape::q_bytes);
-      for (uint32_t slab = 0; slab < Shape::slabs; ++slab) {
-        tensor_load_3d(q_tile + slab * Shape::q_slab_bytes, &maps.q, full, slab * kSlab, t.first_token, t.head);
-      }
-    }
+    give_registers<72>();
+    if (warp == 1) find_tiles(c, found, b, lane);
     if (c.listed.rows != nullptr) {
-      copy_listed<Shape>(c, maps, t, k_tiles, v_tiles, b, tiles, warp, lane);
+      tile(0);
+      const AttentionTile& t = found[0];  // in shared memory, as registers are short here
+      if (t.tokens == 0) return;
+      const uint32_t tiles = tiles_of(t);
+      if (threadIdx.x == 0) load_queries<Shape>(maps, t, q_tile, b, tiles);
+      if (tiles > 0) copy_listed<Shape>(c, maps, t, k_tiles, v_tiles, b, tiles, warp, lane);
     } else if (threadIdx.x == 0) {
-      copy_tiles<Shape>(c, maps, t, k_tiles, v_tiles, b, tiles);
+      uint32_t before = 0;
+      for (uint32_t number = 0;; ++number) {
+        const AttentionTile t = tile(number);
+        if (t.tokens == 0) return;
+        before =
+            copy_tiles<Shape>(c, maps, t, q_tile, k_tiles, v_tiles, b, (t.seen + Shape::keys - 1) / Shape::keys, before, number);
+        barrier_arrive(shared_address(&b.loaded));
+      }
     }
   } else {
-    take_registers<224>();
-    attend<T, Shape>(c, t, q_tile, k_tiles, v_tiles, b, tiles, group - 1);
+    take_registers<216>();
+    uint32_t before = 0;
+    for (uint32_t number = 0;; ++number) {
+      const AttentionTile t = tile(number);
+      if (t.tokens == 0) return;
+      const uint32_t tiles = tiles_of(t);
+      attend<T, Shape>(c, t, q_tile, k_tiles, v_tiles, b, tiles, before, number, group - 1);
+      before += tiles;
+    }
   }
 #endif
 }

@@ -35,8 +35,8 @@ struct ListedKeys {  // where K and V lie: rows[i] is the row of key i
 
 struct AttentionCall {
   AttentionRows rows;
-  uint32_t items, head_group, k_slabs;  // k_slabs: of k, without k_pe
-  float scale;                          // of scores, times log2(e)
+  uint32_t items, tiles, head_group, k_slabs;  // items: of a head, at most; tiles: of all; k_slabs: of k, without k_pe
+  float scale;                                 // of scores, times log2(e)
   ListedKeys listed;
   const char* prev_out;
   int64_t prev_token, prev_head;  // bytes
@@ -44,15 +44,17 @@ struct AttentionCall {
   char* out;
   int64_t out_token, out_head;  // bytes
   Lse lse;
+  uint32_t* drawn;  // tiles that blocks have taken beyond their first; null: they take one each
 };
 
 struct AttentionBarriers {
-  uint64_t q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  uint64_t found[2], loaded;  // a tile to work on; all of one is loaded or on its way
 };
 
 // What a block works on.
 struct AttentionTile {
-  int32_t head, first_token, tokens;  // queries, of which there may be less than kQueries
+  int32_t head, first_token, tokens;  // queries, of which there may be less than kQueries; none: there is no tile
   int32_t first_key, used, seen;      // of the row; keys that any of the queries sees
   int32_t first_limit;                // keys that the first query sees; each further one sees one more, or just as many
 };
@@ -76,17 +78,78 @@ __device__ inline AttentionTile attention_tile(const AttentionCall& c, uint32_t 
   return t;
 }
 
+// The number of another tile for this block; `tiles` if there is none. The last block to find none leaves the count as it was.
+__device__ inline uint32_t draw(const AttentionCall& c, uint32_t lane) {
+  if (c.drawn == nullptr) return c.tiles;
+  uint32_t drawn = 0;
+  if (lane == 0) {
+    drawn = atomicAdd(c.drawn, 1);
+    if (drawn == c.tiles - 1) *c.drawn = 0;
+  }
+  return min(gridDim.x + __shfl_sync(~0u, drawn, 0), c.tiles);
+}
+
+// A warp finds the block's tiles, each as late as it can be: when all of the one before is on its way.
+__device__ inline void find_tiles(const AttentionCall& c, AttentionTile (&found)[2], const AttentionBarriers& b, uint32_t lane) {
+  uint32_t next = blockIdx.x;
+  for (uint32_t number = 0;; ++number) {
+    AttentionTile t{};
+    for (; next < c.tiles; next = draw(c, lane)) {
+      t = attention_tile(c, next, lane);
+      if (t.tokens > 0) break;
+    }
+    if (lane == 0) {
+      found[number % 2] = t;
+      barrier_arrive(shared_address(&b.found[number % 2]));
+    }
+    if (t.tokens == 0) return;
+    if (c.drawn != nullptr) barrier_wait(shared_address(&b.loaded), number & 1);
+    next = draw(c, lane);
+  }
+}
+
+__device__ inline void init_barriers(AttentionBarriers& b, bool listed) {
+  const auto init = [](const uint64_t& barrier, uint32_t arrivals) { barrier_init(shared_address(&barrier), arrivals); };
+  const uint32_t loading = listed ? kGroupThreads : 1;
+  init(b.q_full, 1);
+  init(b.q_empty, 2 * kGroupWarps);
+  init(b.loaded, 1);
+  for (int i = 0; i < 2; ++i) init(b.found[i], 1);
+  for (int i = 0; i < kStages; ++i) {
+    init(b.k_full[i], loading);
+    init(b.v_full[i], loading);
+    init(b.k_empty[i], 2 * kGroupWarps);
+    init(b.v_empty[i], 2 * kGroupWarps);
+  }
+  barrier_init_fence();
+}
+
 // The number-th load of K or of V: its stage, and the parity of the phase that it fills.
 __device__ inline uint32_t stage_of(uint32_t number) { return number % kStages; }
 __device__ inline uint32_t parity_of(uint32_t number) { return number / kStages & 1; }
 
-// One thread brings everything by tensor copies.
+// Says that all is there where there are no keys to multiply with.
 template <typename Shape>
-__device__ void copy_tiles(const AttentionCall& c, const AttentionMaps& maps, const AttentionTile& t, uint32_t k_tiles,
-                           uint32_t v_tiles, const AttentionBarriers& b, uint32_t tiles) {
+__device__ void load_queries(const AttentionMaps& maps, const AttentionTile& t, uint32_t q_tile, const AttentionBarriers& b,
+                             uint32_t tiles) {
+  const uint32_t full = shared_address(&b.q_full);
+  if (tiles == 0) return barrier_arrive(full);
+  barrier_arrive_expect(full, Shape::q_bytes);
+  for (uint32_t slab = 0; slab < Shape::slabs; ++slab) {
+    tensor_load_3d(q_tile + slab * Shape::q_slab_bytes, &maps.q, full, slab * kSlab, t.first_token, t.head);
+  }
+}
+
+// One thread brings everything of the block's number-th tile of queries by tensor copies, after `before` tiles of K and V, and
+// returns how many there have been then.
+template <typename Shape>
+__device__ uint32_t copy_tiles(const AttentionCall& c, const AttentionMaps& maps, const AttentionTile& t, uint32_t q_tile,
+                               uint32_t k_tiles, uint32_t v_tiles, const AttentionBarriers& b, uint32_t tiles, uint32_t before,
+                               uint32_t number) {
   const auto load_k = [&](uint32_t j) {
-    const uint32_t full = shared_address(&b.k_full[stage_of(j)]), to = k_tiles + stage_of(j) * Shape::k_bytes;
-    barrier_wait(shared_address(&b.k_empty[stage_of(j)]), parity_of(j) ^ 1);
+    const uint32_t load = before + j, full = shared_address(&b.k_full[stage_of(load)]);
+    const uint32_t to = k_tiles + stage_of(load) * Shape::k_bytes;
+    barrier_wait(shared_address(&b.k_empty[stage_of(load)]), parity_of(load) ^ 1);
     barrier_arrive_expect(full, Shape::k_bytes);
     const int32_t key = t.first_key + static_cast<int32_t>(j) * Shape::keys;
     for (uint32_t slab = 0; slab < c.k_slabs; ++slab) {
@@ -95,19 +158,24 @@ __device__ void copy_tiles(const AttentionCall& c, const AttentionMaps& maps, co
     if (c.k_slabs < Shape::slabs) tensor_load_2d(to + c.k_slabs * Shape::slab_bytes, &maps.k_pe, full, 0, key);
   };
   const auto load_v = [&](uint32_t j) {
-    const uint32_t full = shared_address(&b.v_full[stage_of(j)]), to = v_tiles + stage_of(j) * Shape::v_bytes;
-    barrier_wait(shared_address(&b.v_empty[stage_of(j)]), parity_of(j) ^ 1);
+    const uint32_t load = before + j, full = shared_address(&b.v_full[stage_of(load)]);
+    const uint32_t to = v_tiles + stage_of(load) * Shape::v_bytes;
+    barrier_wait(shared_address(&b.v_empty[stage_of(load)]), parity_of(load) ^ 1);
     barrier_arrive_expect(full, Shape::v_bytes);
     for (uint32_t slab = 0; slab < Shape::v_slabs; ++slab) {
       tensor_load_3d(to + slab * Shape::slab_bytes, &maps.v, full, slab * kSlab, t.first_key + j * Shape::keys, t.head);
     }
   };
-  load_k(0);
+  if (tiles > 0) load_k(0);
+  if (number > 0) barrier_wait(shared_address(&b.q_empty), (number - 1) & 1);  // also says that all know the tile before
+  load_queries<Shape>(maps, t, q_tile, b, tiles);
+  if (tiles == 0) return before;
   for (uint32_t j = 1; j < tiles; ++j) {
     load_k(j);
     load_v(j - 1);
   }
   load_v(tiles - 1);
+  return before + tiles;
 }
 
 // A warpgroup brings listed rows, each warp a quarter of a tile: by tensor copies where they lie one behind another, else eight
@@ -154,6 +222,7 @@ __device__ void copy_listed(const AttentionCall& c, const AttentionMaps& maps, c
     } else if (lane == 0) {
       const uint32_t at = to + warp * kWarpRows * kRowBytes;
       barrier_expect(full, Shape::k_bytes / kGroupWarps);
+#pragma unroll 1
       for (uint32_t slab = 0; slab < c.k_slabs; ++slab) {
         tensor_load_3d(at + slab * Shape::slab_bytes, &maps.k, full, slab * kSlab, row, t.head);
       }
@@ -180,16 +249,15 @@ __device__ void copy_listed(const AttentionCall& c, const AttentionMaps& maps, c
     }
     copy_async_arrive(full);
   };
-  int32_t before = 0, row = look_up(0), next = look_up(1);  // of the tile before, whose V comes after this one's K
-  load_k(0, row);
-  for (uint32_t j = 1; j < tiles; ++j) {
+  int32_t row = look_up(0), next = look_up(1), before = 0;  // of the tile before, whose V comes after this one's K
+  for (uint32_t j = 0; j < tiles; ++j) {
+    load_k(j, row);
+    if (j > 0) load_v(j - 1, before);
     before = row;
     row = next;
-    next = look_up(j + 1);
-    load_k(j, row);
-    load_v(j - 1, before);
+    next = look_up(j + 2);
   }
-  load_v(tiles - 1, row);
+  load_v(tiles - 1, before);
   copy_async_commit();
   copy_async_wait<0>();  // no thread ends before its copies
 }
