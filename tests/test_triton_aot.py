@@ -17,6 +17,7 @@ TYPES = {
     "latent_cache_kernel": ["*bf16", "*u8"],
     "merge_states_kernel": ["*bf16", "*fp32"],
     "plan_expand_kernel": ["indices"],
+    "plan_rank_rows_kernel": ["indices"],
 }
 
 

@@ -23,6 +23,10 @@ SCHEMAS = {
         "SymInt num_requests, SymInt world_size, SymInt rank, SymInt num_tokens_padded, SymInt num_kv_rows, bool split, "
         "SymInt block_size, SymInt dcp_world_size, SymInt dcp_rank, SymInt cp_interleave) -> ()"
     ),
+    "plan_rank_rows": (
+        "(Tensor request_table, Tensor(a!) out, SymInt num_requests, SymInt world_size, SymInt num_tokens_padded, "
+        "SymInt num_chunks, SymInt workspace_tokens) -> ()"
+    ),
     "merge_attn_states": (
         "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor? scale, bool base2) -> (Tensor, Tensor)"
     ),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .partition import Partition, partition
+from .rank_rows import RankRows, rank_rows
 from .slots import KeyChunk, PagedCache
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Partition arrays that live on the device from the start: they travel in one buffer, in this order.
 _PACKED = (
@@ -146,6 +150,19 @@ class PCPMetadata:
         """Whether every rank has every new token of the step: decodes alone, in the layout that keeps one copy of each."""
         part = self.partition
         return part.layout == "unpadded" and part.decode_policy == "replicate" and not part.query_lens[part.is_prefill].any()
+
+    @property
+    def lengths(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """query_lens, context_lens and is_prefill, [R] each, on the host."""
+        part = self.partition
+        return part.query_lens, part.context_lens, part.is_prefill
+
+    @cached_property
+    def rank_rows(self) -> RankRows:
+        """The rows of all ranks, for attention over everybody's queries: int32 tensors on ``device``, made when first asked for."""
+        rows = rank_rows(self.partition)
+        queries, keys, used = (self._put(array) for array in (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k))
+        return RankRows(queries, keys, used, rows.max_seqlen_q, rows.max_seqlen_k)
 
     # Only a planner's metadata has places in a cache, and keys in chunks.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..ops.plan_expand import plan_expand
+from ..ops.plan_rank_rows import plan_rank_rows
 from ..plan.slots import PagedCache
 from .step_buffer import StepLayout
 
@@ -18,6 +19,7 @@ class PlanBuffers:
         plan: number of the plan that they hold, from 1 on.
         tables: on a CPU [max_requests, blocks], the block numbers as they were when they were planned; None elsewhere, where a plan
             is expanded at once.
+        rank_rows: tables of all ranks' rows; None until somebody asks for them.
     """
 
     def __init__(
@@ -50,16 +52,18 @@ class PlanBuffers:
         self.kv_address = self.kv_rows.data_ptr()
         self.tables: torch.Tensor | None = None
         self.plan = 0
-        self.tokens_expanded = self.keys_expanded = False
-        self._counts = (0, 0, 0, False)
+        self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = False
+        self.rank_rows: torch.Tensor | None = None
+        self._counts = (0, 0, 0, 0, 0)
 
-    def hold(self, counts: dict[str, Any], tables: torch.Tensor | None) -> None:
+    def hold(self, counts: dict[str, Any], tables: torch.Tensor | None, workspace_tokens: int | None) -> None:
         """From now on they hold the plan of these counts (:data:`pcp_mla.planner.host.COUNTS`): nothing is expanded yet."""
         self.plan += 1
         self.tables = tables
-        self.tokens_expanded = self.keys_expanded = False
-        split = len(counts["chunk_max_seqlens"]) > 1
-        self._counts = (counts["num_requests"], counts["num_tokens_padded"], counts["num_kv_tokens"], split)
+        self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = False
+        chunks = len(counts["chunk_max_seqlens"])
+        split = (chunks, int(workspace_tokens or 0)) if chunks > 1 else (0, 0)
+        self._counts = (counts["num_requests"], counts["num_tokens_padded"], counts["num_kv_tokens"], *split)
 
     def make_room(self, keys: int) -> None:
         """Let ``kv_rows`` be at least so long, at another address if it was not."""
@@ -70,7 +74,7 @@ class PlanBuffers:
 
     def expand(self, tables: torch.Tensor | None, tokens: bool, keys: bool) -> None:
         """Fill the plan's per-token arrays, its key rows, or both: one launch."""
-        requests, rows, kv_rows, split = self._counts
+        requests, rows, kv_rows, chunks, _ = self._counts
         plan_expand(
             self.request_table,
             tables,
@@ -85,7 +89,7 @@ class PlanBuffers:
             self.rank,
             rows if tokens else 0,
             kv_rows if keys else 0,
-            split,
+            chunks > 1,
             *self._cache_numbers,
         )
         self.tokens_expanded |= tokens
@@ -103,3 +107,19 @@ class PlanBuffers:
             self.make_room(self._counts[2])
             self.expand(self.tables, tokens=False, keys=True)
         return self.kv_rows
+
+    def expand_rank_rows(self) -> None:
+        """Fill the tables of all ranks' rows, if anybody has asked for them."""
+        if self.rank_rows is not None:
+            requests, rows, _, chunks, window = self._counts
+            plan_rank_rows(self.request_table, self.rank_rows, requests, self.world_size, rows, chunks, window)
+            self.rank_rows_expanded = True
+
+    def expanded_rank_rows(self) -> torch.Tensor:
+        """``rank_rows``, filled; on a GPU from now on with every plan, for graphs that read it."""
+        if self.rank_rows is None:
+            with torch.inference_mode(False):
+                self.rank_rows = torch.empty(self.step_layout.rank_rows_size, dtype=torch.int32, device=self.device)
+        if not self.rank_rows_expanded:
+            self.expand_rank_rows()
+        return self.rank_rows

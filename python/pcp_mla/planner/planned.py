@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ..plan.metadata import PCPMetadata
 from ..plan.partition import Partition, partition
+from ..plan.rank_rows import RankRows, longest_rows, num_rank_rows
 from ..plan.slots import KeyChunk, PagedCache
 from .buffers import PlanBuffers
 
@@ -75,17 +77,20 @@ class PlannedMetadata(PCPMetadata):
     @cached_property
     def partition(self) -> Partition:
         """The specification of this plan's batch, built anew: for looking things up on the host, not for every step."""
-        lengths = np.frombuffer(self.batch, np.int32, 3 * self.num_requests).reshape(3, -1)
+        words = 4 * self.num_requests
         return partition(
-            lengths[0],
-            lengths[1],
-            np.frombuffer(self.batch, np.bool_, offset=lengths.nbytes),
+            *self.lengths,
             world_size=self.world_size,
             rank=self.rank,
             layout=self._buffers.layout,
             decode_policy=self._buffers.decode_policy,
-            prompt_lens=lengths[2] if self._asked[2] else None,
+            prompt_lens=np.frombuffer(self.batch[2 * words : 3 * words], np.int32) if self._asked[2] else None,
         )
+
+    @cached_property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        query_lens, context_lens, _ = np.frombuffer(self.batch, np.int32, 3 * self.num_requests).reshape(3, -1)
+        return query_lens, context_lens, np.frombuffer(self.batch, np.bool_, offset=12 * self.num_requests)
 
     @property
     def num_local_rows(self) -> int:
@@ -97,8 +102,8 @@ class PlannedMetadata(PCPMetadata):
         buffers = self._buffers
         if self._asked[0] is not None or buffers.layout != "unpadded" or buffers.decode_policy != "replicate":
             return False
-        query_lens = np.frombuffer(self.batch, np.int32, self.num_requests)
-        return not query_lens[np.frombuffer(self.batch, np.bool_, offset=3 * query_lens.nbytes)].any()
+        query_lens, _, is_prefill = self.lengths
+        return not query_lens[is_prefill].any()
 
     @property
     def paged_cache(self) -> PagedCache | None:
@@ -158,6 +163,25 @@ class PlannedMetadata(PCPMetadata):
             chunks.append(KeyChunk(first, count, number == last, longest if self._asked[0] is None else count, *tables))
             first += count
         return tuple(chunks)
+
+    # Tables of all ranks.
+
+    @cached_property
+    def rank_rows(self) -> RankRows:
+        """As in PCPMetadata, with key chunks. Once it was asked of a plan, every plan on a GPU fills the tables, at the same
+        addresses for as many requests and chunks: captured graphs of padded plans can read them."""
+        buffers, count = self._current(), len(self.chunk_max_seqlens)
+        size = num_rank_rows(self.world_size, self.num_requests) + 1
+        tables = (3 + 2 * (count if count > 1 else 0), size)
+        queries, *keys = buffers.expanded_rank_rows().narrow(0, 0, tables[0] * size).view(tables)
+        longest_q, longest_k, longest = longest_rows(self.lengths, self.world_size, buffers.layout, (count, self._asked[1] or 0))
+        if self._asked[0] is not None:  # as of this rank's own rows
+            longest_q, longest_k = self.max_seqlen_q, self.max_seqlen_k
+            longest = tuple(chunk.max_seqlen_k for chunk in self.key_chunks)
+        pairs = [(starts, used[:-1]) for starts, used in zip(keys[::2], keys[1::2], strict=True)]
+        of_chunks = zip(self.key_chunks, pairs[1:] or pairs, longest, strict=True)
+        chunks = (replace(chunk, cu_seqlens_k=k, seqused_k=n, max_seqlen_k=most) for chunk, (k, n), most in of_chunks)
+        return RankRows(queries, *pairs[0], longest_q, longest_k, tuple(chunks))
 
     # Arrays over tokens.
 

@@ -223,7 +223,7 @@ class PCPPlanner:
         )
         asked = (sizes[1], sizes[3], prompt_lens is not None)
         if self._host_step is not None:  # expanded when somebody looks at it
-            buffers.hold(counts, None if kept is None else kept.tensor)
+            buffers.hold(counts, None if kept is None else kept.tensor, asked[1])
             self._kept = kept or self._kept
             self._last = meta = PlannedMetadata(buffers, counts, tables is not None, asked)
             return meta
@@ -232,7 +232,7 @@ class PCPPlanner:
             rows = tables.shape[0]
         if tables is not None:
             buffers.make_room(counts["num_kv_tokens"])
-        buffers.hold(counts, None)
+        buffers.hold(counts, None, asked[1])
         self._last = meta = PlannedMetadata(buffers, counts, tables is not None, asked)
         if staging is None:
             address, stride = (0, 0) if tables is None else (tables.data_ptr(), tables.stride(0))
@@ -242,6 +242,7 @@ class PCPPlanner:
             self._staging.reverse()
             staging.send(len(meta.chunk_max_seqlens), self.step_layout)
             buffers.expand(tables, tokens=True, keys=tables is not None)
+        buffers.expand_rank_rows()
         return meta
 
     def largest_rank(self, query_lens: Any, is_prefill: Any = None) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..plan.partition import IntArray, Partition, _prefix_sum
+from ..plan.rank_rows import num_rank_rows
 from ..plan.slots import KeyChunk
 
 
@@ -25,12 +26,14 @@ class StepLayout(NamedTuple):
 
     The *request table*, int32 [5 + P, R + 1], is all that the ``plan_expand`` op reads. Its rows are: prefix sums of
     ``query_lens``; of ``context_lens``; of the requests' rows in key order; the length of a chunk (of the decode, for a decode);
-    the first rank that holds the decode, -1 for a prefill; and for each rank prefix sums of its local tokens.
+    the first rank that holds the decode, -1 for a prefill; and for each rank prefix sums of its local tokens. It is also all that
+    the ``plan_rank_rows`` op reads, whose tables, ``rank_rows_size`` int32s, are a buffer of their own.
     """
 
     offsets: dict[str, int]
     chunks_stop: int
     size: int
+    rank_rows_size: int
 
     @classmethod
     def build(cls, max_requests: int, world_size: int, max_chunks: int) -> StepLayout:
@@ -53,7 +56,8 @@ class StepLayout(NamedTuple):
         offsets["chunk_cu_seqlens_k"] = _aligned(max_requests)
         offsets["chunk_seqused_k"] = offsets["chunk_cu_seqlens_k"] + _aligned(rows + 1)
         offsets["chunk_stride"] = offsets["chunk_seqused_k"] + _aligned(rows)
-        return cls(offsets, at + offsets["chunk_stride"], at + max_chunks * offsets["chunk_stride"])
+        size, rank_rows = at + max_chunks * offsets["chunk_stride"], num_rank_rows(world_size, max_requests) + 1
+        return cls(offsets, at + offsets["chunk_stride"], size, (3 + 2 * max_chunks) * rank_rows)
 
     def chunk(self, number: int) -> int:
         """Start of the tables of the given key chunk."""

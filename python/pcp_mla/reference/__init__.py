@@ -11,6 +11,7 @@ from .kv_up_project import kv_up_project
 from .latent_cache import gather_latents, write_latent_cache
 from .merge_states import cp_correct_out, merge_attn_states, merge_attn_states_out, merge_n_attn_states, merge_n_attn_states_out
 from .plan_expand import plan_expand
+from .plan_rank_rows import plan_rank_rows
 
 __all__ = [
     "attention",
@@ -27,5 +28,6 @@ __all__ = [
     "merge_n_attn_states",
     "merge_n_attn_states_out",
     "plan_expand",
+    "plan_rank_rows",
     "write_latent_cache",
 ]
