@@ -1,6 +1,7 @@
 """Prefill context parallelism for MLA models: fused kernels behind a thin layer. See the README for use."""
 
 from .exchange.cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
+from .exchange.heads import HeadExchange, heads_of
 from .exchange.latents import LatentExchange
 from .exchange.peers import PeerExchange
 from .layer.prefill import MLAPrefill
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GatheredRows",
+    "HeadExchange",
     "LatentExchange",
     "MLADims",
     "MLAPrefill",
@@ -35,6 +37,7 @@ __all__ = [
     "cp_lse_ag_out_rs",
     "flat_cp_group",
     "gather_latents",
+    "heads_of",
     "kv_up_project",
     "merge_attn_states",
     "merge_n_attn_states",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -37,6 +37,16 @@ class CommunicatorHandle(RankHandle, Protocol):
 
     def all_gather_into(self, gathered: torch.Tensor, rows: torch.Tensor) -> None:
         """The same into a given tensor, of which ``rows`` may be this rank's part."""
+
+
+@runtime_checkable
+class ExchangingHandle(RankHandle, Protocol):
+    """One that can make an all-to-all of uneven blocks."""
+
+    def all_to_all_into(
+        self, received: torch.Tensor, rows: torch.Tensor, received_sizes: Sequence[int], sizes: Sequence[int]
+    ) -> None:
+        """``rows`` [sum(sizes)], block r for rank r, to ``received`` [sum(received_sizes)], block r from rank r: bytes."""
 
 
 # A torch.distributed process group, one rank's end of a played group, or None for a world of one rank.
@@ -138,6 +148,22 @@ def all_to_all_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
     received = torch.empty_like(rows)
     dist.all_to_all_single(received, rows, group=group)
     return received
+
+
+def check_all_to_all(op: str, group: Group) -> None:
+    """Raise TypeError unless the group can make :func:`exchanging_into`."""
+    if group is not None and not isinstance(group, dist.ProcessGroup | ExchangingHandle):
+        raise TypeError(f"{op}: group must have all_to_all_into, a {type(group).__name__} has none")
+
+
+def exchanging_into(
+    received: torch.Tensor, rows: torch.Tensor, received_sizes: Sequence[int], sizes: Sequence[int], group: Group
+) -> Callable[[], None]:
+    """An all-to-all of uneven blocks of bytes, to be called: as :meth:`ExchangingHandle.all_to_all_into`."""
+    if isinstance(group, dist.ProcessGroup):
+        return partial(dist.all_to_all_single, received, rows, list(received_sizes), list(sizes), group=group)
+    assert isinstance(group, ExchangingHandle)  # check_all_to_all
+    return partial(group.all_to_all_into, received, rows, received_sizes, sizes)
 
 
 def check_latents(op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata) -> None:

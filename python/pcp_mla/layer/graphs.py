@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..exchange.heads import HeadExchange
 from ..exchange.latents import LatentExchange
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class PiecewiseGraph:
         """Graphs and calls between them."""
         return len(self._pieces)
 
-    def capture(self, fn: Callable[[], T], exchanges: Sequence[LatentExchange] = ()) -> T:
+    def capture(self, fn: Callable[[], T], exchanges: Sequence[LatentExchange | HeadExchange] = ()) -> T:
         """Capture ``fn()``, the collectives of ``exchanges`` between pieces, and return its result, which every replay writes.
 
         Raises:

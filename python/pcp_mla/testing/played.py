@@ -8,7 +8,7 @@ order, with real collectives' semantics: every rank gets memory of its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, TypeVar
@@ -29,8 +29,8 @@ class _Stage:
         self.world_size = world_size
         self.turn = 0
         self.changed = threading.Condition()
-        self.left: list[torch.Tensor] = []
-        self.gathered = torch.empty(0)
+        self.left: list[Any] = []
+        self.gathered: Any = None
         self.finished = 0
         self.error: BaseException | None = None
 
@@ -70,26 +70,57 @@ class PlayedGroup:
             RuntimeError: a rank has already finished, so that this collective can never complete.
             ValueError: shape or dtype differs between the ranks.
         """
+        first = self._stage.left[0] if self._stage.left else tensor
+        if not isinstance(first, torch.Tensor) or first.shape != tensor.shape or first.dtype != tensor.dtype:
+            raise ValueError(f"all_gather: tensor must be {_words(first)} as on rank 0, got {_words(tensor)} on rank {self.rank}")
+        return self._meet("all_gather", tensor, torch.cat).clone()
+
+    def all_to_all_into(
+        self, received: torch.Tensor, rows: torch.Tensor, received_sizes: Sequence[int], sizes: Sequence[int]
+    ) -> None:
+        """As :meth:`pcp_mla.groups.ExchangingHandle.all_to_all_into`.
+
+        Raises:
+            RuntimeError: as :meth:`all_gather`.
+            ValueError: the sizes do not fit a tensor, or what another rank sends.
+        """
+        op = "all_to_all_into"
+        for name, tensor, of in (("rows", rows, sizes), ("received", received, received_sizes)):
+            if tensor.dim() != 1 or len(of) != self.world_size or sum(of) != len(tensor):
+                raise ValueError(
+                    f"{op}: {name} must be blocks of {list(of)} for {self.world_size} ranks, got {tuple(tensor.shape)}"
+                )
+        if self._stage.left and not isinstance(self._stage.left[0], tuple):
+            raise ValueError(f"{op}: rank 0 made another collective than rank {self.rank}")
+        of_ranks = self._meet(op, rows.split(list(sizes)), _blocks_by_rank)[self.rank]
+        if [len(block) for block in of_ranks] != list(received_sizes):
+            sent = [len(block) for block in of_ranks]
+            raise ValueError(f"{op}: received_sizes must be {sent}, as the ranks send, got {list(received_sizes)}")
+        torch.cat(of_ranks, out=received)
+
+    def _meet(self, op: str, mine: Any, combine: Callable[[list[Any]], Any]) -> Any:
+        """What ``combine`` makes of what all ranks leave: of memory that is theirs no more, and the same for all."""
         stage = self._stage
         if stage.finished:
-            raise RuntimeError(
-                f"all_gather: rank {self.rank} waits for all ranks, but {stage.finished} of them finished without it"
-            )
-        if stage.left and (stage.left[0].shape != tensor.shape or stage.left[0].dtype != tensor.dtype):
-            first = stage.left[0]
-            raise ValueError(
-                f"all_gather: tensor must be {tuple(first.shape)} {first.dtype} as on rank 0, "
-                f"got {tuple(tensor.shape)} {tensor.dtype} on rank {self.rank}"
-            )
-        stage.left.append(tensor)
+            raise RuntimeError(f"{op}: rank {self.rank} waits for all ranks, but {stage.finished} of them finished without it")
+        stage.left.append(mine)
         if len(stage.left) == stage.world_size:
             # Here, once: a rank that goes on may overwrite the tensor that it left. `gathered` itself stays until the next
             # collective completes, which is after every rank has taken its copy of this one.
-            stage.gathered = torch.cat(stage.left)
+            stage.gathered = combine(stage.left)
             stage.left = []
         stage.pass_turn()
         stage.wait_for_turn(self.rank)
-        return stage.gathered.clone()
+        return stage.gathered
+
+
+def _words(left: Any) -> str:
+    return f"{tuple(left.shape)} {left.dtype}" if isinstance(left, torch.Tensor) else "another collective's"
+
+
+def _blocks_by_rank(left: list[tuple[torch.Tensor, ...]]) -> list[list[torch.Tensor]]:
+    """What each rank receives, by who sent it, of what each one sends, by whom it is for."""
+    return [[block.clone() for block in of] for of in zip(*left, strict=True)]
 
 
 def _modes_of_thread() -> list[Callable[[], AbstractContextManager[Any]]]:
