@@ -77,7 +77,7 @@ def test_the_specification(case):
     assert all(array.dtype == np.int32 for array in (rows.cu_seqlens_q, rows.cu_seqlens_k, rows.seqused_k))
     assert rows.max_seqlen_k == max(rows.seqused_k, default=0)
     each = 2 * part.num_requests + 1
-    assert rows.max_seqlen_q == max((n for i, n in enumerate(np.diff(rows.cu_seqlens_q)) if i % each != each - 1), default=0)
+    assert rows.max_seqlen_q == np.diff(rows.cu_seqlens_q).max()
     for rank, of in enumerate(every_rank({name: getattr(part, name) for name in FIELDS})):
         seen = [
             (start, used - count + j + 1)
@@ -93,7 +93,7 @@ def test_the_specification(case):
         assert got == seen
     chunks = (len(rows.key_chunks), workspace or 0)
     lengths = (part.query_lens, part.context_lens, part.is_prefill)
-    assert longest_rows(lengths, part.world_size, part.layout, chunks) == (
+    assert longest_rows(lengths, part.world_size, part.layout, part.decode_policy, chunks) == (
         rows.max_seqlen_q,
         rows.max_seqlen_k,
         tuple(chunk.max_seqlen_k for chunk in rows.key_chunks),

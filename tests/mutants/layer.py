@@ -20,8 +20,8 @@ CHANGES = (
     Change(
         "a library that ignores chunks is given them",
         "python/pcp_mla/layer/steps.py",
-        "check_library(self.backend, len(self.chunks) > 1)",
-        "check_library(self.backend, False)",
+        'check_library(self.backend, "chunk and prev" if len(self.chunks) > 1 else "")',
+        "check_library(self.backend)",
         "tests/test_attention_backends.py::test_a_layer_asks_its_library_before_the_exchange",
     ),
     Change(

@@ -37,7 +37,7 @@ class LayerStep:
         self.backend = choose(backend, meta.device, dtype, dims.qk_head_dim, dims.v_head_dim, False, meta.max_seqlen_q, apart)
         self.apart = wants_apart(self.backend, dims.qk_nope_head_dim, dims.qk_rope_head_dim)
         self.chunks = meta.key_chunks
-        check_library(self.backend, len(self.chunks) > 1)
+        check_library(self.backend, "chunk and prev" if len(self.chunks) > 1 else "")
         rows = meta.kv_rows if cached else meta.allgather_restore_idx
         assert rows is not None
         self.rows = rows

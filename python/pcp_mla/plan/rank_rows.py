@@ -26,7 +26,7 @@ class RankRows:
         cu_seqlens_q: [P(2R+1)+1] row starts in the gathered order.
         cu_seqlens_k: [P(2R+1)+1] where each row's keys start in key order; neither lengths nor rising.
         seqused_k: [P(2R+1)] keys of each row, 0 for pads and other rows without queries.
-        max_seqlen_q, max_seqlen_k: longest row, pads aside.
+        max_seqlen_q, max_seqlen_k: longest row, be it of pads.
         key_chunks: the calls over some of the keys, with ``cu_seqlens_k`` and ``seqused_k`` of these rows; none without a planner.
     """
 
@@ -61,14 +61,18 @@ def rank_rows(part: Partition, workspace_tokens: int | None = None) -> RankRows:
     return RankRows(
         _prefix_sum(np.concatenate(lengths)),
         *_all_rows([(each.cu_seqlens_k, each.seqused_k) for each in parts]),
-        max(each.max_seqlen_q for each in parts),
+        max(int(each.max()) for each in lengths),
         max(each.max_seqlen_k for each in parts),
         tuple(chunks),
     )
 
 
 def longest_rows(
-    lengths: tuple[NDArray[Any], NDArray[Any], NDArray[Any]], world_size: int, layout: str, windows: tuple[int, int]
+    lengths: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
+    world_size: int,
+    layout: str,
+    decode_policy: str,
+    windows: tuple[int, int],
 ) -> tuple[int, int, tuple[int, ...]]:
     """``max_seqlen_q`` and ``max_seqlen_k`` of the rows, and the latter of each chunk, without making them.
 
@@ -78,7 +82,13 @@ def longest_rows(
     query, context, prefill = lengths
     chunk, (count, window) = -(-query // (2 * world_size)), windows
     last = np.where(prefill & (layout == "padded"), 2 * world_size * chunk, query)
-    longest = int(np.where(prefill, chunk, query).max(initial=0)), int(np.where(query > 0, context + last, 0).max(initial=0))
+    cut, held = chunk[prefill], last[prefill] - np.arange(2 * world_size)[:, None] * chunk[prefill]
+    tokens = np.clip(held, 0, cut).sum(axis=1)
+    tokens = tokens[:world_size] + tokens[: world_size - 1 : -1]  # of each rank: its head, and its tail from behind
+    if decode_policy == "round_robin":
+        tokens += [query[~prefill][rank::world_size].sum() for rank in range(world_size)]
+    longest_q = max(int(np.where(prefill, chunk, query).max(initial=0)), int(np.ptp(tokens)))
+    longest = longest_q, int(np.where(query > 0, context + last, 0).max(initial=0))
     if count <= 1:
         return *longest, (longest[1],) * count
     starts, chunks = _prefix_sum(context), []

@@ -174,7 +174,8 @@ class PlannedMetadata(PCPMetadata):
         size = num_rank_rows(self.world_size, self.num_requests) + 1
         tables = (3 + 2 * (count if count > 1 else 0), size)
         queries, *keys = buffers.expanded_rank_rows().narrow(0, 0, tables[0] * size).view(tables)
-        longest_q, longest_k, longest = longest_rows(self.lengths, self.world_size, buffers.layout, (count, self._asked[1] or 0))
+        split, windows = (self.world_size, buffers.layout, buffers.decode_policy), (count, self._asked[1] or 0)
+        longest_q, longest_k, longest = longest_rows(self.lengths, *split, windows)
         if self._asked[0] is not None:  # as of this rank's own rows
             longest_q, longest_k = self.max_seqlen_q, self.max_seqlen_k
             longest = tuple(chunk.max_seqlen_k for chunk in self.key_chunks)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...plan.metadata import PCPMetadata
+from ...plan.rank_rows import RankRows
 from ...plan.slots import KeyChunk
 from ...reference.fused_gather import gathered_shapes
 from ..concat_k import concat_k
@@ -137,21 +138,29 @@ def _by_two_calls(
     return out, lse
 
 
-def check_library(name: str, chunked: bool) -> None:
-    """Raise NotImplementedError if the chosen backend's library cannot be called, or keys in chunks, or an earlier result, are
-    beyond it: before anything is gathered, exchanged or launched for it."""
+def shares_starts(name: str) -> bool:
+    """Whether the backend, which was chosen, takes rows over keys that others have, too: what keys in chunks, an earlier result and
+    the rows of all ranks need."""
+    library = _library(name)
+    return library is None or library.shares_starts
+
+
+def check_library(name: str, beyond: str = "") -> None:
+    """Raise NotImplementedError if the chosen backend's library cannot be called, or what is ``beyond`` one whose rows cannot share
+    keys is asked of it: before anything is gathered, exchanged or launched for it."""
     library = _library(name)
     if library is None:
         return
     check_placement(library)
-    if chunked and not library.shares_starts:
-        raise NotImplementedError(f"pcp_attention: chunk and prev need seqused_k, which this version of {name} lacks; triton does")
+    if beyond and not library.shares_starts:
+        raise NotImplementedError(f"pcp_attention: {beyond} need seqused_k, which this version of {name} lacks; triton does")
 
 
-def _rows(meta: PCPMetadata, chunk: KeyChunk | None) -> Rows:
+def _rows(of_queries: PCPMetadata | RankRows, chunk: KeyChunk | None) -> Rows:
     """Of one call over the keys of a chunk, without one over all."""
-    of = meta if chunk is None else chunk
-    return Rows(meta.cu_seqlens_q, of.cu_seqlens_k, of.seqused_k, meta.max_seqlen_q, of.max_seqlen_k, chunk is None or chunk.causal)
+    of = of_queries if chunk is None else chunk
+    queries, longest = of_queries.cu_seqlens_q, of_queries.max_seqlen_q
+    return Rows(queries, of.cu_seqlens_k, of.seqused_k, longest, of.max_seqlen_k, chunk is None or chunk.causal)
 
 
 def _by_wgmma_over(rows: Rows, scale: float) -> Callable[..., None]:
@@ -173,9 +182,40 @@ def prepared_rows(name: str, rows: Rows, softmax_scale: float) -> Callable[..., 
     return None if library is None else prepared(library, rows, float(softmax_scale))
 
 
-def prepared_call(name: str, meta: PCPMetadata, softmax_scale: float) -> Callable[..., None] | None:
-    """:func:`prepared_rows` of a step, for all keys at once."""
-    return prepared_rows(name, _rows(meta, None), softmax_scale)
+def prepared_call(name: str, of: PCPMetadata | RankRows, softmax_scale: float) -> Callable[..., None] | None:
+    """:func:`prepared_rows` of a step or of all its ranks, for all keys at once."""
+    return prepared_rows(name, _rows(of, None), softmax_scale)
+
+
+def _without_rest(
+    name: str, count: int, k: torch.Tensor, v: torch.Tensor, k_pe: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What a library may see of the keys, of which ``count`` are there: it reads whole tiles, but nothing outside of a tensor."""
+    if name not in LIBRARIES or k.shape[0] <= count:
+        return k, v, k_pe
+    return k[:count], v[:count], None if k_pe is None else k_pe[:count]
+
+
+def attend_ranks(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranks: RankRows,
+    num_keys: int,
+    softmax_scale: float,
+    return_lse: bool = False,
+    k_pe: torch.Tensor | None = None,
+    prev: State | None = None,
+    chunk: KeyChunk | None = None,
+    out: State | None = None,
+) -> Result:
+    """:func:`attend` for the queries of all ranks, [P * Np, H, D] in gathered order, with a ``chunk`` of ``ranks.key_chunks`` or
+    over all ``num_keys``. Pads get 0 and -inf; where ``prev`` is ``out`` they stay as they are. By a backend that
+    :func:`shares_starts`."""
+    k, v, k_pe = _without_rest(name, num_keys if chunk is None else chunk.num_rows, k, v, k_pe)
+    rows = _rows(ranks, chunk)
+    return run_rows(name, q, k, v, rows, softmax_scale, return_lse, k_pe, None, prev, *(out or (None, None)))
 
 
 def attend(
@@ -195,10 +235,7 @@ def attend(
     """:func:`pcp_attention` by a backend that was chosen, for arguments that are known to fit."""
     given, lse = out if isinstance(out, tuple) else (out, None)
     library = _library(name)
-    if library is not None:  # it reads whole tiles, but nothing outside of a tensor
-        count = meta.num_kv_tokens if chunk is None else chunk.num_rows
-        if k.shape[0] > count:
-            k, v, k_pe = k[:count], v[:count], None if k_pe is None else k_pe[:count]
+    k, v, k_pe = _without_rest(name, meta.num_kv_tokens if chunk is None else chunk.num_rows, k, v, k_pe)
     if library is not None and q.shape[0] > meta.num_local_rows:  # of which a library would write all
         whole = q.new_empty(*q.shape[:2], v.shape[2]) if given is None else given
         whole_lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse and lse is None else lse
@@ -274,5 +311,5 @@ def pcp_attention(
         refused = support.out_of_reach(q, k, v, k_pe, given, None if prev is None else prev[0])
         if refused:
             raise NotImplementedError(f"pcp_attention: backend 'cuda' does not support {refused}; triton does")
-    check_library(name, chunk is not None or prev is not None)
+    check_library(name, "chunk and prev" if chunk is not None or prev is not None else "")
     return attend(name, q, k, v, meta, softmax_scale, return_lse, k_pe, kv_rows, prev, chunk, out)
