@@ -1,0 +1,90 @@
+"""The cost model that shares a layer out by tokens or by heads."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from pcp_mla import MLADims
+from pcp_mla.plan.split_cost import Rates, Work, attention_pairs, rates_of, split_seconds
+
+H100 = rates_of("NVIDIA H100 80GB HBM3")
+
+
+def dims(heads):
+    return MLADims(heads, 128, 64, 128, 512)
+
+
+def work(new, context, world):
+    return Work(new + context, -(-new // world), attention_pairs(np.array([new]), np.array([context])))
+
+
+def gain(new, context, heads, world, rates=H100, launch=None):
+    """Microseconds that heads save."""
+    launch = rates.peers if launch is None else launch
+    by_tokens, by_heads = split_seconds(rates, dims(heads), work(new, context, world), world, 2, launch)
+    return 1e6 * (by_tokens - by_heads)
+
+
+def test_by_hand():
+    """32768 new tokens, 16 heads, P = 8: a GEMM of 4096 x 512 for each key, of which a rank keeps an eighth, and 4096 rows of 14
+    heads' queries and outputs."""
+    up = 2 * 32768 * 16 * 256 * 512 / 640e12
+    sent = 4096 * 14 * 320 * 2 / 370e9
+    assert gain(32768, 0, 16, 8) == pytest.approx(1e6 * (up * 7 / 8 - sent - 2 * 12e-6))
+    attention = 2 * (32768 * 32769 / 2) * 16 / 8 * 320 / 700e12
+    by_tokens, by_heads = split_seconds(H100, dims(16), work(32768, 0, 8), 8, 2, 12e-6)
+    assert by_tokens == pytest.approx(up + attention)
+    assert by_heads == pytest.approx(up / 8 + attention + sent + 24e-6)
+
+
+def test_pairs():
+    queries, contexts = np.array([3, 0, 1], np.int32), np.array([2, 9, 7], np.int32)
+    assert attention_pairs(queries, contexts) == (3 + 4 + 5) + 8
+    assert attention_pairs(np.array([2**30], np.int32), np.array([2**30], np.int32)) == pytest.approx(1.5 * 2**60)
+    assert attention_pairs(np.empty(0, np.int32), np.empty(0, np.int32)) == 0
+
+
+def test_where_heads_begin_to_pay():
+    """Points of docs/scaling.md: with no context, tokens below; behind a long one, heads."""
+    assert gain(8800, 0, 16, 8) < 0 < gain(8900, 0, 16, 8)
+    assert gain(1100, 0, 128, 8) < 0 < gain(1115, 0, 128, 8)
+    assert gain(8192, 16400, 16, 2) < 0 < gain(8192, 16500, 16, 2)
+    assert gain(8192, 120 * 1024, 16, 8) > 650
+    assert gain(33000, 0, 16, 8, launch=H100.collective) < 0 < gain(34000, 0, 16, 8, launch=H100.collective)
+
+
+def test_more_context_more_heads_more_tokens():
+    for heads, world in itertools.product((16, 128), (2, 4, 8, 16)):
+        for new in (1024, 8192, 32768):
+            assert all(a < b for a, b in itertools.pairwise(gain(new, c, heads, world) for c in (0, 1024, 8192, 65536, 131072)))
+    for world in (2, 8):
+        assert all(a < b for a, b in itertools.pairwise(gain(8192, 65536, heads, world) for heads in (16, 32, 64, 128)))
+        gains = [gain(new, 0, 16, world) for new in (4096, 8192, 16384, 32768)]
+        assert gains == sorted(gains, reverse=gains[-1] < gains[0])
+    by_world = [gain(32768, 0, 16, world) for world in (2, 4, 8, 16)]
+    assert by_world == sorted(by_world)
+
+
+def test_a_faster_wire_is_for_heads_and_a_faster_gemm_for_tokens():
+    base = gain(8192, 8192, 16, 8)
+    assert gain(8192, 8192, 16, 8, H100._replace(wire=2 * H100.wire)) > base
+    assert gain(8192, 8192, 16, 8, H100._replace(gemm=2 * H100.gemm)) < base
+    assert gain(8192, 8192, 16, 8, H100._replace(peers=H100.collective)) == pytest.approx(base - 66)
+
+
+def test_heads_that_do_not_share_out_evenly():
+    """The rank with one more computes more attention than by tokens; long rows are not for that."""
+    assert gain(131072, 0, 16, 8) > 0 > gain(131072, 0, 17, 8)
+    assert gain(1024, 131072, 17, 4) > 0
+    assert split_seconds(H100, dims(5), work(4096, 0, 8), 8, 2, 0.0)[1] == math.inf
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-40GB", ""])
+def test_rates_of_kinds(name):
+    rates = rates_of(name)
+    assert isinstance(rates, Rates)
+    assert all(1e-6 < rate < 1e-3 for rate in rates[3:])
+    assert all(1e10 < rate < 1e16 for rate in rates[:3])
+    assert (rates.wire < H100.wire) == ("H" not in name)
