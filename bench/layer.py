@@ -33,7 +33,7 @@ import torch.distributed as dist
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner, PeerExchange
 from pcp_mla.compare.seed_path import build_kv
 from pcp_mla.exchange.latents import pack_latents
-from pcp_mla.layer import prefill
+from pcp_mla.layer.stages import STAGES
 from pcp_mla.ops.attention import support
 from pcp_mla.ops.attention.call import run_rows
 from pcp_mla.ops.attention.libraries import Rows
@@ -208,7 +208,7 @@ def stages_cpu_us(call: Callable[[], Any], repeats: int, calls: int) -> dict[str
     """Host time of each stage of our layer and of the checks around them, as :func:`timing.cpu_us` of the whole."""
     clocks = {name: _Clock() for name in ("exchange", "up_project", "attention")}
     samples = []
-    with mock.patch.dict(prefill._STAGES, clocks):
+    with mock.patch.dict(STAGES, clocks):
         for _ in range(repeats):
             for clock in clocks.values():
                 clock.spent = 0.0

@@ -95,8 +95,8 @@ def test_a_name_that_torch_has_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stages_are_marked_where_the_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcp_mla.layer import prefill
+    from pcp_mla.layer import stages
 
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: pytest.fail(name))
-    with prefill._stage("exchange", torch.zeros(1)):
+    with stages.stage("exchange", torch.zeros(1)):
         pass

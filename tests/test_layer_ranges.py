@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pcp_mla.layer import prefill
+from pcp_mla.layer import stages as layer_stages
 
 VARIABLES = ("PCP_MLA_NVTX", "NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID")
 NO_TOOL, DEPTH = -2, 0  # what a push gives without a tool, and the depth that a tool gives
@@ -21,9 +21,9 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     listen(monkeypatch, names, NO_TOOL)
-    prefill._has_listener.cache_clear()
+    layer_stages._has_listener.cache_clear()
     yield names
-    prefill._has_listener.cache_clear()
+    layer_stages._has_listener.cache_clear()
 
 
 def listen(monkeypatch: pytest.MonkeyPatch, names: list[str], depth: int) -> None:
@@ -33,7 +33,7 @@ def listen(monkeypatch: pytest.MonkeyPatch, names: list[str], depth: int) -> Non
 
 def stages() -> None:
     for name in ("exchange", "up_project"):
-        with prefill._STAGES[name]:
+        with layer_stages.STAGES[name]:
             pass
 
 
@@ -71,6 +71,6 @@ def test_what_is_asked_for(asked: str, depth: int, wanted: Any, pushed: list[str
 
 def test_no_ranges_on_a_cpu(pushed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PCP_MLA_NVTX", "1")
-    with prefill._stage("exchange", torch.zeros(1)):
+    with layer_stages.stage("exchange", torch.zeros(1)):
         pass
     assert pushed == []

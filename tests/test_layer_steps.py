@@ -256,7 +256,7 @@ def test_threads_share_a_layer(library: list[Any]) -> None:
 
 
 def test_compilers_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    meta, kind = plan([20, 4], [3, 9]), (DIMS, SCALE, "torch", torch.bfloat16, True)
+    meta, kind = plan([20, 4], [3, 9]), steps.Kind(DIMS, SCALE, "torch", torch.bfloat16, True)
     step = steps.new_step(kind, meta)
     assert steps.known_step(kind, meta) is step
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

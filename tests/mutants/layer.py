@@ -5,22 +5,22 @@ from mutants.change import Change
 CHANGES = (
     Change(
         "a layer's scale is 1 % off",
-        "python/pcp_mla/layer/prefill.py",
-        "out = attend(step.backend, q, k, v, meta, self.softmax_scale, k_pe=k_pe)",
-        "out = attend(step.backend, q, k, v, meta, 1.01 * self.softmax_scale, k_pe=k_pe)",
+        "python/pcp_mla/layer/attend.py",
+        "out = attend(step.backend, q, k, v, meta, step.scale, k_pe=k_pe)",
+        "out = attend(step.backend, q, k, v, meta, 1.01 * step.scale, k_pe=k_pe)",
         "tests/test_layer.py::test_ranks[1-None-cpu]",
     ),
     Change(
         "the scale of a chunk of keys is 1 % off",
-        "python/pcp_mla/layer/prefill.py",
-        "v, meta, self.softmax_scale, True, k_pe, prev=prev",
-        "v, meta, 1.01 * self.softmax_scale, True, k_pe, prev=prev",
+        "python/pcp_mla/layer/attend.py",
+        "v, meta, step.scale, True, k_pe, prev=prev",
+        "v, meta, 1.01 * step.scale, True, k_pe, prev=prev",
         "tests/test_pipeline.py::test_keys_that_do_not_fit_the_workspace",
     ),
     Change(
         "a library that ignores chunks is given them",
         "python/pcp_mla/layer/steps.py",
-        'check_library(self.backend, "chunk and prev" if len(self.chunks) > 1 else "")',
+        "check_library(self.backend, beyond)",
         "check_library(self.backend)",
         "tests/test_attention_backends.py::test_a_layer_asks_its_library_before_the_exchange",
     ),
@@ -68,7 +68,7 @@ CHANGES = (
     ),
     Change(
         "a library is given q at any address",
-        "python/pcp_mla/layer/prefill.py",
+        "python/pcp_mla/layer/attend.py",
         " and q.shape[0] and not apart(q):",
         " and q.shape[0]:",
         "tests/test_layer_steps.py::test_the_shared_call_gives_the_bits_of_the_general_one",

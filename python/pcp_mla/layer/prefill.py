@@ -6,68 +6,22 @@ written and read by their address, the head and the tail of a request are two ro
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from ..exchange.heads import HeadExchange
 from ..exchange.latents import LatentExchange
 from ..exchange.peers import PeerExchange
-from ..ops.attention.call import attend
 from ..ops.attention.checks import check_scale
-from ..ops.attention.libraries import apart
-from ..ops.kv_up_project import expand
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
-from ..plan.slots import KeyChunk
-from .checks import check_layer_inputs, check_published, check_rest, check_stream
-from .projection import KVProjection, expand_rows, plain_weight
+from .attend import attend_step
+from .checks import check_layer_inputs, check_published, check_rest, check_split, check_stream
+from .projection import KVProjection, Projection, plain_weight, rows_of
+from .stages import stage
 from .steps import Kind, LayerStep, known_step, new_step
-
-_NO_TOOL = -2  # NVTX_NO_PUSH_POP_TRACKING: what a push gives where nothing is attached
-
-
-@functools.cache
-def _has_listener() -> bool:
-    """Whether ranges go to anyone: PCP_MLA_NVTX=1 or 0 says so, else what runs a profiler in this process (nsys, ncu and others set
-    these), or what a first push gives. NVTX looks for its tool once, so that the answer stays."""
-    asked = os.environ.get("PCP_MLA_NVTX", "")
-    if asked in ("0", "1"):
-        return asked == "1"
-    if any(os.environ.get(name) for name in ("NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID")):
-        return True
-    depth = torch.cuda.nvtx.range_push("pcp_mla")
-    torch.cuda.nvtx.range_pop()
-    return depth != _NO_TOOL
-
-
-class _Stage:
-    """An NVTX range around a stage, for a profiler's timeline if there is one: even to nobody, a push costs a microsecond."""
-
-    def __init__(self, name: str) -> None:
-        self._name = f"pcp_mla.{name}"
-
-    def __enter__(self) -> None:
-        if _has_listener():
-            torch.cuda.nvtx.range_push(self._name)
-
-    def __exit__(self, *_: object) -> None:
-        if _has_listener():
-            torch.cuda.nvtx.range_pop()
-
-
-_STAGES = {name: _Stage(name) for name in ("exchange", "up_project", "attention")}
-_UNMARKED = nullcontext()
-
-
-def _stage(name: str, x: torch.Tensor) -> AbstractContextManager[None]:
-    """The range of a stage, where its work is a GPU's. Whether there is a GPU is not asked: that wakes the driver, and forks of a
-    process whose driver is awake cannot use CUDA."""
-    return _STAGES[name] if x.is_cuda and not torch.compiler.is_compiling() else _UNMARKED
 
 
 class Started(NamedTuple):
@@ -102,22 +56,35 @@ class MLAPrefill:
     Decodes beside prefills are computed as any other row. An engine that has a decode kernel over latents keeps them out of the
     plan.
 
+    Shared out by tokens, every rank expands every key for all heads. Shared out by heads, it expands all keys for some of them, to
+    which all ranks send their queries and which send outputs back: two more exchanges, and a part of the up-projection. Latents and
+    caches are the same, and so are outputs, to the bit, where what is expanded for a head does not depend on how many there are: by
+    the GPU kernels here it does not, by a matrix library it may.
+
     Attributes:
         dims: of the layers that it serves.
         softmax_scale: factor of the scores.
         exchange: of the group, of these widths and this dtype; all layers can share one.
         backend: of :func:`pcp_mla.pcp_attention`.
+        heads: an exchange of queries and outputs, of the same group and the same dims.
+        split: ``tokens``; ``heads``; or ``auto``: what costs less, step by step, by what a layer costs on this kind of GPU
+            (:mod:`pcp_mla.plan.split_cost`), tokens without ``heads``, on a CPU, under a compiler, with an attention library that
+            lacks ``seqused_k``, and for a ``kv_b_proj`` that is more than a weight and a bias. All ranks come to the same: their
+            GPUs, libraries and modules, hooks included, must be of one kind.
     """
 
     dims: MLADims
     softmax_scale: float
     exchange: LatentExchange | PeerExchange
     backend: str = "auto"
+    heads: HeadExchange | None = None
+    split: str = "auto"
 
     def __post_init__(self) -> None:
         check_scale("MLAPrefill", self.softmax_scale)
         if not isinstance(self.dims, MLADims):
             raise TypeError(f"MLAPrefill: dims must be MLADims, got {type(self.dims).__name__}")
+        check_split("MLAPrefill", self.split, self.heads, self.dims)
 
     def __call__(
         self,
@@ -145,19 +112,19 @@ class MLAPrefill:
 
         Raises:
             ValueError, TypeError: an argument does not fit ``dims``, ``meta`` or the exchange; the message has its name and value.
-            NotImplementedError: a cache that decode context parallelism shares out, an input that requires gradients, or what the
-                attention backend does not support.
+            NotImplementedError: a cache that decode context parallelism shares out, an input that requires gradients, what the
+                attention backend does not support, or, with ``split="heads"``, a ``kv_b_proj`` whose heads cannot be had alone.
             RuntimeError: the attention backend is not available.
 
             All before anything is exchanged or written.
         """
-        kind = self._kind(q, cache)
+        kind = self._kind(q, cache is not None)
         step = known_step(kind, meta)
         weight = plain_weight(kv_b_proj)
         if step is None or not (step.fits_latents(kv_c, k_pe, cache) and step.fits_rest(q, weight, kv_c.shape[0])):
             check_layer_inputs("MLAPrefill", q, kv_c, k_pe, kv_b_proj, meta, self.dims, cache)
-        step = step or new_step(kind, meta)
-        return self._finish(step, q, self._publish(kv_c, k_pe, meta, cache), kv_b_proj, weight, meta)
+        step, part, weight = self._part("MLAPrefill", step or new_step(kind, meta), kv_b_proj, weight, meta)
+        return attend_step(step, q, self._publish(kv_c, k_pe, meta, cache), part, weight, meta)
 
     def start(
         self,
@@ -181,7 +148,7 @@ class MLAPrefill:
             As a call, as far as the arguments are the same; ValueError or TypeError if ``stream`` is no CUDA stream of the
             metadata's device. All before anything is exchanged or written.
         """
-        kind = self._kind(kv_c, cache)
+        kind = self._kind(kv_c, cache is not None)
         step = known_step(kind, meta)
         if step is None or not step.fits_latents(kv_c, k_pe, cache):
             check_published("MLAPrefill.start", kv_c, k_pe, meta, self.dims, cache)
@@ -216,78 +183,42 @@ class MLAPrefill:
         if started.widths != widths:
             raise ValueError(f"{op}: started must have latents of widths {widths}, as this layer's, got {started.widths}")
         meta, weight = started.meta, plain_weight(kv_b_proj)
-        kind = (self.dims, self.softmax_scale, self.backend, started.dtype, started.cached)
+        kind = self._kind(started, started.cached)
         step = known_step(kind, meta)
         if step is None or not step.fits_rest(q, weight, started.num_rows):
             check_rest(op, q, kv_b_proj, started.num_rows, started.dtype, meta, self.dims)
-        step = step or new_step(kind, meta)
+        step, part, weight = self._part(op, step or new_step(kind, meta), kv_b_proj, weight, meta)
         if started.published is not None:
             stream = torch.cuda.current_stream(meta.device)
             stream.wait_event(started.published)
             started.latents.record_stream(stream)
-        return self._finish(step, q, started.latents, kv_b_proj, weight, meta)
+        return attend_step(step, q, started.latents, part, weight, meta)
 
-    def _kind(self, like: Any, cache: torch.Tensor | None) -> Kind:
-        dtype = like.dtype if isinstance(like, torch.Tensor) else None
-        return self.dims, self.softmax_scale, self.backend, dtype, cache is not None
+    def _kind(self, like: Any, cached: bool) -> Kind:
+        dtype = like.dtype if isinstance(like, torch.Tensor | Started) else None
+        return Kind(self.dims, self.softmax_scale, self.backend, dtype, cached, self.heads, self.split)
+
+    def _part(
+        self, op: str, step: LayerStep, kv_b_proj: KVProjection, weight: torch.Tensor | None, meta: PCPMetadata
+    ) -> tuple[LayerStep, Projection, torch.Tensor | None]:
+        """Of ``kv_b_proj``, and of ``weight`` that is all of it, the heads that this rank computes; and the step, by tokens if
+        these cannot be had and need not be."""
+        if step.heads is None:
+            return step, kv_b_proj, weight
+        if weight is not None:
+            part = weight[step.weight_rows]
+            return step, part, part
+        linear = rows_of(kv_b_proj, step.weight_rows)
+        if linear is not None:
+            return step, linear, None
+        if self.split == "heads":
+            name = type(kv_b_proj).__name__
+            raise NotImplementedError(
+                f"{op}: kv_b_proj must be a weight, or a Linear without hooks, for split 'heads', got a {name}"
+            )
+        by_tokens = step.kind._replace(split="tokens")
+        return known_step(by_tokens, meta) or new_step(by_tokens, meta), kv_b_proj, None
 
     def _publish(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, cache: torch.Tensor | None) -> torch.Tensor:
-        with _stage("exchange", kv_c):
+        with stage("exchange", kv_c):
             return self.exchange.publish(kv_c, k_pe, meta, cache)
-
-    def _finish(
-        self,
-        step: LayerStep,
-        q: torch.Tensor,
-        latents: torch.Tensor,
-        kv_b_proj: KVProjection,
-        weight: torch.Tensor | None,
-        meta: PCPMetadata,
-    ) -> torch.Tensor:
-        """For inputs that are known to fit; ``weight`` if it is all of ``kv_b_proj``."""
-        if weight is not None and step.call is not None and q.shape[0] and not apart(q):
-            return self._attend_at_once(step, step.call, q, latents, weight)
-        *context, new = step.chunks or (None,)
-        if not context:
-            return self._attend(step, q, latents, kv_b_proj, meta, None, None)[0]
-        state = self._attend(step, q, latents, kv_b_proj, meta, new, None)
-        for chunk in context:
-            self._attend(step, q, latents, kv_b_proj, meta, chunk, state)
-        return state[0]
-
-    def _attend_at_once(
-        self, step: LayerStep, call: Callable[..., None], q: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        """What :meth:`_attend` does without a chunk, by the call that the layers of the step share."""
-        with _stage("up_project", q):
-            k, v, *k_pe = expand(latents, step.rows, weight, self.dims, step.apart)
-        with _stage("attention", q):
-            out = q.new_empty(q.shape[0], self.dims.num_heads, self.dims.v_head_dim)
-            call(q, k, v, out, *k_pe)
-        return out
-
-    def _attend(
-        self,
-        step: LayerStep,
-        q: torch.Tensor,
-        latents: torch.Tensor,
-        kv_b_proj: KVProjection,
-        meta: PCPMetadata,
-        chunk: KeyChunk | None,
-        prev: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and LSE over the keys of a chunk, merged into ``prev`` in place; without a chunk over all keys, and no LSE."""
-        rows = step.rows if chunk is None else step.rows[chunk.first_row : chunk.first_row + chunk.num_rows]
-        with _stage("up_project", q):
-            k, v, *apart = expand_rows(latents, rows, kv_b_proj, self.dims, step.apart)
-            k_pe = apart[0] if apart else None
-        with _stage("attention", q):
-            # Everything was checked, or made here.
-            if chunk is None:
-                out = attend(step.backend, q, k, v, meta, self.softmax_scale, k_pe=k_pe)
-                assert isinstance(out, torch.Tensor)
-                return out, out
-            state = attend(step.backend, q, k, v, meta, self.softmax_scale, True, k_pe, prev=prev, chunk=chunk, out=prev)
-            assert isinstance(state, tuple)
-            assert state[1] is not None
-            return state[0], state[1]

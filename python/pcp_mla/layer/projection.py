@@ -1,7 +1,8 @@
-"""``kv_b_proj``: whether it is its weight and nothing else, and K and V by it."""
+"""``kv_b_proj``: whether it is its weight and nothing else, its part for some heads, and K and V by it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from ..ops.kv_up_project import expand, kv_up_project
 from ..plan.dims import MLADims
 
 KVProjection = torch.nn.Module | torch.Tensor
+Projection = KVProjection | Callable[[torch.Tensor], torch.Tensor]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -50,12 +52,25 @@ def _linear(weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(latents, weight)
 
 
+def rows_of(kv_b_proj: KVProjection, rows: slice) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The product with these rows of a weight and their bias, where that is all that ``kv_b_proj`` does, and it is not
+    :func:`plain_weight`, whose rows are a weight themselves. None of others: what they make of all rows they need not of some."""
+    weight, _ = weight_of(kv_b_proj)
+    if weight is None or isinstance(kv_b_proj, torch.Tensor) or kv_b_proj._forward_hooks or _modules._global_forward_hooks:
+        return None
+    bias = _own(kv_b_proj, "bias")
+    if type(bias) not in _PLAIN:
+        return None
+    assert bias is not None
+    return partial(torch.nn.functional.linear, weight=weight[rows], bias=bias[rows])
+
+
 def expand_rows(
-    latents: torch.Tensor, rows: torch.Tensor, kv_b_proj: KVProjection, dims: MLADims, apart: bool
+    latents: torch.Tensor, rows: torch.Tensor, kv_b_proj: Projection, dims: MLADims, apart: bool
 ) -> tuple[torch.Tensor, ...]:
-    """K [n, heads, nope + rope] and V [n, heads, v] of the latents at ``rows`` (int32 [n]), by a weight or a module; with ``apart``
-    K [n, heads, nope], and last k_pe [n, rope]."""
-    weight = plain_weight(kv_b_proj)
+    """K [n, heads, nope + rope] and V [n, heads, v] of the latents at ``rows`` (int32 [n]), by a weight, a module or a function;
+    with ``apart`` K [n, heads, nope], and last k_pe [n, rope]."""
+    weight = plain_weight(kv_b_proj) if isinstance(kv_b_proj, torch.Tensor | torch.nn.Module) else None
     if weight is not None:
         return expand(latents, rows, weight, dims, apart)
     linear = partial(_linear, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
-from ..ops.attention.call import check_library, prepared_call
+from ..exchange.heads import HeadExchange
+from ..ops.attention.call import check_library, prepared_call, shares_starts
 from ..ops.attention.support import choose, wants_apart
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
+from ..plan.rank_rows import RankRows
+from .checks import check_head_exchange
+from .split import heads_pay
 
-Kind = tuple[MLADims, float, str, Any, bool]  # dims, softmax scale, backend, dtype, whether there is a cache
+
+class Kind(NamedTuple):
+    """Of layers that share a step."""
+
+    dims: MLADims
+    scale: float
+    backend: str
+    dtype: Any
+    cached: bool
+    heads: HeadExchange | None = None
+    split: str = "tokens"
 
 
 class LayerStep:
@@ -22,22 +37,29 @@ class LayerStep:
 
     Attributes:
         kind: of the layers.
+        scale: of them.
+        heads, ranks: where each rank computes some heads for all ranks' tokens, what exchanges these, and the rows of all ranks.
+            Else None.
+        dims: of the heads that this rank computes.
+        weight_rows: of ``kv_b_proj``, those of these heads.
         backend: that was chosen.
         rows: int32, of each key its row in the published latents.
-        chunks: of the metadata, those of context first; none, or one alone, for all keys at once.
+        chunks: of the metadata or of ``ranks``, those of context first; none, or one alone, for all keys at once.
         apart: whether K is left in two parts, the one that all heads share for itself.
         call: attention of all keys at once, for tensors that a library can reach: q [n >= 1, ...], K and V of all ``rows`` in
             contiguous tensors, the output, and if ``apart`` the rest of K. None where there is no such call.
     """
 
     def __init__(self, kind: Kind, meta: PCPMetadata) -> None:
-        """Errors as :func:`choose` and :func:`check_library`, and RuntimeError for a plan that is no longer the planner's."""
-        dims, scale, backend, dtype, cached = self.kind = kind
-        apart = dims.qk_rope_head_dim > 0
-        self.backend = choose(backend, meta.device, dtype, dims.qk_head_dim, dims.v_head_dim, False, meta.max_seqlen_q, apart)
+        """Errors as :func:`choose`, :func:`check_library` and :func:`check_head_exchange`, and RuntimeError for a plan that is no
+        longer the planner's."""
+        self.kind, dims, dtype, cached, self.scale = kind, kind.dims, kind.dtype, kind.cached, kind.scale
+        self.ranks: RankRows | None = None
+        self._share(meta)
         self.apart = wants_apart(self.backend, dims.qk_nope_head_dim, dims.qk_rope_head_dim)
-        self.chunks = meta.key_chunks
-        check_library(self.backend, "chunk and prev" if len(self.chunks) > 1 else "")
+        self.chunks = meta.key_chunks if self.ranks is None else self.ranks.key_chunks
+        beyond = "the rows of all ranks" if self.ranks is not None else "chunk and prev" if len(self.chunks) > 1 else ""
+        check_library(self.backend, beyond)
         rows = meta.kv_rows if cached else meta.allgather_restore_idx
         assert rows is not None
         self.rows = rows
@@ -45,9 +67,34 @@ class LayerStep:
         # Rows of K and V, contiguous, begin at multiples of 16 bytes: what else a library needs of them is known here.
         aligned = (dims.qk_head_dim * dtype.itemsize | dims.v_head_dim * dtype.itemsize) % 16 == 0
         if len(self.chunks) < 2 and aligned and 0 < rows.shape[0] <= meta.num_kv_tokens:
-            self.call = prepared_call(self.backend, meta, scale)
+            self.call = prepared_call(self.backend, self.ranks or meta, self.scale)
         if not torch.compiler.is_compiling():  # which would make a graph for each number of tokens
             self._expect(dims, dtype, meta)
+
+    def _share(self, meta: PCPMetadata) -> None:
+        """Share the layers out by heads, if that is asked for or pays, and choose the backend."""
+        dims, heads, split = self.kind.dims, self.kind.heads, self.kind.split
+        if split == "tokens" or meta.world_size == 1:
+            heads = None
+        if heads is not None and split == "auto" and not heads_pay(heads, dims, self.kind.dtype, meta):
+            heads = None
+        if heads is not None:
+            check_head_exchange("MLAPrefill", heads, self.kind.dtype, meta)
+            self.ranks = meta.rank_rows
+            self.backend = self._choose(self.ranks.max_seqlen_q, meta)
+            if split == "auto" and not shares_starts(self.backend):
+                self.ranks = heads = None
+        if heads is None:
+            self.backend = self._choose(meta.max_seqlen_q, meta)
+        self.heads, mine = heads, slice(0, dims.num_heads) if heads is None else heads.heads
+        self.dims = dims if heads is None else replace(dims, num_heads=mine.stop - mine.start)
+        self.weight_rows = slice(mine.start * dims.expanded_dim, mine.stop * dims.expanded_dim)
+
+    def _choose(self, longest: int, meta: PCPMetadata) -> str:
+        """The backend for rows of which the longest has so many queries: of all ranks, or of this one."""
+        kind, dims = self.kind, self.kind.dims
+        widths = dims.qk_head_dim, dims.v_head_dim
+        return choose(kind.backend, meta.device, kind.dtype, *widths, False, longest, dims.qk_rope_head_dim > 0)
 
     def _expect(self, dims: MLADims, dtype: torch.dtype, meta: PCPMetadata) -> None:
         """Note what the usual inputs are like."""

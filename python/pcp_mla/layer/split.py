@@ -1,0 +1,23 @@
+"""Whether the layers of a step are shared out by tokens or by heads."""
+
+from __future__ import annotations
+
+import torch
+
+from ..exchange.heads import HeadExchange
+from ..plan.dims import MLADims
+from ..plan.metadata import PCPMetadata
+from ..plan.split_cost import Work, attention_pairs, rates_of, split_seconds
+
+
+def heads_pay(heads: HeadExchange, dims: MLADims, dtype: torch.dtype, meta: PCPMetadata) -> bool:
+    """By what a layer costs on a GPU of this kind; never on a CPU, nor under a compiler. Only numbers that all ranks share are
+    looked at: they must come to the same, and have GPUs of one kind."""
+    if meta.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    rates = rates_of(torch.cuda.get_device_name(meta.device))
+    queries, contexts, _ = meta.lengths
+    work = Work(meta.num_kv_tokens, meta.num_tokens_padded, attention_pairs(queries, contexts))
+    launch = rates.collective if isinstance(heads, HeadExchange) else rates.peers
+    by_tokens, by_heads = split_seconds(rates, dims, work, meta.world_size, dtype.itemsize, launch)
+    return by_heads < by_tokens
