@@ -3,21 +3,20 @@
 #include "../publish_latents.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "../latent_cache.h"
 #include "direct.h"
 #include "latent_forms.cuh"
-#include "system_flags.cuh"
+#include "meeting.cuh"
 
 namespace pcp_mla::cuda {
 namespace {
 
-constexpr int kPublishThreads = 512, kWarps = kPublishThreads / 32;
+constexpr int kWarps = kMeetingWarps;
 constexpr int64_t kWarpRows = 4;  // at most, of a warp at a time
 constexpr int kLoads = 9;         // of a lane in flight: four rows of 576 two-byte numbers are nine accesses of 16 bytes
 
-struct PublishParams {
+struct PublishParams : Meeting {
   const char *kv_c, *k_pe;
   int64_t kv_c_stride, k_pe_stride;  // bytes
   int32_t count, rows, warp_rows;    // rows there are; with pads, which become zeros
@@ -28,11 +27,6 @@ struct PublishParams {
   CacheSlots slots;
   const float* scale;
   Everywhere to;
-  Flags* flags[kMaxPeers];
-  PeerStatus* status;
-  uint64_t timeout_ns, what;
-  int32_t rank, world;  // a world of one: nothing is sent or waited for
-  bool wait_first;      // until all ranks have done with what they read before
 
   // Offset of a row in a cache, -1 for none.
   __device__ int64_t place(int32_t row) const { return slots.offset(of_rows == nullptr ? first + row : of_rows[row]); }
@@ -74,26 +68,9 @@ __device__ void store_rows(const PublishParams& p) {
 }
 
 template <typename Form>
-__global__ void __launch_bounds__(kPublishThreads, 2) publish_latents_kernel(const __grid_constant__ PublishParams p) {
+__global__ void __launch_bounds__(kMeetingThreads, 2) publish_latents_kernel(const __grid_constant__ PublishParams p) {
   if (p.world == 1) return store_rows<Form>(p);
-  Flags& own = *p.flags[p.rank];
-  const uint64_t epoch = *const_cast<volatile uint64_t*>(&own.epoch) + 1, call = epoch << kCallBits;
-  const uint64_t deadline = nanoseconds() + p.timeout_ns;
-  if (blockIdx.x == 0 && threadIdx.x < p.world) set_flag(&p.flags[threadIdx.x]->entered[p.rank], call);
-  if (p.wait_first) {
-    wait_for_flags(
-        p.world, epoch, 0, deadline, own, p.status, [&](uint32_t i) { return &own.entered[i]; }, [](uint32_t i) { return i; });
-  }
-  store_rows<Form>(p);
-  __syncthreads();
-  if (threadIdx.x < p.world) set_flag(&p.flags[threadIdx.x]->published[p.rank][blockIdx.x], call | p.what);
-  if (blockIdx.x != 0) return;
-  const uint32_t blocks = gridDim.x;
-  wait_for_flags(
-      p.world * blocks, epoch, p.what, deadline, own, p.status, [&](uint32_t i) { return &own.published[i / blocks][i % blocks]; },
-      [&](uint32_t i) { return i / blocks; });
-  // The flags of this rank's own blocks were among them: all have read the epoch.
-  if (threadIdx.x == 0) own.epoch = epoch;
+  meet(p, [&] { store_rows<Form>(p); });
 }
 
 template <typename Form>
@@ -102,7 +79,7 @@ void launch_form(PublishParams& p, const Kind& kind, int64_t width, int64_t kv_c
   p.accesses = static_cast<uint32_t>(width / elements);
   check(p.accesses < (1u << 20), "publish_latents: a row must be smaller than 2**20 accesses");
   p.per_row = Divider(p.accesses);
-  launch(publish_latents_kernel<Form>, grid, kPublishThreads, kind, p);
+  launch(publish_latents_kernel<Form>, grid, kMeetingThreads, kind, p);
 }
 
 void check_latents(const Mailbox& mailbox, const View& kv_c, const View& k_pe) {
@@ -114,12 +91,6 @@ void check_latents(const Mailbox& mailbox, const View& kv_c, const View& k_pe) {
         "publish_latents: kv_c and k_pe must be of the exchange's dtype, on its GPU ", mailbox.device);
   check((kv_c.strides[1] == 1 || kv_c.sizes[1] == 1) && (k_pe.strides[1] == 1 || k_pe.sizes[1] == 1),
         "publish_latents: kv_c and k_pe must have a contiguous last dimension");
-}
-
-// The part of a flag that says what a call was: ranks that pair different calls must not go on.
-uint64_t words_of(int64_t number, int64_t padded) {
-  constexpr uint64_t mask = (uint64_t{1} << kCallBits) - 1;
-  return ((number + 1) * 0x9E37 + padded * 0x79B9 + (padded >> kCallBits)) & mask;
 }
 
 bool is_attached(const AttachedCache& a, const View& c) {
@@ -173,17 +144,6 @@ Published set_places(PublishParams& p, const Mailbox& mailbox, const PublishCall
   return Published::kCache;
 }
 
-// Calls are done one after the other, also on several streams: they count in the same memory.
-void follow(Mailbox& mailbox, cudaStream_t stream, uint64_t capture) {
-  const auto before = static_cast<cudaStream_t>(std::exchange(mailbox.stream, stream));
-  if (before == stream || mailbox.step < 0 || mailbox.capture != capture) return;
-  if (mailbox.event == nullptr) {
-    check_cuda(cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(&mailbox.event), cudaEventDisableTiming));
-  }
-  check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(mailbox.event), before));
-  check_cuda(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(mailbox.event)));
-}
-
 // The widest accesses that all addresses and strides allow, which may be others on another rank.
 void launch_rows(PublishParams& p, const Mailbox& mailbox, const PublishCall& call, int64_t width) {
   const View& kv_c = call.kv_c;
@@ -217,7 +177,7 @@ void launch_rows(PublishParams& p, const Mailbox& mailbox, const PublishCall& ca
 
 void publish(Mailbox& mailbox, const PublishCall& call, Published& where) {
   const View &kv_c = call.kv_c, &k_pe = call.k_pe;
-  check(mailbox.status == nullptr || mailbox.status->failed == 0, "publish_latents: a rank was missing");
+  check_alive("publish_latents", mailbox);
   check_latents(mailbox, kv_c, k_pe);
   const int64_t width = kv_c.sizes[1] + k_pe.sizes[1], count = kv_c.sizes[0];
   check((count == call.tokens || count == call.local_rows) && count <= call.padded && call.first >= 0 &&
@@ -230,19 +190,12 @@ void publish(Mailbox& mailbox, const PublishCall& call, Published& where) {
   p.k_pe_stride = k_pe.strides[0] * k_pe.item;
   p.count = p.rows = static_cast<int32_t>(count);
   where = set_places(p, mailbox, call, width);
-  p.rank = mailbox.rank;
-  p.world = call.alone ? 1 : mailbox.world;
+  set_meeting(p, mailbox);
+  if (call.alone) p.world = 1;
   if (call.alone && where == Published::kStaging) p.to.of[0] = p.to.of[mailbox.rank], p.first = 0;
-  p.timeout_ns = mailbox.timeout_ns;
-  p.status = mailbox.status;
-  std::copy(mailbox.flags, mailbox.flags + mailbox.world, p.flags);
   const DeviceGuard guard(kv_c.kind);
   if (mailbox.world > 1) {
-    const cudaStream_t stream = current_stream(kv_c.kind);
-    cudaStreamCaptureStatus status{};
-    unsigned long long capture = 0;
-    check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture));
-    follow(mailbox, stream, capture);
+    const uint64_t capture = follow(mailbox, kv_c.kind);
     p.wait_first = must_wait(mailbox, p.to.of[call.alone ? 0 : mailbox.rank], call, capture);
   }
   if (p.world == 1 && p.rows == 0) return;
