@@ -15,7 +15,7 @@ import torch
 
 from . import __version__, demo, evaluation
 from .exchange.choose import VARIABLE, asked
-from .exchange.peers import refusal
+from .exchange.peer_mailbox import refusal
 from .integrations.vllm.report import print_report
 from .ops import native
 from .ops.attention import support

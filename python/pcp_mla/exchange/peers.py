@@ -7,45 +7,21 @@ from typing import Any
 
 import torch
 
-from ..checks import check_apart, check_count, check_not_expanded
-from ..groups import Group, check_group, check_latents, group_rank, group_world_size
-from ..ops import native
+from ..checks import check_apart, check_not_expanded
+from ..groups import Group, check_latents
 from ..ops.latent_cache import check_cache, write_rows
 from ..ops.registry import direct
 from ..plan.dims import MLADims
-from ..plan.metadata import PCPMetadata, check_meta
+from ..plan.metadata import PCPMetadata
 from . import peer_memory
-from .inputs import check_form, check_kind, check_room
-from .peer_memory import FLAG_BYTES, MAX_PEERS, MAX_SMS, MailboxForm, PeerMemory, PeersUnavailable
+from .inputs import check_form, check_kind, check_step
+from .peer_mailbox import DTYPES, PeerMailbox
+from .peer_memory import MAX_SMS, PeersUnavailable
 
 _IN_CACHE, _IN_STAGING = 1, 2  # csrc/publish_latents.h
-_MAX_SECONDS = 86400.0
-_UNKNOWN: Any = object()  # no step
-_kept: dict[int, list[torch.Tensor]] = {}  # by mailbox: caches that other ranks may store to until it is closed
-_TRIED_OUT = FLAG_BYTES - 8 * MAX_PEERS  # where in front of the staging buffer words are stored to see whether they arrive
-_DTYPES = {  # and their numbers in csrc/view.h
-    torch.uint8: 0,
-    torch.float16: 5,
-    torch.float32: 6,
-    torch.bfloat16: 15,
-    torch.float8_e4m3fn: 24,
-}
 
 
-def refusal(device: torch.device, dtype: torch.dtype, world_size: int) -> str:
-    """Why a rank cannot take part, as far as it knows alone; the empty string where it can."""
-    if device.type != "cuda":
-        return f"tensors on {device.type}"
-    if native.direct is None:
-        return f"no calls past the dispatcher ({native.status['_direct']})"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "a GPU before sm_80"
-    if dtype not in _DTYPES:
-        return f"latents of {dtype}"
-    return f"{world_size} ranks, more than {MAX_PEERS}" if world_size > MAX_PEERS else ""
-
-
-class PeerExchange:
+class PeerExchange(PeerMailbox):
     """:class:`LatentExchange` for ranks of one host whose GPUs see one another's memory. One kernel stores this rank's rows at
     their slots in the caches of all ranks, tells them, and ends when the rows of all ranks are here. docs/peers.md says why no
     rank overwrites what another one still reads.
@@ -80,63 +56,16 @@ class PeerExchange:
         max_sms: int = MAX_SMS,
         why_not: str = "",
     ) -> None:
-        op = "PeerExchange"
-        self.world_size, self.rank, self.group = group_world_size(group, op), group_rank(group), group
-        check_form(op, max_tokens, dims, dtype)
-        check_count(op, "max_sms", max_sms, 1)
-        if max_sms > MAX_SMS:
-            raise ValueError(f"{op}: max_sms must be at most {MAX_SMS}, got {max_sms}")
-        if not 0 < timeout <= _MAX_SECONDS:
-            raise ValueError(f"{op}: timeout must be positive and at most {_MAX_SECONDS:g}, got {timeout}")
-        max_tokens, max_sms = int(max_tokens), int(max_sms)
-        self.max_tokens, self.kv_lora_rank, self.width, self.dtype = max_tokens, dims.kv_lora_rank, dims.latent_dim, dtype
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device, self.timeout = device, timeout
-        self._meta: Any = _UNKNOWN
-        self._number = 0  # of steps
-        why_not = why_not or refusal(device, dtype, self.world_size)
-        if why_not and self.world_size == 1:
-            raise PeersUnavailable(why_not)
-        self._open(why_not, max_sms)
+        check_form("PeerExchange", max_tokens, dims, dtype)
+        super().__init__(group, max_tokens, dtype, device, timeout, max_sms)
+        self.kv_lora_rank, self.width = dims.kv_lora_rank, dims.latent_dim
+        size, widths = self.world_size * self.max_tokens * self.width, (self.kv_lora_rank, self.width - self.kv_lora_rank)
+        self._staging = self._open(why_not, size, [self.kv_lora_rank, self.width], widths).view(-1, self.width)
         try:
             self.attach(caches)
         except PeersUnavailable:
             self.close()
             raise
-
-    def _open(self, why_not: str, max_sms: int) -> None:
-        """Memory of this rank, where all see it, and the mailbox that knows where that of all lies."""
-        self._memory = PeerMemory(self.group, self.device)
-        staging = self.world_size * self.max_tokens * self.width * self.dtype.itemsize
-        self._own = 0
-        if not why_not:
-            try:
-                self._own = peer_memory.allocate(self.device.index, FLAG_BYTES + staging)
-            except RuntimeError as error:
-                why_not = str(error)
-        of = [self._own]
-        if self.world_size > 1:
-            try:
-                kind = [self.max_tokens, self.kv_lora_rank, self.width, str(self.dtype), max_sms]
-                of = self._memory.everywhere(of, kind, why_not)[0]
-                self._memory.try_out([address + _TRIED_OUT for address in of])
-            except PeersUnavailable:
-                self._memory.close()
-                peer_memory.agree(self.group, self.device, {})  # nobody has the others' memory open
-                if self._own:
-                    peer_memory.call("peer_release", self.device.index, self._own)
-                raise
-        form = MailboxForm(self.device.index, self.rank, self.world_size, max_sms, _DTYPES[self.dtype], self.kv_lora_rank)
-        form.rope = self.width - self.kv_lora_rank
-        form.timeout_ns, form.flag_bytes, form.staging_bytes = int(self.timeout * 1e9), FLAG_BYTES, staging
-        form.memory[: len(of)] = of
-        self._mailbox = peer_memory.make_mailbox(form)
-        self._staging = torch.empty(0, self.width, dtype=self.dtype, device=self.device)
-        if staging:
-            rows = peer_memory.as_tensor(self._own + FLAG_BYTES, staging, self.device)
-            self._staging = rows.view(self.dtype).view(-1, self.width)
 
     def attach(self, caches: Sequence[torch.Tensor]) -> None:
         """Open the caches of all ranks to one another: layers in the same order, of the same shape everywhere. A cache that was
@@ -151,13 +80,13 @@ class PeerExchange:
         """
         self._check_open("PeerExchange.attach")
         why = next((f"a cache on {cache.device}, not on {self.device}" for cache in caches if cache.device != self.device), "")
-        why = why or next((f"a cache of {cache.dtype}" for cache in caches if cache.dtype not in _DTYPES), "")
+        why = why or next((f"a cache of {cache.dtype}" for cache in caches if cache.dtype not in DTYPES), "")
         why = why or next((f"a cache of {cache.dim()} dimensions" for cache in caches if cache.dim() not in (2, 3)), "")
         if self.world_size > 1:
-            forms = [[_DTYPES.get(c.dtype, -1), c.dim(), *c.shape, *c.stride()] for c in caches]
+            forms = [[DTYPES.get(c.dtype, -1), c.dim(), *c.shape, *c.stride()] for c in caches]
             for of, form in zip(self._memory.everywhere([c.data_ptr() for c in caches], forms, why), forms, strict=True):
                 peer_memory.attach(self._mailbox, of, form)
-            _kept.setdefault(self._mailbox, []).extend(caches)
+            self._keep(caches)
 
     def publish(
         self,
@@ -236,9 +165,7 @@ class PeerExchange:
     def _take(self, meta: PCPMetadata) -> None:
         """Look at a step once."""
         op = "PeerExchange.publish"
-        check_meta(op, meta)
-        check_group(op, self.group, meta)
-        check_room(op, meta, self.max_tokens)
+        check_step(op, self.group, meta, self.max_tokens)
         self._check_open(op)
         padded = meta.num_tokens_padded
         alone = self.world_size > 1 and meta.is_replicated
@@ -266,36 +193,5 @@ class PeerExchange:
         with torch.no_grad():
             return self.publish(kv_c, k_pe, meta, cache, scale=scale)
 
-    def _check_open(self, op: str) -> None:
-        if not self._mailbox:
-            raise RuntimeError(f"{op}: the exchange must not be closed")
-
-    def _check_status(self) -> None:
-        wrong = peer_memory.failure(self._mailbox)
-        if wrong:
-            raise RuntimeError(f"PeerExchange: {wrong}")
-
-    def check(self) -> None:
-        """Wait for all calls so far. RuntimeError if one failed, with its number and the ranks that did not come or made a
-        different call: this process can do nothing more on its GPU then."""
-        self._check_open("PeerExchange.check")
-        try:
-            torch.cuda.synchronize(self.device)
-        except RuntimeError:
-            self._check_status()
-            raise
-        self._check_status()
-
-    def close(self) -> None:
-        """Give the memory back, on every rank: when all have done with it. Without it the memory stays until the process ends."""
-        if not self._mailbox:
-            return
-        self.check()
-        peer_memory.agree(self.group, self.device, {})  # nobody writes to the others any more
-        self._memory.close()
-        peer_memory.agree(self.group, self.device, {})  # nobody has the others' memory open
-        mailbox, self._mailbox, self._meta = self._mailbox, 0, _UNKNOWN
-        peer_memory.free_mailbox(mailbox)
-        self._staging = self._rows = torch.empty(0, self.width, dtype=self.dtype, device=self.device)
-        peer_memory.call("peer_release", self.device.index, self._own)
-        _kept.pop(mailbox, None)
+    def _forget(self, nothing: torch.Tensor) -> None:
+        self._staging = self._rows = nothing.view(-1, self.width)
