@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "attention_call.h"
+#include "exchange_heads.h"
 #include "publish_latents.h"
 #include "view.h"
 
@@ -27,6 +28,7 @@ struct DirectOps {
   // Only what the wgmma kernel takes.
   const char* (*attention)(const AttentionArguments& arguments);
   const char* (*publish_latents)(Mailbox& mailbox, const PublishCall& call, Published& where);
+  const char* (*exchange_heads)(Mailbox& mailbox, const HeadsCall& call);
 };
 
 constexpr size_t kDirectLayout = sizeof(View) << 16 | sizeof(DirectOps);

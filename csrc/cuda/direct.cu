@@ -10,6 +10,7 @@ extern "C" __attribute__((visibility("default"))) const pcp_mla::DirectOps* pcp_
     pcp_mla::cuda::add_kv_up_project(ops);
     pcp_mla::cuda::add_attention(ops);
     pcp_mla::cuda::add_publish_latents(ops);
+    pcp_mla::cuda::add_exchange_heads(ops);
     return ops;
   }();
   return &table;

@@ -14,6 +14,7 @@ void add_latent_cache(DirectOps& ops);
 void add_kv_up_project(DirectOps& ops);
 void add_attention(DirectOps& ops);
 void add_publish_latents(DirectOps& ops);
+void add_exchange_heads(DirectOps& ops);
 
 // A call past the dispatcher: what it returns, if it does, or the message of what it throws, which lasts until the thread's next
 // call.

@@ -151,6 +151,18 @@ py::object publish_latents(int64_t mailbox, py::handle kv_c, py::handle k_pe, py
   return py::int_(static_cast<int>(where));
 }
 
+// True, false as other functions', or the words of what was wrong.
+py::object exchange_heads(int64_t mailbox, py::handle x, int64_t tokens, int64_t local_rows, int64_t padded, int64_t step,
+                          int64_t num_heads, int64_t width, int64_t offset, bool to_tokens) {
+  Arguments a;
+  const View& vx = a.need(x);
+  if (!a.ok()) return py::bool_(false);
+  const HeadsCall call{vx, tokens, local_rows, padded, step, num_heads, width, offset, to_tokens};
+  const char* wrong = ops->exchange_heads(*reinterpret_cast<Mailbox*>(mailbox), call);
+  if (wrong != nullptr) return py::str(wrong);
+  return py::bool_(true);
+}
+
 // From now on calls go to the ops at this address, with the tensors of this torch.
 void connect(int64_t address, const py::module_& torch) {
   const py::object type = torch.attr("Tensor");
@@ -185,4 +197,5 @@ PYBIND11_MODULE(_direct, m) {
   m.def("kv_up_project", &pcp_mla::kv_up_project);
   m.def("attention", &pcp_mla::attention);
   m.def("publish_latents", &pcp_mla::publish_latents);
+  m.def("exchange_heads", &pcp_mla::exchange_heads);
 }

@@ -3,6 +3,7 @@
 from .exchange.cp_merge import cp_lse_a2a, cp_lse_ag_out_ar, cp_lse_ag_out_rs, flat_cp_group
 from .exchange.heads import HeadExchange, heads_of
 from .exchange.latents import LatentExchange
+from .exchange.peer_heads import PeerHeadExchange
 from .exchange.peers import PeerExchange
 from .layer.prefill import MLAPrefill
 from .ops.attention.call import pcp_attention
@@ -29,6 +30,7 @@ __all__ = [
     "PCPPlanner",
     "Partition",
     "PeerExchange",
+    "PeerHeadExchange",
     "RowOp",
     "concat_k",
     "cp_correct_out",

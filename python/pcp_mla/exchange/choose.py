@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from ..groups import Group, group_world_size
 from ..plan.dims import MLADims
+from .heads import HeadExchange
 from .latents import LatentExchange
+from .peer_heads import PeerHeadExchange
 from .peer_memory import PeersUnavailable, agree
 from .peers import PeerExchange
 
+P = TypeVar("P")
+C = TypeVar("C")
 VARIABLE = "PCP_MLA_EXCHANGE"
 WAYS = ("nccl", "peers")
 
@@ -49,19 +54,49 @@ def choose_exchange(
         ValueError, TypeError: as the two.
         PeersUnavailable: ``PCP_MLA_EXCHANGE=peers``, and memory cannot be shared.
     """
-    device = torch.device(device)
+    exchange = _chosen(
+        group,
+        torch.device(device),
+        lambda on: PeerExchange(group, max_tokens, dims, dtype, on, timeout=timeout),
+        lambda on: LatentExchange(group, max_tokens, dims, dtype, on),
+    )
+    if not isinstance(exchange, LatentExchange):
+        with contextlib.suppress(PeersUnavailable):  # on all ranks: rows go by the staging buffer
+            exchange.attach(caches)
+    return exchange
+
+
+def choose_heads(
+    group: Group,
+    max_tokens: int,
+    dims: MLADims,
+    dtype: torch.dtype,
+    device: torch.device | str = "cuda",
+    *,
+    timeout: float = 60.0,
+) -> HeadExchange | PeerHeadExchange:
+    """A :class:`PeerHeadExchange` or a :class:`HeadExchange`, as :func:`choose_exchange` chooses. Arguments as the former."""
+    return _chosen(
+        group,
+        torch.device(device),
+        lambda on: PeerHeadExchange(group, max_tokens, dims, dtype, on, timeout=timeout),
+        lambda on: HeadExchange(group, max_tokens, dims, dtype, on),
+    )
+
+
+def _chosen(
+    group: Group, device: torch.device, peers: Callable[[torch.device], P], collective: Callable[[torch.device], C]
+) -> P | C:
+    """What the group can have, made on ``device``. Errors as :func:`choose_exchange`."""
     way = _agreed(group, device)
     if way == "nccl" or (device.type != "cuda" and not way):
-        return LatentExchange(group, max_tokens, dims, dtype, device)
+        return collective(device)
     try:
-        exchange = PeerExchange(group, max_tokens, dims, dtype, device, timeout=timeout)
+        return peers(device)
     except PeersUnavailable:
         if way == "peers":
             raise
-        return LatentExchange(group, max_tokens, dims, dtype, device)
-    with contextlib.suppress(PeersUnavailable):  # on all ranks: rows go by the staging buffer
-        exchange.attach(caches)
-    return exchange
+        return collective(device)
 
 
 def _agreed(group: Group, device: torch.device) -> str:

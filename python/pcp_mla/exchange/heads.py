@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..checks import check_apart, check_count
+from ..checks import check_apart, check_count, check_not_expanded
 from ..groups import Group, check_all_to_all, exchanging_into, group_rank, group_world_size
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
-from .inputs import check_form, check_heads, check_result, check_step
+from .inputs import check_form, check_heads, check_step
 
 
 def heads_of(num_heads: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -38,6 +38,39 @@ def heads_of(num_heads: int, world_size: int, rank: int) -> tuple[int, int]:
     share, more = divmod(num_heads, world_size)
     first = rank * share + min(rank, more)
     return first, first + share + (rank < more)
+
+
+class HeadForm:
+    """What an exchange of heads is made for, whichever way they go, and what it checks.
+
+    Attributes:
+        bounds: by rank: its first head and the one behind its last.
+        heads: of this rank.
+        mine: how many these are.
+
+    Raises:
+        ValueError: there are more ranks than heads.
+    """
+
+    def __init__(self, dims: MLADims, dtype: torch.dtype, world_size: int, rank: int) -> None:
+        self.bounds = [heads_of(dims.num_heads, world_size, r) for r in range(world_size)]
+        self.heads = slice(*self.bounds[rank])
+        self.mine = self.heads.stop - self.heads.start
+        self.num_heads, self.qk_head_dim, self.v_head_dim = dims.num_heads, dims.qk_head_dim, dims.v_head_dim
+        self._dtype, self._world_size = dtype, world_size
+
+    def check_queries(self, op: str, q: Any, meta: PCPMetadata) -> None:
+        counts = (meta.num_tokens, meta.num_local_rows)
+        check_heads(op, "q", q, counts, (self.num_heads, self.qk_head_dim), self._dtype, meta)
+
+    def check_outputs(self, op: str, out: Any, meta: PCPMetadata, result: Any) -> None:
+        local = (meta.num_tokens, meta.num_local_rows)
+        counts = local if self._world_size == 1 else (self._world_size * meta.num_tokens_padded,)
+        check_heads(op, "out", out, counts, (self.mine, self.v_head_dim), self._dtype, meta)
+        if result is not None:
+            check_heads(op, "result", result, local, (self.num_heads, self.v_head_dim), self._dtype, meta)
+            check_not_expanded(op, "result", result)
+            check_apart(op, "result", result, {"out": out})
 
 
 def _call(collective: Callable[[], None]) -> None:
@@ -81,19 +114,16 @@ class HeadExchange:
         self.world_size, self.rank, self.group = group_world_size(group, op), group_rank(group), group
         check_form(op, max_tokens, dims, dtype)
         check_all_to_all(op, group)
-        self.max_tokens, self.dtype, self.num_heads = max_tokens, dtype, dims.num_heads
-        self.qk_head_dim, self.v_head_dim = dims.qk_head_dim, dims.v_head_dim
-        self._shares = [heads_of(dims.num_heads, self.world_size, rank) for rank in range(self.world_size)]
-        self.heads = slice(*self._shares[self.rank])
-        self._mine = self.heads.stop - self.heads.start
-        of_rank, of_all = self.num_heads, self.world_size * self._mine  # heads of a token of what this rank has, of what it gets
-        wide = max(self.qk_head_dim, self.v_head_dim)
-        sizes = (of_rank * wide, max(of_all * self.qk_head_dim, of_rank * self.v_head_dim)) if self.world_size > 1 else (0, 0)
+        self.max_tokens, self._form = max_tokens, HeadForm(dims, dtype, self.world_size, self.rank)
+        self.heads, qk_head_dim, v_head_dim = self._form.heads, dims.qk_head_dim, dims.v_head_dim
+        of_rank, of_all = dims.num_heads, self.world_size * self._form.mine  # heads of a token: of a rank's own, of what it gets
+        sizes = of_rank * max(qk_head_dim, v_head_dim), max(of_all * qk_head_dim, of_rank * v_head_dim)
+        room = max_tokens if self.world_size > 1 else 0
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
             # By rank: this one's queries on their way out, outputs as they come back. Of the two directions only one is under way.
-            self._packed = torch.empty(max_tokens * sizes[0], dtype=dtype, device=device)
+            self._packed = torch.empty(room * sizes[0], dtype=dtype, device=device)
             # What is returned: the queries of this rank's heads, or the outputs of its tokens.
-            self._whole = torch.empty(max_tokens * sizes[1], dtype=dtype, device=device)
+            self._whole = torch.empty(room * sizes[1], dtype=dtype, device=device)
         self._last: Any = (None, 0)  # the step of the last queries, and how many rows they had
 
     def to_heads(self, q: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
@@ -114,17 +144,17 @@ class HeadExchange:
         """
         op = "HeadExchange.to_heads"
         check_step(op, self.group, meta, self.max_tokens)
-        check_heads(op, "q", q, (meta.num_tokens, meta.num_local_rows), (self.num_heads, self.qk_head_dim), self.dtype, meta)
-        rows, padded = q.shape[0], meta.num_tokens_padded
+        self._form.check_queries(op, q, meta)
+        (rows, num_heads, width), padded = q.shape, meta.num_tokens_padded
         self._last = (meta, rows)
         if self.world_size == 1:
             return q
-        for blocks, heads in self._by_rank(q.shape[2], padded, q):
+        for blocks, heads in self._by_rank(width, padded, q):
             blocks[:, :rows].copy_(heads)
             if rows < padded:
                 blocks[:, rows:].zero_()
-        whole = _block(self._whole, 0, self.world_size * padded, self._mine, self.qk_head_dim)
-        self._exchange(whole, self._packed[: padded * self.num_heads * self.qk_head_dim], padded * self.qk_head_dim, True)
+        whole = _block(self._whole, 0, self.world_size * padded, self._form.mine, width)
+        self._exchange(whole, self._packed[: padded * num_heads * width], padded * width, True)
         return whole
 
     def to_tokens(self, out: torch.Tensor, meta: PCPMetadata, result: torch.Tensor | None = None) -> torch.Tensor:
@@ -145,20 +175,15 @@ class HeadExchange:
         """
         op = "HeadExchange.to_tokens"
         check_step(op, self.group, meta, self.max_tokens)
-        padded, local = meta.num_tokens_padded, (meta.num_tokens, meta.num_local_rows)
-        counts = local if self.world_size == 1 else (self.world_size * padded,)
-        check_heads(op, "out", out, counts, (self._mine, self.v_head_dim), self.dtype, meta)
-        if result is not None:
-            check_result(op, result, local, (self.num_heads, self.v_head_dim), self.dtype, meta)
-            check_apart(op, "result", result, {"out": out})
+        self._form.check_outputs(op, out, meta, result)
         if self.world_size == 1:
             return out if result is None else result.copy_(out)
-        packed = self._packed[: padded * self.num_heads * self.v_head_dim]
-        self._exchange(packed, out.contiguous(), padded * self.v_head_dim, False)
+        padded, width, num_heads = meta.num_tokens_padded, out.shape[2], self._form.num_heads
+        self._exchange(self._packed[: padded * num_heads * width], out.contiguous(), padded * width, False)
         if result is None:
             of, rows = self._last
-            result = _block(self._whole, 0, rows if of is meta else meta.num_tokens, self.num_heads, self.v_head_dim)
-        for blocks, heads in self._by_rank(self.v_head_dim, padded, result):
+            result = _block(self._whole, 0, rows if of is meta else meta.num_tokens, num_heads, width)
+        for blocks, heads in self._by_rank(width, padded, result):
             heads.copy_(blocks[:, : result.shape[0]])
         return result
 
@@ -166,7 +191,7 @@ class HeadExchange:
         """The packed buffer and [T, num_heads, width] as [ranks, tokens, heads, width]: a pair for the ranks of each number of
         heads, of which there are at most two."""
         pairs = []
-        share, more = divmod(self.num_heads, self.world_size)
+        share, more = divmod(rows.shape[1], self.world_size)
         for ranks, heads, first in ((more, share + 1, 0), (self.world_size - more, share, more * (share + 1))):
             if ranks:
                 blocks = _block(self._packed, padded * first * width, ranks, padded, heads, width)
@@ -176,8 +201,8 @@ class HeadExchange:
     def _exchange(self, received: torch.Tensor, sent: torch.Tensor, per_head: int, heads_come: bool) -> None:
         """All heads of this rank's tokens for its heads of all tokens, or back; as bytes, which collectives know of any dtype."""
         per_head *= sent.element_size()
-        by_rank = [per_head * (end - first) for first, end in self._shares]
-        even = [per_head * self._mine] * self.world_size
+        by_rank = [per_head * (end - first) for first, end in self._form.bounds]
+        even = [per_head * self._form.mine] * self.world_size
         sizes = (even, by_rank) if heads_come else (by_rank, even)
         whole, part = received.view(-1).view(torch.uint8), sent.view(-1).view(torch.uint8)
         (self.around or _call)(exchanging_into(whole, part, *sizes, self.group))

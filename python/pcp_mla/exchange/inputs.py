@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_count, check_last_dim, check_no_gradients, check_not_expanded
+from ..checks import check_count, check_last_dim, check_no_gradients
 from ..groups import Group, check_group
 from ..plan.metadata import PCPMetadata, check_meta
 
@@ -65,11 +65,3 @@ def check_heads(
         raise ValueError(f"{op}: {name} must be on {meta.device}, as meta, got {x.device}")
     check_last_dim(op, name, x)
     check_no_gradients(op, name, x)
-
-
-def check_result(
-    op: str, result: Any, counts: tuple[int, ...], form: tuple[int, int], dtype: torch.dtype, meta: PCPMetadata
-) -> None:
-    """As :func:`check_heads`, for what is written."""
-    check_heads(op, "result", result, counts, form, dtype, meta)
-    check_not_expanded(op, "result", result)
