@@ -25,6 +25,7 @@ BENCHMARKS = (
     "exchange",
     "fused_gather",
     "graphs",
+    "heads",
     "latent_cache",
     "layer",
     "merge_states",

@@ -18,6 +18,7 @@ from bench import (
     exchange,
     fused_gather,
     graphs,
+    heads,
     kv_up_project,
     latent_cache,
     layer,
@@ -45,6 +46,11 @@ def merges_over_ranks(group: Any) -> Any:
     return cp_merge.make_calls(*cp_merge.inputs(3, 8, group, "cpu"), group)
 
 
+def heads_over_ranks(group: Any) -> Any:
+    step = heads.Step(128, 3, group, "cpu")
+    return step.checked("a collective", step.collective())
+
+
 def plans() -> None:
     lengths = {"query_lens": np.array([40, 1]), "context_lens": np.array([0, 70]), "is_prefill": np.array([True, False])}
     tables = np.arange(4, dtype=np.int32).reshape(2, 2)
@@ -60,6 +66,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "exchange": lambda: play(2, lambda group: exchange.paths(exchange.Step(128, group, "cpu"))),
     "gather": lambda: fused_gather.gather_paths(META, 2, ["auto"]),
     "graphs": lambda: graphs.Stack(graphs.Echo(), 32, "cpu").paths(False),
+    "heads": lambda: play(2, heads_over_ranks),
     "latent_cache": lambda: latent_cache.make_paths(128, "cpu", ["auto"]),
     "layer": lambda: layer.Layer(([9, 4], [30, 0], 1, 2), None, 0, "cpu").paths("seed", "rows", "ours"),
     "merge_n": lambda: merge_states.make_paths(*partials(3), ["auto"]),
@@ -156,6 +163,8 @@ def with_other_scale(make: Callable[..., Any]) -> Callable[..., Any]:
         ("graphs", graphs.Stack, "attend", spoiled),
         ("graphs", seed.SeedPath, "__call__", spoiled),
         ("graphs", torch, "compile", lambda compile: lambda function, **_: lambda: 1.2 * function()),
+        ("heads", heads.HeadExchange, "to_heads", spoiled),
+        ("heads", heads.HeadExchange, "to_tokens", spoiled),
         ("latent_cache", latent_cache, "write_latent_cache", elsewhere),
         ("latent_cache", latent_cache, "write_latent_cache", lambda op: lambda x, *rest, **_: op(x.roll(1, 0), *rest)),
         ("latent_cache", latent_cache, "gather_latents", spoiled),

@@ -32,6 +32,20 @@ CHANGES = (
         "tests/test_publish_order.py::test_table",
     ),
     Change(
+        "heads are stored at once where the call before stored to the same place",
+        "csrc/exchange_heads.h",
+        " && mailbox.published.count(written) == 0",
+        "",
+        "tests/test_peer_heads_plan.py::test_what_was_just_written_to_is_waited_for",
+    ),
+    Change(
+        "outputs are stored side by side at their rank",
+        "csrc/exchange_heads.h",
+        "call.offset + first(rank) * width, call.num_heads * width, heads",
+        "call.offset + first(rank) * width, heads * width, heads",
+        "tests/test_peer_heads_plan.py::test_every_row_and_head_is_stored_once_at_its_place",
+    ),
+    Change(
         "an empty partial's output counts",
         "csrc/cpu/merge_states.cpp",
         "        if (weights[n] == 0) continue;\n",

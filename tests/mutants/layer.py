@@ -178,4 +178,25 @@ CHANGES = (
         "if tokens == padded else None",
         "tests/test_latent_exchange.py::test_replicated_decodes_are_not_sent",
     ),
+    Change(
+        "pads of queries are what the packed buffer held",
+        "python/pcp_mla/exchange/heads.py",
+        "                blocks[:, rows:].zero_()\n",
+        "                pass\n",
+        "tests/test_heads.py::test_played_and_alone",
+    ),
+    Change(
+        "heads that are left over go to the last ranks",
+        "python/pcp_mla/exchange/heads.py",
+        "    return first, first + share + (rank < more)\n",
+        "    return first, first + share + (rank >= world_size - more)\n",
+        "tests/test_heads.py::test_heads_of",
+    ),
+    Change(
+        "a rank gets its pads back, too",
+        "python/pcp_mla/exchange/heads.py",
+        "rows if of is meta else meta.num_tokens, num_heads",
+        "padded, num_heads",
+        "tests/test_heads.py::test_played_and_alone",
+    ),
 )
