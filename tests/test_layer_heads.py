@@ -191,9 +191,8 @@ class Untouched:
     """In place of exchanges: nothing may be exchanged. As a LatentExchange, or as one of heads."""
 
     def __init__(self, heads: HeadExchange) -> None:
-        for name in ("num_heads", "qk_head_dim", "v_head_dim", "dtype", "max_tokens", "group"):
+        for name in ("form", "heads", "max_tokens", "group"):
             setattr(self, name, getattr(heads, name))
-        self.heads = heads.heads
 
     def publish(self, *_: Any) -> None:
         pytest.fail("exchanged")
@@ -227,13 +226,13 @@ MODULES = {"a subclass": lambda w: Quantised(*w.T.shape, bias=False).requires_gr
            "a subclass of Tensor": lambda w: w.as_subclass(type("Sharded", (torch.Tensor,), {}))}  # fmt: skip
 
 
-def refused(change: Any, error: Any, message: str, case: Case = CASES["context"], **changes: Any) -> None:
+def refused(change: Any, error: Any, message: str, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
     """Nothing is exchanged, and the cache is as it was."""
     dims = MLADims(5, *SMALL)
-    heads = Untouched(HeadExchange(Alone(), ROOM, dims, torch.float32))
+    heads: Any = Untouched(HeadExchange(Alone(), ROOM, dims, dtype))
     for name, value in changes.items():
         setattr(heads, name, value)
-    meta = plan(case, 2, 0)
+    meta = plan(CASES["context"], 2, 0)
     x = Inputs(meta, dims, torch.float32)
     layer, before = MLAPrefill(dims, SCALE, heads, "auto", heads, "heads"), x.cache.clone()
     with pytest.raises(error, match=message):
@@ -255,7 +254,7 @@ def test_modules_whose_heads_cannot_be_had_alone(name: str) -> None:
         (
             {"dtype": torch.bfloat16},
             TypeError,
-            "MLAPrefill: heads must be an exchange of torch.bfloat16|of torch.float32, as q, got",
+            "MLAPrefill: heads must be an exchange of torch.float32, as q, got torch.bfloat16",
         ),
         ({"group": None}, ValueError, "MLAPrefill: meta must be for rank 0 of 1, as the group, got rank 0 of 2"),
     ],

@@ -47,6 +47,7 @@ class HeadForm:
         bounds: by rank: its first head and the one behind its last.
         heads: of this rank.
         mine: how many these are.
+        num_heads, qk_head_dim, v_head_dim, dtype: of queries and outputs.
 
     Raises:
         ValueError: there are more ranks than heads.
@@ -57,18 +58,18 @@ class HeadForm:
         self.heads = slice(*self.bounds[rank])
         self.mine = self.heads.stop - self.heads.start
         self.num_heads, self.qk_head_dim, self.v_head_dim = dims.num_heads, dims.qk_head_dim, dims.v_head_dim
-        self._dtype, self._world_size = dtype, world_size
+        self.dtype, self._world_size = dtype, world_size
 
     def check_queries(self, op: str, q: Any, meta: PCPMetadata) -> None:
         counts = (meta.num_tokens, meta.num_local_rows)
-        check_heads(op, "q", q, counts, (self.num_heads, self.qk_head_dim), self._dtype, meta)
+        check_heads(op, "q", q, counts, (self.num_heads, self.qk_head_dim), self.dtype, meta)
 
     def check_outputs(self, op: str, out: Any, meta: PCPMetadata, result: Any) -> None:
         local = (meta.num_tokens, meta.num_local_rows)
         counts = local if self._world_size == 1 else (self._world_size * meta.num_tokens_padded,)
-        check_heads(op, "out", out, counts, (self.mine, self.v_head_dim), self._dtype, meta)
+        check_heads(op, "out", out, counts, (self.mine, self.v_head_dim), self.dtype, meta)
         if result is not None:
-            check_heads(op, "result", result, local, (self.num_heads, self.v_head_dim), self._dtype, meta)
+            check_heads(op, "result", result, local, (self.num_heads, self.v_head_dim), self.dtype, meta)
             check_not_expanded(op, "result", result)
             check_apart(op, "result", result, {"out": out})
 
@@ -98,6 +99,7 @@ class HeadExchange:
 
     Attributes:
         heads: a slice, this rank's heads: :func:`heads_of`.
+        form: what it is made for.
         around: what makes the collective instead of a plain call, given it: :meth:`PiecewiseGraph.gap` while it captures.
 
     Raises:
@@ -114,9 +116,9 @@ class HeadExchange:
         self.world_size, self.rank, self.group = group_world_size(group, op), group_rank(group), group
         check_form(op, max_tokens, dims, dtype)
         check_all_to_all(op, group)
-        self.max_tokens, self._form = max_tokens, HeadForm(dims, dtype, self.world_size, self.rank)
-        self.heads, qk_head_dim, v_head_dim = self._form.heads, dims.qk_head_dim, dims.v_head_dim
-        of_rank, of_all = dims.num_heads, self.world_size * self._form.mine  # heads of a token: of a rank's own, of what it gets
+        self.max_tokens, self.form = max_tokens, HeadForm(dims, dtype, self.world_size, self.rank)
+        self.heads, qk_head_dim, v_head_dim = self.form.heads, dims.qk_head_dim, dims.v_head_dim
+        of_rank, of_all = dims.num_heads, self.world_size * self.form.mine  # heads of a token: of a rank's own, of what it gets
         sizes = of_rank * max(qk_head_dim, v_head_dim), max(of_all * qk_head_dim, of_rank * v_head_dim)
         room = max_tokens if self.world_size > 1 else 0
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
@@ -144,7 +146,7 @@ class HeadExchange:
         """
         op = "HeadExchange.to_heads"
         check_step(op, self.group, meta, self.max_tokens)
-        self._form.check_queries(op, q, meta)
+        self.form.check_queries(op, q, meta)
         (rows, num_heads, width), padded = q.shape, meta.num_tokens_padded
         self._last = (meta, rows)
         if self.world_size == 1:
@@ -153,7 +155,7 @@ class HeadExchange:
             blocks[:, :rows].copy_(heads)
             if rows < padded:
                 blocks[:, rows:].zero_()
-        whole = _block(self._whole, 0, self.world_size * padded, self._form.mine, width)
+        whole = _block(self._whole, 0, self.world_size * padded, self.form.mine, width)
         self._exchange(whole, self._packed[: padded * num_heads * width], padded * width, True)
         return whole
 
@@ -175,10 +177,10 @@ class HeadExchange:
         """
         op = "HeadExchange.to_tokens"
         check_step(op, self.group, meta, self.max_tokens)
-        self._form.check_outputs(op, out, meta, result)
+        self.form.check_outputs(op, out, meta, result)
         if self.world_size == 1:
             return out if result is None else result.copy_(out)
-        padded, width, num_heads = meta.num_tokens_padded, out.shape[2], self._form.num_heads
+        padded, width, num_heads = meta.num_tokens_padded, out.shape[2], self.form.num_heads
         self._exchange(self._packed[: padded * num_heads * width], out.contiguous(), padded * width, False)
         if result is None:
             of, rows = self._last
@@ -201,8 +203,8 @@ class HeadExchange:
     def _exchange(self, received: torch.Tensor, sent: torch.Tensor, per_head: int, heads_come: bool) -> None:
         """All heads of this rank's tokens for its heads of all tokens, or back; as bytes, which collectives know of any dtype."""
         per_head *= sent.element_size()
-        by_rank = [per_head * (end - first) for first, end in self._form.bounds]
-        even = [per_head * self._form.mine] * self.world_size
+        by_rank = [per_head * (end - first) for first, end in self.form.bounds]
+        even = [per_head * self.form.mine] * self.world_size
         sizes = (even, by_rank) if heads_come else (by_rank, even)
         whole, part = received.view(-1).view(torch.uint8), sent.view(-1).view(torch.uint8)
         (self.around or _call)(exchanging_into(whole, part, *sizes, self.group))

@@ -34,6 +34,7 @@ class PeerHeadExchange(PeerMailbox):
 
     Attributes:
         heads: a slice, this rank's heads: :func:`heads_of`.
+        form: what it is made for.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong kind, or there are more ranks than heads.
@@ -54,8 +55,8 @@ class PeerHeadExchange(PeerMailbox):
     ) -> None:
         check_form("PeerHeadExchange", max_tokens, dims, dtype)
         super().__init__(group, max_tokens, dtype, device, timeout, max_sms)
-        self._form = HeadForm(dims, dtype, self.world_size, self.rank)
-        self.heads = self._form.heads
+        self.form = HeadForm(dims, dtype, self.world_size, self.rank)
+        self.heads = self.form.heads
         # The same on all ranks, of which some have one head less.
         most = -(-dims.num_heads // self.world_size)
         room, item = (self.max_tokens if self.world_size > 1 else 0), dtype.itemsize
@@ -80,12 +81,12 @@ class PeerHeadExchange(PeerMailbox):
         if meta is not self._meta:
             self._take(op, meta)
         if self.world_size == 1:
-            self._form.check_queries(op, q, meta)
+            self.form.check_queries(op, q, meta)
         else:
             wrong = self._store(q, self._there)
             if wrong is not True:
                 self._check_status()
-                self._form.check_queries(op, q, meta)
+                self.form.check_queries(op, q, meta)
                 self._again(op, "q", wrong, q, self._there)
         if q.shape[0] != self._rows:
             self._rows = q.shape[0]
@@ -102,12 +103,12 @@ class PeerHeadExchange(PeerMailbox):
         if meta is not self._meta:
             self._take(op, meta)
         if result is not None or self.world_size == 1:
-            self._form.check_outputs(op, out, meta, result)
+            self.form.check_outputs(op, out, meta, result)
         if self.world_size > 1:
             wrong = self._store(out, self._back)
             if wrong is not True:
                 self._check_status()
-                self._form.check_outputs(op, out, meta, result)
+                self.form.check_outputs(op, out, meta, result)
                 self._again(op, "out", wrong, out, self._back)
         if result is not None:
             return result.copy_(out if self.world_size == 1 else self._outputs[: result.shape[0]])
@@ -117,7 +118,7 @@ class PeerHeadExchange(PeerMailbox):
         """Look at a step once."""
         check_step(op, self.group, meta, self.max_tokens)
         self._check_open(op)
-        padded, form = meta.num_tokens_padded, self._form
+        padded, form = meta.num_tokens_padded, self.form
         self._number += 1
         self._step = (meta.num_tokens, meta.num_local_rows, padded, self._number)
         if self.world_size > 1:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..exchange.heads import HeadExchange
+from ..exchange.peer_heads import PeerHeadExchange
 from ..ops.attention.call import attend, attend_ranks
 from ..ops.attention.libraries import apart
 from ..ops.kv_up_project import expand
@@ -36,7 +37,7 @@ def attend_step(
 
 def _by_heads(
     step: LayerStep,
-    heads: HeadExchange,
+    heads: HeadExchange | PeerHeadExchange,
     q: torch.Tensor,
     latents: torch.Tensor,
     projection: Projection,

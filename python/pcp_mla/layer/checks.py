@@ -10,6 +10,7 @@ import torch
 from ..checks import check_last_dim, check_no_gradients, check_not_expanded
 from ..exchange.heads import HeadExchange
 from ..exchange.inputs import check_step
+from ..exchange.peer_heads import PeerHeadExchange
 from ..ops.kv_up_project_checks import check_projection
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
@@ -157,15 +158,15 @@ def check_split(op: str, split: Any, heads: Any, dims: MLADims) -> None:
             raise ValueError(f"{op}: heads must be a HeadExchange for split 'heads', got None")
         return
     for name in ("num_heads", "qk_head_dim", "v_head_dim"):
-        if getattr(heads, name) != getattr(dims, name):
-            raise ValueError(f"{op}: heads must have {name} {getattr(dims, name)}, as dims, got {getattr(heads, name)}")
+        if getattr(heads.form, name) != getattr(dims, name):
+            raise ValueError(f"{op}: heads must have {name} {getattr(dims, name)}, as dims, got {getattr(heads.form, name)}")
 
 
-def check_head_exchange(op: str, heads: HeadExchange, dtype: torch.dtype, meta: PCPMetadata) -> None:
+def check_head_exchange(op: str, heads: HeadExchange | PeerHeadExchange, dtype: torch.dtype, meta: PCPMetadata) -> None:
     """Raise ValueError or TypeError unless the exchange is for this rank's queries in this step, NotImplementedError under a
     compiler."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(f"{op}: split must be tokens or auto under torch.compile, got 'heads'")
     check_step(op, heads.group, meta, heads.max_tokens)
-    if heads.dtype != dtype:
-        raise TypeError(f"{op}: heads must be an exchange of {dtype}, as q, got {heads.dtype}")
+    if heads.form.dtype != dtype:
+        raise TypeError(f"{op}: heads must be an exchange of {dtype}, as q, got {heads.form.dtype}")

@@ -13,6 +13,7 @@ import torch
 
 from ..exchange.heads import HeadExchange
 from ..exchange.latents import LatentExchange
+from ..exchange.peer_heads import PeerHeadExchange
 from ..exchange.peers import PeerExchange
 from ..ops.attention.checks import check_scale
 from ..plan.dims import MLADims
@@ -66,7 +67,7 @@ class MLAPrefill:
         softmax_scale: factor of the scores.
         exchange: of the group, of these widths and this dtype; all layers can share one.
         backend: of :func:`pcp_mla.pcp_attention`.
-        heads: an exchange of queries and outputs, of the same group and the same dims.
+        heads: an exchange of queries and outputs, of the same group, dims and dtype.
         split: ``tokens``; ``heads``; or ``auto``: what costs less, step by step, by what a layer costs on this kind of GPU
             (:mod:`pcp_mla.plan.split_cost`), tokens without ``heads``, on a CPU, under a compiler, with an attention library that
             lacks ``seqused_k``, and for a ``kv_b_proj`` that is more than a weight and a bias. All ranks come to the same: their
@@ -77,7 +78,7 @@ class MLAPrefill:
     softmax_scale: float
     exchange: LatentExchange | PeerExchange
     backend: str = "auto"
-    heads: HeadExchange | None = None
+    heads: HeadExchange | PeerHeadExchange | None = None
     split: str = "auto"
 
     def __post_init__(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..exchange.heads import HeadExchange
+from ..exchange.peer_heads import PeerHeadExchange
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 from ..plan.split_cost import Work, attention_pairs, rates_of, split_seconds
 
 
-def heads_pay(heads: HeadExchange, dims: MLADims, dtype: torch.dtype, meta: PCPMetadata) -> bool:
+def heads_pay(heads: HeadExchange | PeerHeadExchange, dims: MLADims, dtype: torch.dtype, meta: PCPMetadata) -> bool:
     """By what a layer costs on a GPU of this kind; never on a CPU, nor under a compiler. Only numbers that all ranks share are
     looked at: they must come to the same, and have GPUs of one kind."""
     if meta.device.type != "cuda" or torch.compiler.is_compiling():

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..exchange.heads import HeadExchange
+from ..exchange.peer_heads import PeerHeadExchange
 from ..ops.attention.call import check_library, prepared_call, shares_starts
 from ..ops.attention.support import choose, wants_apart
 from ..plan.dims import MLADims
@@ -27,7 +28,7 @@ class Kind(NamedTuple):
     backend: str
     dtype: Any
     cached: bool
-    heads: HeadExchange | None = None
+    heads: HeadExchange | PeerHeadExchange | None = None
     split: str = "tokens"
 
 
