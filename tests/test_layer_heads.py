@@ -217,8 +217,8 @@ class Quantised(torch.nn.Linear):
 
 
 def hooked(weight: torch.Tensor) -> torch.nn.Module:
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).requires_grad_(False)
-    linear.register_forward_hook(lambda module, given, out: out)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0]).requires_grad_(False)
+    linear.register_forward_hook(lambda module, given, out: 2 * out)
     return linear
 
 

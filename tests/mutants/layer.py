@@ -67,6 +67,27 @@ CHANGES = (
         "tests/test_layer_steps.py::test_a_step_goes_with_its_metadata",
     ),
     Change(
+        "a rank expands its neighbour's heads",
+        "python/pcp_mla/layer/steps.py",
+        "slice(mine.start * dims.expanded_dim, mine.stop * dims.expanded_dim)",
+        "slice(0, (mine.stop - mine.start) * dims.expanded_dim)",
+        "tests/test_layer_heads.py::test_played[2-cpu]",
+    ),
+    Change(
+        "a rank decides by its own rows",
+        "python/pcp_mla/layer/split.py",
+        "Work(meta.num_kv_tokens, meta.num_tokens_padded,",
+        "Work(meta.num_kv_tokens, meta.num_tokens,",
+        "tests/test_layer_heads.py::test_all_ranks_decide_alike",
+    ),
+    Change(
+        "hooks of a biased kv_b_proj are left out by heads",
+        "python/pcp_mla/layer/projection.py",
+        "isinstance(kv_b_proj, torch.Tensor) or kv_b_proj._forward_hooks or",
+        "isinstance(kv_b_proj, torch.Tensor) or",
+        "tests/test_layer_heads.py::test_modules_whose_heads_cannot_be_had_alone",
+    ),
+    Change(
         "a library is given q at any address",
         "python/pcp_mla/layer/attend.py",
         " and q.shape[0] and not apart(q):",

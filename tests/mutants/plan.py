@@ -32,6 +32,20 @@ CHANGES = (
         "tests/test_planner.py::test_slots_one_token_at_a_time",
     ),
     Change(
+        "pads of a rank have keys",
+        "csrc/plan_rank_rows.h",
+        "put(0, n, table.keys()[i], count > 0 ? context_end - context + used : 0);",
+        "put(0, n, table.keys()[i], context_end - context + used + (pads ? 1 : 0));",
+        "tests/test_plan_rank_rows.py::test_random_batches",
+    ),
+    Change(
+        "tables of all ranks are of an earlier plan",
+        "python/pcp_mla/planner/buffers.py",
+        "self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = False\n        chunks",
+        "self.tokens_expanded = self.keys_expanded = False\n        chunks",
+        "tests/test_plan_rank_rows.py::test_tables_stay_where_they_are",
+    ),
+    Change(
         "a window of context is one row short",
         "python/pcp_mla/plan/slots.py",
         "prefix = np.clip(context - first, 0, workspace_tokens)",
