@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import json
 from importlib import resources
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .dims import MLADims
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike
 
 
 class Rates(NamedTuple):
@@ -56,7 +56,7 @@ def rates_of(gpu: str) -> Rates:
     return Rates(**next((rates for kind, rates in known.items() if kind in gpu), known["other"]))
 
 
-def attention_pairs(query_lens: NDArray[Any], context_lens: NDArray[Any]) -> float:
+def attention_pairs(query_lens: ArrayLike, context_lens: ArrayLike) -> float:
     queries = np.asarray(query_lens, np.float64)
     return float((queries * (np.asarray(context_lens, np.float64) + (queries + 1) / 2)).sum())
 
