@@ -9,6 +9,7 @@ from batches import random_bytes, same_bits
 from pcp_mla import HeadExchange, PCPMetadata, PCPPlanner, heads_of
 from pcp_mla.exchange import heads as heads_module
 from pcp_mla.groups import group_rank, group_world_size
+from pcp_mla.layer.graphs import PiecewiseGraph
 from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
@@ -173,6 +174,30 @@ def test_collectives_go_by_what_is_around_them():
         assert back.shape == (meta.num_tokens, 4, V)
 
     play(2, run)
+
+
+@pytest.mark.gpu
+def test_graphs_between_the_collectives():
+    """Captured in pieces, replayed with other queries."""
+
+    def run(group):
+        meta = PCPMetadata.build([31], world_size=2, rank=group.rank, device="cuda")
+        exchange, graph = HeadExchange(group, 20, dims_of(5), torch.float32, "cuda"), PiecewiseGraph()
+        q = torch.zeros(meta.num_tokens, 5, QK, device="cuda")
+
+        def layer():
+            return exchange.to_tokens(exchange.to_heads(q, meta)[..., :V] * 2, meta) + 1
+
+        layer()
+        result = graph.capture(layer, [exchange])
+        assert graph.num_pieces == 5
+        for number in range(3):
+            q.copy_(torch.randn(q.shape, generator=torch.Generator().manual_seed(10 * number + group.rank)))
+            graph.replay()
+            assert torch.equal(result, q[..., :V] * 2 + 1)
+
+    with torch.no_grad():
+        play(2, run)
 
 
 def test_made_in_inference_mode_and_used_outside():
