@@ -31,6 +31,7 @@ BENCHMARKS = (
     "merge_states",
     "overlap",
     "planner",
+    "split",
     "kv_up_project",
 )
 HERE = Path(__file__).resolve().parent

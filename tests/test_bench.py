@@ -26,6 +26,7 @@ from bench import (
     plain,
     planner,
     seed,
+    split,
     timing,
     tune_kv_up_project,
 )
@@ -73,6 +74,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "merge_two": lambda: merge_states.make_paths(*partials(2), ["auto"]),
     "planner": plans,
     "restore": lambda: fused_gather.restore_paths(META, 2, ["auto"]),
+    "split": lambda: split.Split(([9], [30], 3, 2), None, 0, "cpu").paths(),
     "tune": lambda: tune_kv_up_project.make_call(70, torch.float32, "cpu")(tune_kv_up_project.DEFAULT),
     "kv_up_project": lambda: kv_up_project.make_paths(64, DIMS, "cpu", ["auto"]),
 }
@@ -178,6 +180,7 @@ def with_other_scale(make: Callable[..., Any]) -> Callable[..., Any]:
         ("merge_two", merge_states, "merge_attn_states", lambda op: spoiled(op, 1)),
         ("restore", fused_gather, "pcp_fused_restore", spoiled),
         ("restore", fused_gather, "pcp_fused_restore", lambda op: spoiled(op, 1)),
+        ("split", split.CopiedHeads, "to_tokens", spoiled),
         pytest.param("tune", tune_kv_up_project, "kv_up_project", lambda op: into(op, 3), marks=INTERPRETED),
         pytest.param("tune", tune_kv_up_project, "kv_up_project", lambda op: into(op, 4), marks=INTERPRETED),
         ("kv_up_project", kv_up_project, "kv_up_project", spoiled),
