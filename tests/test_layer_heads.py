@@ -7,7 +7,6 @@ exact; queries are any numbers.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,10 +16,11 @@ from bench import peers
 from pcp_mla import HeadExchange, LatentExchange, MLADims, MLAPrefill, PCPMetadata, PCPPlanner
 from pcp_mla.groups import group_rank, group_world_size
 from pcp_mla.layer import steps
+from pcp_mla.layer.attend import attend_step
+from pcp_mla.layer.graphs import PiecewiseGraph
 from pcp_mla.ops.attention import support
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
-from test_attention_backends import library  # noqa: F401
 
 peers.load_fa3()
 
@@ -187,168 +187,67 @@ def test_many_layers_of_a_step() -> None:
     assert play(3, rank) == [True] * 3
 
 
-class Untouched:
-    """In place of exchanges: nothing may be exchanged. As a LatentExchange, or as one of heads."""
-
-    def __init__(self, heads: HeadExchange) -> None:
-        for name in ("form", "heads", "max_tokens", "group"):
-            setattr(self, name, getattr(heads, name))
-
-    def publish(self, *_: Any) -> None:
-        pytest.fail("exchanged")
-
-    to_heads = to_tokens = publish
+# Padded plans of one size, the first of which is captured.
+REPLAYED = [
+    CASES["padded plan"],
+    Case([40], [60], options=PADDED),
+    Case([3, 1, 1], [0, 50, 9], [True, False, False], options=PADDED),
+]
 
 
-class Alone:
-    """A rank of two, by itself."""
-
-    rank, world_size = 0, 2
-
-    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
-        raise AssertionError
-
-    def all_to_all_into(self, *_: Any) -> None:
-        raise AssertionError
+def padded_planner(group: Any, device: str) -> PCPPlanner:
+    return PCPPlanner(6, ROOM // 2, group.world_size, group.rank, block_size=BLOCK, device=device, max_kv_tokens=200)
 
 
-class Quantised(torch.nn.Linear):
-    pass
+def planned(planner: PCPPlanner, case: Case, dims: MLADims, dtype: torch.dtype) -> tuple[PCPMetadata, Inputs]:
+    tables = torch.randperm(100, generator=torch.Generator().manual_seed(7)).int().view(4, 25)[: len(case.lengths)]
+    meta = planner.plan(case.lengths, case.contexts, case.prefills, tables.to(planner.device), **case.options)
+    return meta, Inputs(meta, dims, dtype, len(case.lengths))
 
 
-def hooked(weight: torch.Tensor) -> torch.nn.Module:
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0]).requires_grad_(False)
-    linear.register_forward_hook(lambda module, given, out: 2 * out)
-    return linear
+def test_a_step_s_tables_are_those_of_the_plan_that_is_there() -> None:
+    """What a captured graph has of the first plan of a size, addresses and numbers, is right for the others, too."""
+
+    def rank(group: Any) -> bool:
+        layers = Layers(group, MLADims(5, *SMALL), torch.float32, "cpu", "auto")
+        planner, layer = padded_planner(group, "cpu"), layers.layers["heads"]
+        captured: Any = None
+        for case in REPLAYED:
+            meta, x = planned(planner, case, layers.dims, torch.float32)
+            wanted = layers.layers["tokens"](x.q, x.kv_c, x.k_pe, x.weight, meta, x.cache)
+            assert torch.equal(layer(x.q, x.kv_c, x.k_pe, x.weight, meta, x.cache)[: meta.num_tokens], wanted[: meta.num_tokens])
+            captured = captured or next(step for step in steps._steps[meta] if step.heads is not None)
+            part = x.weight[captured.weight_rows]
+            got = attend_step(captured, x.q, x.cache, part, part, meta)
+            assert torch.equal(got[: meta.num_tokens], wanted[: meta.num_tokens])
+        return True
+
+    assert play(3, rank) == [True] * 3
 
 
-MODULES = {"a subclass": lambda w: Quantised(*w.T.shape, bias=False).requires_grad_(False), "hooks": hooked,
-           "a subclass of Tensor": lambda w: w.as_subclass(type("Sharded", (torch.Tensor,), {}))}  # fmt: skip
+@pytest.mark.gpu
+def test_graphs_are_replayed_with_other_plans() -> None:
+    """Captured in pieces between the collectives, over the first plan of a size."""
 
+    def rank(group: Any) -> bool:
+        layers = Layers(group, MLADims(5, *LARGE), torch.bfloat16, "cuda", "auto")
+        planner, layer, graph = padded_planner(group, "cuda"), layers.layers["heads"], PiecewiseGraph()
+        first, given = planned(planner, REPLAYED[0], layers.dims, torch.bfloat16)
 
-def refused(change: Any, error: Any, message: str, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
-    """Nothing is exchanged, and the cache is as it was."""
-    dims = MLADims(5, *SMALL)
-    heads: Any = Untouched(HeadExchange(Alone(), ROOM, dims, dtype))
-    for name, value in changes.items():
-        setattr(heads, name, value)
-    meta = plan(CASES["context"], 2, 0)
-    x = Inputs(meta, dims, torch.float32)
-    layer, before = MLAPrefill(dims, SCALE, heads, "auto", heads, "heads"), x.cache.clone()
-    with pytest.raises(error, match=message):
-        layer(x.q, x.kv_c, x.k_pe, x.weight if change is None else change(x.weight), meta, x.cache)
-    assert torch.equal(x.cache, before)
+        def step() -> torch.Tensor:
+            return layer(given.q, given.kv_c, given.k_pe, given.weight, first, given.cache)
 
+        step()
+        result = graph.capture(step, [layers.exchange, layers.heads])
+        for case in (*REPLAYED, REPLAYED[0]):
+            meta, x = planned(planner, case, layers.dims, torch.bfloat16)
+            for name in ("q", "kv_c", "k_pe", "weight", "cache"):
+                getattr(given, name).copy_(getattr(x, name))
+            graph.replay()
+            wanted = layers.layers["tokens"](x.q, x.kv_c, x.k_pe, x.weight, meta, x.cache)
+            assert torch.equal(result[: meta.num_tokens], wanted[: meta.num_tokens])
+            assert torch.equal(given.cache, x.cache)
+        return True
 
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_whose_heads_cannot_be_had_alone(name: str) -> None:
-    refused(
-        MODULES[name], NotImplementedError, "MLAPrefill: kv_b_proj must be a weight, or a Linear without hooks, for split 'heads'"
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"max_tokens": 15}, ValueError, r"MLAPrefill: meta must have at most 15 tokens a rank \(max_tokens\), got 16"),
-        (
-            {"dtype": torch.bfloat16},
-            TypeError,
-            "MLAPrefill: heads must be an exchange of torch.float32, as q, got torch.bfloat16",
-        ),
-        ({"group": None}, ValueError, "MLAPrefill: meta must be for rank 0 of 1, as the group, got rank 0 of 2"),
-    ],
-)
-def test_exchanges_of_another_kind(changes: Any, error: Any, message: str) -> None:
-    refused(None, error, message, **changes)
-
-
-def test_a_library_without_lengths_of_its_own(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    library("old")
-    dims = MLADims(2, 16, 8, 16, 32)
-    heads: Any = Untouched(HeadExchange(Alone(), ROOM, dims, torch.bfloat16))
-    meta = plan(CASES["odd lengths"], 2, 0)
-    x = Inputs(meta, dims, torch.bfloat16)
-    with pytest.raises(NotImplementedError, match="the rows of all ranks need seqused_k, which this version of fa2 lacks"):
-        MLAPrefill(dims, SCALE, heads, "fa2", heads, "heads")(x.q, x.kv_c, x.k_pe, x.weight, meta)
-    monkeypatch.setattr(steps, "heads_pay", lambda *_: True)
-    kind = steps.Kind(dims, SCALE, "fa2", torch.bfloat16, False, heads, "auto")
-    assert steps.LayerStep(kind, meta).heads is None
-
-
-def test_what_cannot_be_made() -> None:
-    dims = MLADims(5, *SMALL)
-    exchange, heads = LatentExchange(None, ROOM, dims, torch.float32), HeadExchange(None, ROOM, dims, torch.float32)
-    with pytest.raises(ValueError, match="MLAPrefill: heads must be a HeadExchange for split 'heads', got None"):
-        MLAPrefill(dims, SCALE, exchange, split="heads")
-    with pytest.raises(ValueError, match="MLAPrefill: split must be one of auto, tokens, heads, got 'rows'"):
-        MLAPrefill(dims, SCALE, exchange, heads=heads, split="rows")
-    for name, other in (("num_heads", (6, *SMALL)), ("qk_head_dim", (5, 9, 4, 5, 16)), ("v_head_dim", (5, 8, 4, 6, 16))):
-        with pytest.raises(ValueError, match=f"MLAPrefill: heads must have {name} "):
-            MLAPrefill(MLADims(*other), SCALE, exchange, heads=heads)
-    assert MLAPrefill(dims, SCALE, exchange).split == "auto"
-
-
-class TestAuto:
-    """What auto takes, told by whether the exchange of heads is called."""
-
-    def count(self, world: int, projection: Any = None, start: bool = False) -> list[int]:
-        dims = MLADims(5, *SMALL)
-
-        class Counted(HeadExchange):
-            calls = 0
-
-            def to_heads(self, *given: Any) -> torch.Tensor:
-                self.calls += 1
-                return super().to_heads(*given)
-
-        def rank(group: Any) -> int:
-            heads = Counted(group, ROOM, dims, torch.float32)
-            layer = MLAPrefill(dims, SCALE, LatentExchange(group, ROOM, dims, torch.float32), heads=heads)
-            meta = plan(CASES["context"], world, group.rank)
-            x = Inputs(meta, dims, torch.float32)
-            weight = x.weight if projection is None else projection(x.weight)
-            by_tokens = dataclasses.replace(layer, split="tokens")
-            for _ in range(2):
-                out = layer(x.q, x.kv_c, x.k_pe, weight, meta, x.cache)
-                assert torch.equal(out, by_tokens(x.q, x.kv_c, x.k_pe, weight, meta, x.cache))
-            return heads.calls
-
-        return play(world, rank)
-
-    def test_a_cpu(self) -> None:
-        assert self.count(2) == [0, 0]
-
-    def test_by_cost(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = []
-        monkeypatch.setattr(steps, "heads_pay", lambda *given: asked.append(given) or True)
-        assert self.count(2) == [2, 2]
-        assert len(asked) == 2  # once a step and kind on each rank
-        assert self.count(1) == [0]
-
-    @pytest.mark.parametrize("name", MODULES)
-    def test_modules_whose_heads_cannot_be_had_alone(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(steps, "heads_pay", lambda *_: True)
-        assert self.count(2, MODULES[name]) == [0, 0]
-
-
-def test_all_ranks_decide_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what a rank knows of itself alone nothing enters: how many tokens it has, how long its rows are."""
-    from pcp_mla.layer import split
-
-    monkeypatch.setattr(split.torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    seen: list[Any] = []
-    monkeypatch.setattr(split, "split_seconds", lambda *given: seen.append(given) or (1.0, 0.0))
-    dims = MLADims(16, 128, 64, 128, 512)
-    for case in CASES.values():
-        seen.clear()
-        longest = set()
-        for rank in range(3):
-            meta = plan(case, 3, rank)
-            longest.add((meta.rank_rows.max_seqlen_q, meta.rank_rows.max_seqlen_k))
-            object.__setattr__(meta, "device", torch.device("cuda"))
-            heads = HeadExchange(None, ROOM, dims, torch.bfloat16)
-            split.heads_pay(heads, dims, torch.bfloat16, meta)
-        assert len(set(seen)) == 1
-        assert len(seen) == 3
-        assert len(longest) == 1
+    with torch.no_grad():
+        assert play(2, rank) == [True] * 2

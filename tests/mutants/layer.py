@@ -78,14 +78,14 @@ CHANGES = (
         "python/pcp_mla/layer/split.py",
         "Work(meta.num_kv_tokens, meta.num_tokens_padded,",
         "Work(meta.num_kv_tokens, meta.num_tokens,",
-        "tests/test_layer_heads.py::test_all_ranks_decide_alike",
+        "tests/test_layer_split.py::test_all_ranks_decide_alike",
     ),
     Change(
         "hooks of a biased kv_b_proj are left out by heads",
         "python/pcp_mla/layer/projection.py",
         "isinstance(kv_b_proj, torch.Tensor) or kv_b_proj._forward_hooks or",
         "isinstance(kv_b_proj, torch.Tensor) or",
-        "tests/test_layer_heads.py::test_modules_whose_heads_cannot_be_had_alone",
+        "tests/test_layer_split.py::test_modules_whose_heads_cannot_be_had_alone",
     ),
     Change(
         "a library is given q at any address",
