@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pcp_mla import LatentExchange, MLAPrefill
+from pcp_mla import HeadExchange, LatentExchange, MLAPrefill
 from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.played import play
 from stress.attention import backends, can
@@ -33,6 +33,9 @@ def draw_layer(draw: Draw) -> Arguments:
     else:
         dims = (draw.int(1, 3), *(draw.choice([1, 2, 5, 8, 16]) for _ in range(4)))
     dtype = draw.choice(["float32", "float32", "float64", "bfloat16", "float16"])
+    weight, split = draw.choice(["tensor", "linear", "hooked", "pre-hooked", "patched", "subclass"]), "tokens"
+    if weight in ("tensor", "linear") and draw.chance(0.5):
+        dims, split = (draw.int(world, world + 3), *dims[1:]), "heads"
     if not can(backend, dtype_of(dtype), dims[1] + dims[2], dims[3], False, shares_starts=True):
         backend = "auto"
     return {
@@ -45,7 +48,8 @@ def draw_layer(draw: Draw) -> Arguments:
         "dims": dims,
         "dtype": dtype,
         "scale": draw.choice([0.1, 0.35]),
-        "weight": draw.choice(["tensor", "linear", "hooked", "pre-hooked", "patched", "subclass"]),
+        "weight": weight,
+        "split": split,
         "seed": draw.seed(),
         "views": [draw.view(3), draw.view(2), draw.view(2)],
         "cache_view": draw.view(3),
@@ -75,7 +79,7 @@ def projection(kind: str, weight: torch.Tensor) -> torch.Tensor | torch.nn.Modul
 
 
 def check_MLAPrefill(
-    device, backend, step, padding, workspace, block_size, dims, dtype, scale, weight, seed, views, cache_view, pads
+    device, backend, step, padding, workspace, block_size, dims, dtype, scale, weight, split, seed, views, cache_view, pads
 ) -> None:
     sizes, kind = MLADims(*dims), dtype_of(dtype)
     heads, nope, rope, v_dim, lora = dims
@@ -126,7 +130,9 @@ def check_MLAPrefill(
                     wide[i] = values[token]
             return place(wide, view, device)
 
-        layer = MLAPrefill(sizes, scale, LatentExchange(group, meta.num_tokens_padded, sizes, kind, device), backend)
+        form = (group, meta.num_tokens_padded, sizes, kind, device)
+        by_heads = HeadExchange(*form) if split == "heads" else None
+        layer = MLAPrefill(sizes, scale, LatentExchange(*form), backend, by_heads, split)
         latents = laid(new, views[1])
         got = layer(
             laid(queries, views[0]),

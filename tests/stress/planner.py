@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from copy import copy
 from typing import Any
 from unittest.mock import patch
 
@@ -52,6 +54,7 @@ def draw_stream(draw: Draw) -> Arguments:
                 "more_columns": draw.choice([0, 0, 1, 3]),
                 "table_seed": draw.seed(),
                 "keys_first": draw.chance(0.5),
+                "rank_rows": draw.chance(0.5),
                 "overwritten": draw.chance(0.4),
                 "bad": draw.choice(BAD_NAMES) if draw.chance(0.3) else None,
             }
@@ -251,6 +254,33 @@ def compare(meta: Any, plan: PlainPlan, step: Arguments, tables: list[list[int]]
         same("chunk.cu_seqlens_k", chunk.cu_seqlens_k, first_keys, "int32")
         same("chunk.seqused_k", chunk.seqused_k, counts, "int32")
         first += count
+    if step["rank_rows"]:
+        compare_ranks(meta.rank_rows, plan, step)
+
+
+def compare_ranks(got: Any, plan: PlainPlan, step: Arguments) -> None:
+    """The rows of all ranks: each rank's, and its pads."""
+    ranks, padding = [copy(plan) for _ in range(plan.world)], step["padding"]
+    starts: list[int] = []
+    for r, of in enumerate(ranks):
+        of.rank = r
+        lengths = [len(row) for pair in plan.rows[r] for row in pair]
+        starts += [r * plan.rank_tokens + start for start in before(lengths)]
+    starts.append(plan.world * plan.rank_tokens)
+    same("rank_rows.cu_seqlens_q", got.cu_seqlens_q, starts, "int32")
+    total = sum(plan.key_sizes()) if padding is None else padding["num_kv_tokens_padded"]
+    longest = max(b - a for a, b in itertools.pairwise(starts)) if padding is None else plan.rank_tokens
+    assert got.max_seqlen_q == longest
+    by_rank = [of.chunks(None) for of in ranks], [of.chunks(step["workspace_tokens"]) for of in ranks]
+    tables = [(got, list(calls)) for calls in zip(*by_rank[0], strict=True)]
+    tables += [(chunk, list(calls)) for chunk, calls in zip(got.key_chunks, zip(*by_rank[1], strict=True), strict=True)]
+    for where, calls in tables:
+        count, _, _, first_keys, _ = calls[0]
+        counts = [n for call in calls for n in [*call[4], 0]]
+        same("rank_rows.cu_seqlens_k", where.cu_seqlens_k, first_keys * plan.world + first_keys[-1:], "int32")
+        same("rank_rows.seqused_k", where.seqused_k, counts, "int32")
+        most = max([0, *counts]) if padding is None else total if where is got else count
+        assert where.max_seqlen_k == most
 
 
 FAMILIES = [Family(draw_stream, check_planner)]
