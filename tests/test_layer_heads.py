@@ -7,13 +7,14 @@ exact; queries are any numbers.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from bench import peers
-from pcp_mla import HeadExchange, LatentExchange, MLADims, MLAPrefill, PCPMetadata, PCPPlanner
+from pcp_mla import HeadExchange, LatentExchange, MLADims, MLAPrefill, PCPMetadata, PCPPlanner, PeerHeadExchange
 from pcp_mla.groups import group_rank, group_world_size
 from pcp_mla.layer import steps
 from pcp_mla.layer.attend import attend_step
@@ -170,11 +171,30 @@ def test_our_kernel_in_the_interpreter() -> None:
     assert play(2, rank) == [[True, True]] * 2
 
 
-def test_many_layers_of_a_step() -> None:
+class AsPeers(PeerHeadExchange):
+    """Of peers, whose outputs come to lie where the last ones did, the words alone."""
+
+    def __init__(self, heads: HeadExchange) -> None:
+        self._by = heads
+        for name in ("form", "heads", "max_tokens", "group"):
+            setattr(self, name, getattr(heads, name))
+
+    def to_heads(self, q: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
+        return self._by.to_heads(q, meta)
+
+    def to_tokens(self, out: torch.Tensor, meta: PCPMetadata, result: torch.Tensor | None = None) -> torch.Tensor:
+        assert result is None
+        return self._by.to_tokens(out, meta)
+
+
+@pytest.mark.parametrize("by_peers", [False, True])
+def test_many_layers_of_a_step(by_peers: bool) -> None:
     """Steps in turn, and layers of each; the first result is not overwritten by the next layer's."""
 
     def rank(group: Any) -> bool:
         layers = Layers(group, MLADims(5, *SMALL), torch.float32, "cpu", "auto")
+        if by_peers:
+            layers.layers["heads"] = dataclasses.replace(layers.layers["heads"], heads=AsPeers(layers.heads))
         metas = [plan(CASES[name], 3, group.rank) for name in ("context", "decodes")]
         inputs = [Inputs(meta, layers.dims, torch.float32, seed) for seed in (1, 2, 3) for meta in metas]
         outs = {}

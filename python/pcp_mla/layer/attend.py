@@ -49,6 +49,8 @@ def _by_heads(
         queries = heads.to_heads(q, meta)
     out = _attend_all(step, queries, latents, projection, weight, meta)
     with stage("exchange", q):
+        if isinstance(heads, PeerHeadExchange):  # whose next outputs come to lie there; given a result it would copy, too
+            return heads.to_tokens(out, meta).clone()
         return heads.to_tokens(out, meta, q.new_empty(*q.shape[:2], out.shape[2]))
 
 
