@@ -31,11 +31,14 @@ def inputs(metas, dtype, heads=3, seed=0):
     return qs, k, v
 
 
-def check(got, wanted, meta, states=True):
+def check(got, wanted, meta, states=True, exact=True):
     """Bit by bit, rank by rank; pads have nothing."""
     for part, empty, of_rank in zip(got, (0, -torch.inf), zip(*wanted, strict=True), strict=False):
         for rows, own in zip(part.unflatten(0, (meta.world_size, -1)), of_rank, strict=True):
-            assert torch.equal(rows[: len(own)], own[:, HEADS])
+            if exact:
+                assert torch.equal(rows[: len(own)], own[:, HEADS])
+            else:
+                torch.testing.assert_close(rows[: len(own)], own[:, HEADS])
             assert (rows[len(own) :] == empty).all()
     assert states == (got[1] is not None)
 
@@ -52,7 +55,8 @@ def compare(device, backend, dtype, metas):
     ]
     meta, q = metas[0], gathered(qs, metas[0])[:, HEADS]
     got = attend_ranks(backend, q, k[:, HEADS], v[:, HEADS], meta.rank_rows, meta.num_kv_tokens, SCALE, True)
-    check(got, wanted, meta)
+    # What torch multiplies scores and weights by on a GPU depends on how many heads there are.
+    check(got, wanted, meta, exact=(device, backend) != ("cuda", "torch"))
 
 
 @pytest.mark.parametrize(("device", "backend"), ALL)
