@@ -20,7 +20,7 @@ CALLS = []
 CONFIG = SimpleNamespace(
     parallel_config=SimpleNamespace(prefill_context_parallel_size=2, decode_context_parallel_size=1),
     attention_config=SimpleNamespace(use_prefill_query_quantization=False),
-    scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+    scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=3),
     model_config=SimpleNamespace(dtype=torch.float32, max_model_len=50),
     lora_config=None,
     speculative_config=None,
@@ -145,6 +145,8 @@ def played_vllm(folder: Path, monkeypatch: Any) -> Iterator[Callable[..., None]]
         ("taking_rows", False),
         ("layers", []),
         ("max_tokens", 0),
+        ("max_local_tokens", 0),
+        ("heads", None),
         ("workspace_rows", 0),
         ("reserved", False),
         ("told", False),

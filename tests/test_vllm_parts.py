@@ -38,7 +38,7 @@ def test_the_variable(value, names, vllm, monkeypatch):
 def test_the_variable_names_a_part_that_there_is_not(vllm, monkeypatch):
     vllm()
     monkeypatch.setenv(parts.VARIABLE, "prefill,decode")
-    with pytest.raises(ValueError, match="PCP_MLA_VLLM must be 0, 1 or some of exchange, prefill, planner, got 'decode'"):
+    with pytest.raises(ValueError, match="PCP_MLA_VLLM must be 0, 1 or some of exchange, prefill, planner, heads, got 'decode'"):
         register()
     assert not finders()
 
@@ -51,7 +51,7 @@ def test_switch(vllm):
     switch(["exchange"])
     assert parts.enabled == set()
     switch({"prefill"})
-    with pytest.raises(ValueError, match="switch: names must be some of exchange, prefill, planner, got decode"):
+    with pytest.raises(ValueError, match="switch: names must be some of exchange, prefill, planner, heads, got decode"):
         switch(["decode", "prefill"])
     assert parts.enabled == {"prefill"}
 

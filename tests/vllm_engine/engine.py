@@ -105,7 +105,7 @@ def run_waves(llm: Any) -> dict[str, Any]:
 # What workers are asked to do.
 
 
-def begin(worker: Any, names: list[str] | None, workspace: int | None, damage: str | None) -> None:
+def begin(worker: Any, names: list[str] | None, workspace: int | None, damage: str | None, split: str | None) -> None:
     from pcp_mla.integrations.vllm import parts, prefill, switch
     from pcp_mla.integrations.vllm.planner import StepPlanner
     from pcp_mla.integrations.vllm.state import State
@@ -121,6 +121,8 @@ def begin(worker: Any, names: list[str] | None, workspace: int | None, damage: s
     if made is not None:
         limit = State.workspace_rows if workspace is None else max(workspace, STEP)  # a plan keeps new tokens together
         State.planner = StepPlanner(made._manager, limit, made._communicator)
+    if State.heads is not None:
+        State.heads.split = split or "auto"
     worker.whole = getattr(worker, "whole", (prefill.expand_into, prefill.run_rows))
     prefill.expand_into, prefill.run_rows = worker.whole
     if damage is not None:
@@ -197,7 +199,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"phases": []}
     for phase in job["phases"]:
         llm.reset_prefix_cache()
-        llm.collective_rpc(begin, args=(phase.get("switch"), phase.get("workspace"), phase.get("damage")))
+        llm.collective_rpc(begin, args=(phase.get("switch"), phase.get("workspace"), phase.get("damage"), phase.get("split")))
         outputs = run_waves(llm)
         result["phases"].append({"outputs": outputs, "ranks": llm.collective_rpc(end)})
     return result

@@ -23,6 +23,14 @@ PHASES = (
     {"damage": "swap"},
     {"damage": "drop"},
 )
+HEADS = ",".join([*ALL, "heads"])
+SPLIT = (
+    {},
+    {"split": "heads"},
+    {"split": "heads", "workspace": 64},
+    {"split": "heads", "switch": ALL},
+    {"split": "heads", "switch": [*ALL, "heads"], "damage": "swap"},
+)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +163,29 @@ def test_one_part_by_the_environment(part, run, both, truth, room):
     only_some(phase, [part], everything(both[0][5]))
     others = "; ".join(f"{other} not: PCP_MLA_VLLM leaves it out" for other in ALL if other != part)
     assert f"takes the place of vLLM's {part}; {others}" in log
+
+
+@pytest.fixture(scope="module")
+def split(run):
+    return run(2, HEADS, SPLIT)
+
+
+def test_heads_are_shared_out(split, truth, room):
+    """In every step that is planned here, on both ranks, also on one without tokens; on a CPU if that is asked for."""
+    assert "takes the place of vLLM's exchange, prefill, planner, heads\n" in split[1]
+    by_tokens = everything(split[0][0])
+    assert "heads" not in by_tokens
+    for phase in split[0][1:3]:
+        check(phase, truth, room)
+        first, second = ran(phase)
+        assert first == second == by_tokens | {"heads": by_tokens["plan"]}
+    for number in (0, 3):
+        check(split[0][number], truth, room)
+        assert everything(split[0][number]) == by_tokens
+    damaged = split[0][4]
+    assert all(rank["heads"] == by_tokens["plan"] for rank in ran(damaged))
+    assert error(damaged["outputs"], truth) > 1000 * room
+    assert {name for name, output in damaged["outputs"].items() if output["tokens"] != truth[name][0]} >= {"shared", "chunked"}
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,14 @@ def _change(module: ModuleType) -> None:
     if getattr(module, "pcp_mla_changed", False):
         return
     module.pcp_mla_changed = True  # type: ignore[attr-defined]
-    known = set(parts.refused)
+    known, asked = set(parts.refused), set(parts.enabled)
     try:
         HOOKS[module.__name__](module)
     except AttributeError as error:
         for part in parts.PARTS:
             parts.refuse(part, f"this vLLM is not known ({error})")
     for part, why in parts.refused.items():
-        if part not in known:
+        if part not in known and part in asked:
             logger.warning("pcp-mla: %s stays vLLM's own: %s", part, why)
 
 

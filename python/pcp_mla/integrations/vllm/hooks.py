@@ -9,26 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from . import parts
+from . import heads, parts
 from .latents import E4M3
 from .manager import in_pcp_manager
 from .planner import Plan
 from .prefill import FIELD, WORKSPACE, LayerPrefill, is_sparse, refusal
 from .rows import host_rows, step_rows
-from .state import State, exchange_for
+from .state import State, communicator, exchange_for
 
 _SMALL_BYTES = 2**31  # K and V of one call
 
 
 def _on_layer(layer: Any, config: Any) -> None:
     """Look at a layer that was just made, once."""
-    if config.parallel_config.prefill_context_parallel_size <= 1:
+    world_size, scheduler = config.parallel_config.prefill_context_parallel_size, config.scheduler_config
+    if world_size <= 1:
         return
     sparse = is_sparse(layer)
     parts.made("exchange", layer.layer_name, "sparse MLA" if sparse else "")
     why = refusal(layer, config)
     parts.made("prefill", layer.layer_name, why)
-    State.max_tokens = config.scheduler_config.max_num_batched_tokens
+    State.max_tokens = scheduler.max_num_batched_tokens
+    State.max_local_tokens = min(State.max_tokens, -(-State.max_tokens // world_size) + 2 * scheduler.max_num_seqs)
     exchanged = not sparse and "exchange" not in parts.refused
     attended = not why and "prefill" not in parts.refused
     if exchanged:
@@ -37,8 +39,12 @@ def _on_layer(layer: Any, config: Any) -> None:
     if attended:
         ours = LayerPrefill(layer)
         layer.impl.forward_mha, layer.forward_impl = ours.forward_mha, ours.forward_impl
+        why = heads.refusal(ours, State.layers, layer.impl.kv_b_proj, world_size)
         State.layers.append(ours)
         State.workspace_rows = max(State.workspace_rows, _rows_at_a_time(layer, ours.workspace_width(), config.model_config))
+    if "heads" not in parts.enabled:
+        why = "its exchange is made when the engine starts"
+    parts.made("heads", layer.layer_name, why)
     if exchanged or attended:
         _reserve_first(layer)
 
@@ -73,6 +79,8 @@ def _reserve(kv_c: Any, k_pe: Any) -> None:
         width = max(layer.workspace_width() for layer in State.layers)
         WORKSPACE.keep(kv_c, State.workspace_rows * width)
         kv_c.new_empty(State.workspace_rows, width)
+    if {"exchange", "prefill", "heads"} <= parts.running and "planner" in parts.enabled:
+        State.heads = heads.StepHeads(communicator(), State.max_local_tokens, State.layers[0].dims, kv_c)
 
 
 def _take_write(impl: Any) -> None:

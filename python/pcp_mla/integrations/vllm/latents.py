@@ -18,7 +18,7 @@ from .communicator import Communicator
 from .parts import logger
 
 E4M3 = ("fp8", "fp8_e4m3")  # what vLLM calls caches of float8_e4m3fn with a scale
-_TIMEOUT = 300.0  # seconds: ranks compile kernels at their own speed
+TIMEOUT = 300.0  # seconds: ranks compile kernels at their own speed
 
 
 class _Gathered(NamedTuple):
@@ -64,7 +64,7 @@ class StepExchange:
                 self._outgrown.append(found)
             dims, room = MLADims(1, 1, key[3], 1, key[2]), max(self._max_tokens, kv_c.shape[0])
             arguments = (self._communicator, room, dims, kv_c.dtype, kv_c.device)
-            found = choose_exchange(*arguments, timeout=_TIMEOUT) if self._by_peers else LatentExchange(*arguments)
+            found = choose_exchange(*arguments, timeout=TIMEOUT) if self._by_peers else LatentExchange(*arguments)
             self._exchanges[key] = found
             self._attached.clear()
             way = "peers" if isinstance(found, PeerExchange) else "a collective"

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import parts
 from .parts import logger
-from .planner import StepPlanner, refusal
+from .planner import Plan, StepPlanner, refusal
 from .state import State, communicator, tell
 
 
@@ -22,7 +22,7 @@ def _look_at(manager: Any) -> None:
 
 def _planner(manager: Any) -> StepPlanner | None:
     """The planner of a step that is to be planned here, made for the first one."""
-    if not {"planner", "prefill"} <= parts.running:
+    if not parts.runs("planner"):
         return None
     if State.planner is None:
         try:
@@ -31,6 +31,12 @@ def _planner(manager: Any) -> StepPlanner | None:
             parts.made("planner", "manager", f"a manager that is not known ({error})")
             logger.warning("pcp-mla: planner stays vLLM's own: a manager that is not known (%s)", error)
     return State.planner
+
+
+def _share_out_heads(plan: Plan) -> None:
+    """If that costs less."""
+    if State.heads is not None and parts.runs("heads"):
+        plan.rows = plan.rows._replace(heads=State.heads.of(plan.meta))
 
 
 def _tell_later(manager: Any) -> None:
@@ -83,6 +89,7 @@ def in_pcp_manager(module: ModuleType) -> None:
             batch = partition(self, input_batch, *rest, **named)
         else:
             self._global_batch = input_batch
+            _share_out_heads(planner.plan)  # type: ignore[union-attr, arg-type]
         State.batch = batch
         return batch
 

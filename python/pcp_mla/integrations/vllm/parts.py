@@ -20,7 +20,9 @@ PARTS = {
     "exchange": "one packed all-gather of the latents and one cache write, for two all-gathers, concatenations and a write",
     "prefill": "each key expanded once, and one attention call, for the calls over new tokens and context and their merges",
     "planner": "steps without decodes planned by one copy and one launch; needs prefill",
+    "heads": "some heads for the tokens of all ranks, where that costs less than all heads for some tokens; needs the others",
 }
+NEEDS = {"planner": ("prefill",), "heads": ("exchange", "prefill", "planner")}  # without which a part does nothing
 TRIED = "0.26.0 on two GPUs and 0.32.0 on a CPU; written with the sources of 0.33.0 beside it"
 DEFAULT = ("exchange", "prefill", "planner")
 
@@ -72,6 +74,11 @@ def _settle() -> None:
     running.update(part for part in enabled if layers.get(part) and not any(layers[part].values()))
 
 
+def runs(part: str) -> bool:
+    """Whether a part runs here, and those that it needs."""
+    return part in running and running.issuperset(NEEDS.get(part, ()))
+
+
 def made(part: str, layer: str, why: str) -> None:
     """A layer was made that this part takes, or does not take for a reason."""
     layers.setdefault(part, {})[layer] = why
@@ -102,12 +109,14 @@ def summary() -> str:
     taken, waiting = [], []
     for part in PARTS:
         reasons = Counter(reason for reason in layers.get(part, {}).values() if reason)
+        missing = [need for need in NEEDS.get(part, ()) if need not in taken]
         if part in refused:
             waiting.append(f"{part} not: {refused[part]}")
         elif part not in enabled:
-            waiting.append(f"{part} not: {VARIABLE} leaves it out")
-        elif part == "planner" and "prefill" not in taken:
-            waiting.append("planner not: it needs prefill")
+            if part in DEFAULT:
+                waiting.append(f"{part} not: {VARIABLE} leaves it out")
+        elif missing:
+            waiting.append(f"{part} not: it needs {', '.join(missing)}")
         elif reasons:
             made = len(layers[part])
             words = (reason if count == made else f"{reason} in {count} of {made} layers" for reason, count in reasons.items())

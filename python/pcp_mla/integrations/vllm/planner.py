@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...ops.attention.libraries import Rows
+from ...plan.rank_rows import RankRows
 from ...planner.planned import PlannedMetadata
 from ...planner.planner import PCPPlanner
 from . import parts
@@ -43,12 +44,12 @@ def refusal(manager: Any) -> str:
     return ""
 
 
-def step_rows(meta: PlannedMetadata) -> StepRows:
-    """What attention reads, of a plan with block tables."""
+def step_rows(meta: PlannedMetadata, of: PlannedMetadata | RankRows) -> StepRows:
+    """What attention reads, of a plan with block tables: for this rank's rows or those of all."""
     assert meta.kv_rows is not None
     chunks = []
-    for chunk in meta.key_chunks:
-        seqlens = (meta.cu_seqlens_q, chunk.cu_seqlens_k, chunk.seqused_k, meta.max_seqlen_q, chunk.max_seqlen_k)
+    for chunk in of.key_chunks:
+        seqlens = (of.cu_seqlens_q, chunk.cu_seqlens_k, chunk.seqused_k, of.max_seqlen_q, chunk.max_seqlen_k)
         chunks.append(RowChunk(chunk.first_row, chunk.num_rows, Rows(*seqlens, chunk.causal)))
     return StepRows(meta.kv_rows, tuple(chunks), {})
 
@@ -61,7 +62,7 @@ class Plan:
 
     def __init__(self, meta: PlannedMetadata, batch: Any, tables: torch.Tensor) -> None:
         assert meta.slot_mapping is not None
-        self.batch, self.tables, self.rows = batch, tables, step_rows(meta)
+        self.meta, self.batch, self.tables, self.rows = meta, batch, tables, step_rows(meta, meta)
         self.slots, self.hidden_rows = meta.slot_mapping, meta.hidden_restore_idx
 
     def is_of(self, common: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from ...ops.kv_up_project import expand_into, kv_up_project, result_shapes
 from ...plan.dims import MLADims
 from . import parts
 from .latents import E4M3
-from .rows import RowChunk, StepRows
+from .rows import HeadRows, RowChunk, StepRows
 
 FIELD = "pcp_mla_rows"  # of vLLM's prefill metadata: the step's rows, where they are this part's
 _BOUNDARY = 128  # numbers, of which tensors in a kept buffer begin at a multiple: tensor copies want 16 bytes
@@ -48,7 +49,7 @@ def refusal(layer: Any, config: Any) -> str:
     return ""
 
 
-def _is_plain(linear: Any) -> bool:
+def is_plain(linear: Any) -> bool:
     """Whether a product with its weight is all that a module of vLLM's does."""
     method = getattr(linear, "quant_method", None)
     plain = type(linear).__name__ == "ColumnParallelLinear" and type(method).__name__ == "UnquantizedLinearMethod"
@@ -86,6 +87,13 @@ class Workspace:
 WORKSPACE = Workspace()
 
 
+class _Heads(NamedTuple):
+    """All heads of a layer, or those that this rank has of every token: the rows of ``kv_b_proj``'s weight then."""
+
+    dims: MLADims
+    weight_rows: slice | None
+
+
 class LayerPrefill:
     """A layer's ``forward_mha``, and its ``forward_impl`` in steps without decodes. Steps that this part did not plan, and all
     while it is switched off, are vLLM's own."""
@@ -94,20 +102,22 @@ class LayerPrefill:
         impl = layer.impl
         self._own, self._own_impl = impl.forward_mha, layer.forward_impl
         self._layer, self._linear, self._scale = layer, impl.kv_b_proj, impl.scale
-        self._dims = MLADims(
+        self.dims = MLADims(
             num_heads=impl.num_heads,
             qk_nope_head_dim=impl.qk_nope_head_dim,
             qk_rope_head_dim=impl.qk_rope_head_dim,
             v_head_dim=impl.v_head_dim,
             kv_lora_rank=impl.kv_lora_rank,
         )
+        self._all = _Heads(self.dims, None)
+        self._mine: tuple[slice, _Heads] | None = None  # of which of them
         self._quantised = impl.kv_cache_dtype in E4M3
         self._choice: tuple[int, tuple[str, bool]] | None = None  # for the longest row of the last call
 
     def workspace_width(self) -> int:
         """Numbers that a call needs at a time for each of its keys: K and V, what a module gives before K is put together, and
         latents that are gathered first."""
-        dims, plain = self._dims, _is_plain(self._linear)
+        dims, plain = self.dims, is_plain(self._linear)
         latents = dims.latent_dim if self._quantised or not plain else 0
         return dims.num_heads * (dims.qk_head_dim + dims.v_head_dim + (0 if plain else dims.qk_nope_head_dim)) + latents
 
@@ -131,12 +141,33 @@ class LayerPrefill:
         count, out = attn_metadata.num_actual_tokens, output
         if count < output.shape[0]:
             output[count:].zero_()
-            if count == 0:  # a short prompt is all on other ranks
+            if count == 0 and step.heads is None:  # a short prompt is all on other ranks
                 return output
             q, out = q[:count], output[:count]
         cache = kv_cache.view(torch.float8_e4m3fn) if self._quantised else kv_cache
-        self._forward(q, cache, step, self._layer._k_scale, out)
+        out = out.view(count, self.dims.num_heads, self.dims.v_head_dim)
+        if step.heads is None:
+            self._forward(q, cache, step, self._layer._k_scale, out, self._all)
+        else:
+            self._by_heads(q, cache, step.heads, out)
         return output
+
+    def _by_heads(self, q: torch.Tensor, cache: torch.Tensor, step: HeadRows, out: torch.Tensor) -> None:
+        """[T, heads, nope + rope] to [T, heads, v] by way of the ranks that have the heads."""
+        if not is_plain(self._linear):
+            raise RuntimeError(f"pcp_mla: kv_b_proj must stay plain, as the layer was made: set {parts.VARIABLE} without heads")
+        mine = self._heads(step.exchange.heads)
+        whole = step.exchange.to_heads(q, step.meta)
+        found = q.new_empty(whole.shape[0], mine.dims.num_heads, mine.dims.v_head_dim)
+        self._forward(whole, cache, step.rows, self._layer._k_scale, found, mine)
+        step.exchange.to_tokens(found, step.meta, out)
+        parts.counts["heads"] += 1
+
+    def _heads(self, heads: slice) -> _Heads:
+        if self._mine is None or self._mine[0] != heads:
+            dims, width = replace(self.dims, num_heads=heads.stop - heads.start), self.dims.expanded_dim
+            self._mine = heads, _Heads(dims, slice(heads.start * width, heads.stop * width))
+        return self._mine[1]
 
     def forward_mha(
         self,
@@ -155,19 +186,21 @@ class LayerPrefill:
             return
         if output_scale is not None:
             raise NotImplementedError(f"pcp_mla: prefill output must not be quantised: set {parts.VARIABLE}=exchange")
-        self._forward(q, kv_c_and_k_pe_cache, step, k_scale, output)
+        out = output.view(-1, self.dims.num_heads, self.dims.v_head_dim)
+        self._forward(q, kv_c_and_k_pe_cache, step, k_scale, out, self._all)
 
-    def _forward(self, q: torch.Tensor, cache: torch.Tensor, step: StepRows, k_scale: torch.Tensor, output: torch.Tensor) -> None:
-        """[T, heads, nope + rope] to ``output`` [T, heads * v] over the step's keys, which are all in the cache."""
-        out = output.view(-1, self._dims.num_heads, self._dims.v_head_dim)
+    def _forward(
+        self, q: torch.Tensor, cache: torch.Tensor, step: StepRows, k_scale: torch.Tensor, out: torch.Tensor, heads: _Heads
+    ) -> None:
+        """[T, heads, nope + rope] to ``out`` [T, heads, v] over the step's keys, which are all in the cache."""
         scale = k_scale if self._quantised else None
         parts.counts["prefill"] += 1
         *context, new = step.chunks
         if context:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-            self._attend(q, cache, step, new, scale, out, lse)
+            self._attend(q, cache, step, new, scale, heads, out, lse)
             for chunk in context:
-                self._attend(q, cache, step, chunk, scale, out, lse, (out, lse))
+                self._attend(q, cache, step, chunk, scale, heads, out, lse, (out, lse))
             return
         name, apart = self._chosen(q, new.rows)
         kind = name, self._scale
@@ -175,14 +208,14 @@ class LayerPrefill:
         if call is None:  # False where the backend has no such form
             call = step.calls[kind] = prepared_rows(name, new.rows, self._scale) or False
         if call is False:
-            self._attend(q, cache, step, new, scale, out, None)
+            self._attend(q, cache, step, new, scale, heads, out, None)
         else:
-            k, v, *k_pe = self._expand(cache, step.kv_rows, scale, q, apart)
+            k, v, *k_pe = self._expand(cache, step.kv_rows, scale, q, apart, heads)
             call(q, k, v, out, *k_pe)
 
     def _chosen(self, q: torch.Tensor, rows: Rows) -> tuple[str, bool]:
         """The backend for such rows, and whether it takes K in two parts."""
-        dims, longest, choice = self._dims, rows.max_seqlen_q, self._choice
+        dims, longest, choice = self.dims, rows.max_seqlen_q, self._choice
         if choice is None or choice[0] != longest:
             name = choose("auto", q.device, q.dtype, dims.qk_head_dim, dims.v_head_dim, False, longest, True)
             choice = self._choice = longest, (name, wants_apart(name, dims.qk_nope_head_dim, dims.qk_rope_head_dim))
@@ -195,26 +228,29 @@ class LayerPrefill:
         step: StepRows,
         chunk: RowChunk,
         scale: torch.Tensor | None,
+        heads: _Heads,
         out: torch.Tensor,
         lse: torch.Tensor | None,
         prev: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Output over a chunk's keys in ``out`` and its LSE in ``lse`` if it is wanted, merged with ``prev``."""
         name, apart = self._chosen(q, chunk.rows)
-        k, v, *rest = self._expand(cache, step.kv_rows[chunk.first : chunk.first + chunk.num_keys], scale, q, apart)
+        k, v, *rest = self._expand(cache, step.kv_rows[chunk.first : chunk.first + chunk.num_keys], scale, q, apart, heads)
         k_pe = rest[0] if rest else None
         run_rows(name, q, k, v, chunk.rows, self._scale, lse is not None, k_pe, prev=prev, out=out, lse=lse)
 
     def _expand(
-        self, cache: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None, q: torch.Tensor, apart: bool
+        self, cache: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None, q: torch.Tensor, apart: bool, heads: _Heads
     ) -> tuple[torch.Tensor, ...]:
         """K and V of the keys in these rows of the cache, and k_pe if it is to be ``apart``."""
-        dims = self._dims
-        if not _is_plain(self._linear):
+        dims = heads.dims
+        if not is_plain(self._linear):
             # latents of a quantised cache are of the dtype of K, if it is given
             k = None if scale is None else q.new_empty(rows.shape[0], *result_shapes(dims, apart)["k_out"])
             return kv_up_project(cache, rows, None, dims, linear=self._through_module, scale=scale, k_out=k, k_pe_apart=apart)
         weight = self._linear.weight.data  # looked up at every call: engines swap weights
+        if heads.weight_rows is not None:
+            weight = weight[heads.weight_rows]
         results = WORKSPACE.of(rows.shape[0], dims, apart, q)
         if scale is None:
             expand_into(cache, rows, weight, *results)

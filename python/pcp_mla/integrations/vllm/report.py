@@ -37,7 +37,8 @@ def print_report() -> int:
         if part in parts.refused:
             print(f"{part:9} not replaced: {parts.refused[part]}")
         elif part not in names:
-            print(f"{part:9} not replaced: {parts.VARIABLE} leaves it out")
+            why = f"{parts.VARIABLE} leaves it out" if part in parts.DEFAULT else f"off unless {parts.VARIABLE} names it"
+            print(f"{part:9} not replaced: {why}")
         else:
             print(f"{part:9} replaced, with PCP and MLA layers that it takes: {what}")
     return 1 if parts.refused.keys() == parts.PARTS.keys() else 0

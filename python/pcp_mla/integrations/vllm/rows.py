@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ...exchange.heads import HeadExchange
+from ...exchange.peer_heads import PeerHeadExchange
 from ...ops.attention.libraries import Rows
 from ...ops.plan_expand import plan_expand
 from ...plan.partition import IntArray
+from ...planner.planned import PlannedMetadata
 
 
 class RowChunk(NamedTuple):
@@ -27,7 +30,8 @@ class RowChunk(NamedTuple):
 class StepRows(NamedTuple):
     """What the layers of a step share. ``kv_rows`` is int32: the slot of every key, each key once.
 
-    ``calls`` are attention calls that layers share, by backend and scale.
+    ``calls`` are attention calls that layers share, by backend and scale. ``heads`` is there where the step's heads are shared out
+    over the ranks, for layers whose call all ranks make, also those without tokens.
 
     Of several chunks, which are for a workspace that does not hold all keys, the last one has the new tokens, seen causally; those
     before it have context that every query of the request sees.
@@ -36,6 +40,15 @@ class StepRows(NamedTuple):
     kv_rows: torch.Tensor
     chunks: tuple[RowChunk, ...]
     calls: dict[tuple[str, float], Any]
+    heads: HeadRows | None = None
+
+
+class HeadRows(NamedTuple):
+    """The rows of all ranks in the order of ``exchange.to_heads``, and the step as the exchange knows it."""
+
+    rows: StepRows
+    exchange: HeadExchange | PeerHeadExchange
+    meta: PlannedMetadata
 
 
 class HostRows(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 
 from . import parts
 from .communicator import Communicator
+from .heads import StepHeads
 from .latents import StepExchange
 from .parts import logger
 from .planner import StepPlanner
@@ -21,6 +22,8 @@ class State:
     batch: Any = None  # the last step's rows on this rank
     layers: list[LayerPrefill] = []  # noqa: RUF012  the state of a process
     max_tokens = 0  # of a step
+    max_local_tokens = 0  # of a rank's in a step of prefills, whose tokens are shared out
+    heads: StepHeads | None = None
     workspace_rows = 0  # rows of K and V that a call may need, if its keys can be shared out over several
     reserved = False
     taking_rows = False  # while metadata is built for layers whose context this package attends to
