@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from bench import (
     tune_kv_up_project,
 )
 from bench.__main__ import main
+from bench.vllm import __main__ as vllm
 from pcp_mla import MLADims, PCPMetadata, PCPPlanner
 from pcp_mla.exchange import latents
 from pcp_mla.testing.played import play
@@ -241,3 +243,28 @@ def test_local_tokens() -> None:
     assert plain.local_tokens([7, 2], 2, 1)[1].tolist() == [2, 3, 4, 5, 1]
     gathered = torch.tensor([0, 1, 6, 10, -1, 2, 3, 4, 5, 11])
     assert [rows.tolist() for rows in plain.natural_order(gathered, [7, 2], 2)] == [list(range(7)), [10, 11]]
+
+
+def test_sides_of_an_engine_of_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each on the same prompts, the first one of them in turn."""
+    args = SimpleNamespace(parts="exchange,prefill", pcp=2, split="heads", seconds=60)
+    ours = ("exchange", "prefill")
+    assert vllm.sides(SimpleNamespace(**{**vars(args), "pcp": 1})) == {"vllm": ()}
+    assert vllm.sides(SimpleNamespace(**{**vars(args), "split": None})) == {"vllm": (), "ours": ours}
+    assert vllm.sides(args) == {"vllm": (), "ours": ours, "heads": (*ours, "heads")}
+
+    calls: list[Any] = []
+    generated = SimpleNamespace(token_ids=[7])
+    llm = SimpleNamespace(
+        collective_rpc=lambda function, args: calls.append(args[0]),
+        generate=lambda requests, params, use_tqdm: [SimpleNamespace(outputs=[generated]) for _ in requests],
+        llm_engine=SimpleNamespace(reset_prefix_cache=lambda: None),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **_: None))
+        row = vllm.Timer(llm, args).compare([5], 1, 2)
+    order = [(), ours, (*ours, "heads")]
+    assert calls == [*order[::-1], *order, *order[::-1]]
+    assert row["tokens_equal"]
+    vllm.show({"case": "ttft", "prompt": 5, "step_tokens": 9} | row)
+    assert "heads over ours" in capsys.readouterr().out

@@ -27,7 +27,9 @@ def _numbers(text: str) -> list[int]:
 
 def sides(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     ours = tuple(part for part in args.parts.split(",") if part)
-    return {"vllm": (), "ours": ours} if args.pcp > 1 else {"vllm": ()}
+    if args.pcp == 1:
+        return {"vllm": ()}
+    return {"vllm": (), "ours": ours} | ({} if args.split is None else {"heads": (*ours, "heads")})
 
 
 class Timer:
@@ -45,7 +47,7 @@ class Timer:
         return time.monotonic() > self.deadline
 
     def compare(self, lengths: list[int], new: int, repeats: int) -> dict[str, Any]:
-        """Both sides on the same prompts of these lengths, ``repeats`` times after one call of each that is not counted."""
+        """All sides on the same prompts of these lengths, ``repeats`` times after one call of each that is not counted."""
         times: dict[str, list[float]] = {side: [] for side in self.sides}
         equal = True
         for repeat in range(repeats + 1):
@@ -126,13 +128,13 @@ def batches(timer: Timer, args: argparse.Namespace) -> list[dict[str, Any]]:
             timer.seed += 10
             prompts = [engine.prompt(count, timer.seed + i) for i, count in enumerate((5000, 1234, 333, 9001, 3, 700))]
             found = {}
-            for side, names in (("vllm", ()), ("again", ()), ("ours", timer.sides.get("ours", ()))):
+            for side, names in ({"vllm": (), "again": ()} | timer.sides).items():
                 engine.switch(timer.llm, names)
                 engine.forget(timer.llm)
                 order = prompts[::-1] if side == "again" else prompts
                 likely = engine.likely(timer.llm, order, 8)
                 found[side] = likely[::-1] if side == "again" else likely
-            for side in ("again", "ours"):
+            for side in [side for side in found if side != "vllm"]:
                 compared, differ, gap, apart = _differences(found["vllm"], found[side])
                 row = {"case": "batch", "side": side, "turn": turn, "step_tokens": step, "tokens": compared, "differ": differ}
                 row |= {"largest_gap": gap, "largest_logprob_difference": apart}
@@ -195,11 +197,13 @@ def show(row: dict[str, Any]) -> None:
         print(", ".join(words), flush=True)
         return
     text = f"{row['case']:5} {row['prompt']:6} in steps of {row['step_tokens']:5}: "
-    for side in ("vllm", "ours"):
+    for side in ("vllm", "ours", "heads"):
         if f"{side}_ms" in row:
             text += f"{side} {row[f'{side}_ms']:9.2f} (min {row[f'{side}_min_ms']:9.2f}), "
     if "ours_ms" in row:
         text += f"{row['vllm_ms'] / row['ours_ms']:.3f} times, tokens {'equal' if row['tokens_equal'] else 'DIFFER'}, "
+    if "heads_ms" in row:
+        text += f"heads over ours {row['ours_ms'] / row['heads_ms']:.3f} times, "
     print(f"{text}n {row['repeats']}", flush=True)
 
 
@@ -207,6 +211,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.vllm", description=__doc__)
     engine.arguments(parser)
     parser.add_argument("--parts", default=DEFAULT_PARTS, help="of the plug-in that are compared with vLLM's own code")
+    parser.add_argument(
+        "--split",
+        choices=("auto", "heads"),
+        help="a third side, of --parts and heads: in steps where that costs less, or in all",
+    )
     parser.add_argument("--prompts", default="1024,4096,8192,16384,32768,65536,131072")
     parser.add_argument("--steps", default="8192,32768", help="new tokens of a step, at most")
     parser.add_argument("--repeats", type=int, default=7)
@@ -215,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="start no case later than this")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
     args = parser.parse_args(arguments)
-    llm = engine.build(args)
+    llm = engine.build(args, sides(args))
     timer, rows = Timer(llm, args), []
     for name, run in (("batch", batches), ("ttft", first_tokens), ("tpot", decodes)):
         if name in args.cases.split(",") and (name != "batch" or args.pcp > 1):

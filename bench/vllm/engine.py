@@ -7,7 +7,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ def _prepare() -> None:
     torch.set_num_threads(1)
 
 
-def build(args: argparse.Namespace) -> Any:
+def build(args: argparse.Namespace, sides: Mapping[str, Sequence[str]]) -> Any:
+    """An engine in which the parts of every side can be switched on."""
     _prepare()
+    if args.split is not None:
+        os.environ["PCP_MLA_VLLM"] = ",".join(sides["heads"])
     from vllm import LLM
 
     folder = Path(tempfile.gettempdir()) / f"pcp_mla_bench_{args.model}_{args.layers or 'all'}"
@@ -62,6 +65,8 @@ def build(args: argparse.Namespace) -> Any:
         compilation_config=None if args.eager else graphs,
     )
     llm.collective_rpc(_spread)
+    if args.split is not None:
+        llm.collective_rpc(_split, args=(args.split,))
     print(f"engine: {args.model}, tp {args.tp}, pcp {args.pcp}, up in {time.perf_counter() - start:.0f} s", flush=True)
     return llm
 
@@ -128,6 +133,15 @@ def _switch(worker: Any, names: Sequence[str]) -> None:
     from pcp_mla.integrations.vllm import switch
 
     switch(names)
+
+
+def _split(worker: Any, split: str) -> None:
+    from pcp_mla.integrations.vllm import parts
+    from pcp_mla.integrations.vllm.state import State
+
+    if State.heads is None:
+        raise RuntimeError(f"bench.vllm: heads must be a part of the engine: {parts.summary()}")
+    State.heads.split = split
 
 
 def _counts(worker: Any) -> dict[str, int]:

@@ -69,6 +69,8 @@ def _kind(label: str, kernel: str) -> str:
     low = kernel.lower()
     if "publish_latents" in low:  # launched past what the profiler follows, as the next one
         return "exchange: stores to peers"
+    if "exchange_heads" in low:
+        return "heads: stores to peers"
     if "kv_up_project" in low:
         return "kv_b_proj"
     if label == "attention":
@@ -77,6 +79,7 @@ def _kind(label: str, kernel: str) -> str:
             (r"gemm|nvjet|cutlass|xmma", "kv_b_proj"),
             (r"gather", "context gather"),
             (r"merge", "merge"),
+            (r"nccl", "heads: collective"),
             (r"concat|copy", "K concat"),
         ):
             if re.search(pattern, low):
