@@ -8,6 +8,8 @@ exact; queries are any numbers.
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -243,6 +245,22 @@ def test_a_step_s_tables_are_those_of_the_plan_that_is_there() -> None:
         return True
 
     assert play(3, rank) == [True] * 3
+
+
+def test_exchanges_and_plans_are_not_kept() -> None:
+    """What layers know of a step has their exchange of heads, which knows its last step: both go with who made them."""
+    held: list[Any] = []
+
+    def rank(group: Any) -> None:
+        layers = Layers(group, MLADims(5, *SMALL), torch.float32, "cpu", "auto")
+        meta = plan(CASES["context"], 2, group.rank)
+        x = Inputs(meta, layers.dims, torch.float32)
+        layers.layers["heads"](x.q, x.kv_c, x.k_pe, x.weight, meta, x.cache)
+        held.extend(map(weakref.ref, (layers.heads, meta)))
+
+    play(2, rank)
+    gc.collect()
+    assert [of() for of in held] == [None] * 4
 
 
 @pytest.mark.gpu

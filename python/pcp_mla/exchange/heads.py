@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -126,7 +127,9 @@ class HeadExchange:
             self._packed = torch.empty(room * sizes[0], dtype=dtype, device=device)
             # What is returned: the queries of this rank's heads, or the outputs of its tokens.
             self._whole = torch.empty(room * sizes[1], dtype=dtype, device=device)
-        self._last: Any = (None, 0)  # the step of the last queries, and how many rows they had
+        # The step of the last queries, and how many rows they had. By reference: what layers know of a step, which lives as long as
+        # its metadata, has this exchange.
+        self._last: tuple[Callable[[], PCPMetadata | None], int] = (lambda: None, 0)
 
     def to_heads(self, q: torch.Tensor, meta: PCPMetadata) -> torch.Tensor:
         """One collective; none for a world of one.
@@ -148,7 +151,7 @@ class HeadExchange:
         check_step(op, self.group, meta, self.max_tokens)
         self.form.check_queries(op, q, meta)
         (rows, num_heads, width), padded = q.shape, meta.num_tokens_padded
-        self._last = (meta, rows)
+        self._last = (ref(meta), rows)
         if self.world_size == 1:
             return q
         for blocks, heads in self._by_rank(width, padded, q):
@@ -184,7 +187,7 @@ class HeadExchange:
         self._exchange(self._packed[: padded * num_heads * width], out.contiguous(), padded * width, False)
         if result is None:
             of, rows = self._last
-            result = _block(self._whole, 0, rows if of is meta else meta.num_tokens, num_heads, width)
+            result = _block(self._whole, 0, rows if of() is meta else meta.num_tokens, num_heads, width)
         for blocks, heads in self._by_rank(width, padded, result):
             heads.copy_(blocks[:, : result.shape[0]])
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -78,7 +79,7 @@ class PeerHeadExchange(PeerMailbox):
             RuntimeError: an earlier call failed: a rank did not come in time, or made a different call.
         """
         op = "PeerHeadExchange.to_heads"
-        if meta is not self._meta:
+        if meta is None or meta is not self._meta():
             self._take(op, meta)
         if self.world_size == 1:
             self.form.check_queries(op, q, meta)
@@ -100,7 +101,7 @@ class PeerHeadExchange(PeerMailbox):
             As :meth:`to_heads`.
         """
         op = "PeerHeadExchange.to_tokens"
-        if meta is not self._meta:
+        if meta is None or meta is not self._meta():
             self._take(op, meta)
         if result is not None or self.world_size == 1:
             self.form.check_outputs(op, out, meta, result)
@@ -129,7 +130,7 @@ class PeerHeadExchange(PeerMailbox):
         else:
             self._outputs = self._buffer.view(0, form.num_heads, form.v_head_dim)
         self._rows, self._result = meta.num_tokens, self._outputs[: meta.num_tokens]
-        self._meta = meta
+        self._meta = ref(meta)  # what layers know of a step, which lives as long as its metadata, has this exchange
 
     def _store(self, x: torch.Tensor, way: tuple[int, int, int, bool]) -> Any:
         """True; or False or words, where nothing was launched."""

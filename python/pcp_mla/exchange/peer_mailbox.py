@@ -14,7 +14,7 @@ from . import peer_memory
 from .peer_memory import FLAG_BYTES, MAX_PEERS, MAX_SMS, MailboxForm, PeerMemory, PeersUnavailable
 
 _MAX_SECONDS = 86400.0
-UNKNOWN: Any = object()  # no step
+UNKNOWN: Any = object  # no step, nor as a reference to one, of which a call gives what nobody else has
 _kept: dict[int, list[torch.Tensor]] = {}  # by mailbox: memory that other ranks may store to until it is closed
 _TRIED_OUT = FLAG_BYTES - 8 * MAX_PEERS  # where in front of the buffer words are stored to see whether they arrive
 DTYPES = {  # and their numbers in csrc/view.h
