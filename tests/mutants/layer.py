@@ -76,8 +76,8 @@ CHANGES = (
     Change(
         "a rank decides by its own rows",
         "python/pcp_mla/layer/split.py",
-        "Work(meta.num_kv_tokens, meta.num_tokens_padded,",
-        "Work(meta.num_kv_tokens, meta.num_tokens,",
+        "Work(keys, meta.num_tokens_padded,",
+        "Work(keys, meta.num_tokens,",
         "tests/test_layer_split.py::test_all_ranks_decide_alike",
     ),
     Change(

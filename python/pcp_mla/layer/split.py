@@ -18,7 +18,8 @@ def heads_pay(heads: HeadExchange | PeerHeadExchange, dims: MLADims, dtype: torc
         return False
     rates = rates_of(torch.cuda.get_device_name(meta.device))
     queries, contexts, _ = meta.lengths
-    work = Work(meta.num_kv_tokens, meta.num_tokens_padded, attention_pairs(queries, contexts))
+    keys = int(queries.sum() + contexts.sum())  # without pads, of which each rank's plan may have as many as it likes
+    work = Work(keys, meta.num_tokens_padded, attention_pairs(queries, contexts))
     launch = rates.collective if isinstance(heads, HeadExchange) else rates.peers
     by_tokens, by_heads = split_seconds(rates, dims, work, meta.world_size, dtype.itemsize, launch)
     return by_heads < by_tokens
