@@ -114,6 +114,8 @@ def test_what_cannot_be_made() -> None:
     for name, other in (("num_heads", (6, *SMALL)), ("qk_head_dim", (5, 9, 4, 5, 16)), ("v_head_dim", (5, 8, 4, 6, 16))):
         with pytest.raises(ValueError, match=f"MLAPrefill: heads must have {name} "):
             MLAPrefill(MLADims(*other), SCALE, exchange, heads=heads)
+    with pytest.raises(TypeError, match="MLAPrefill: heads must be a HeadExchange or a PeerHeadExchange, got LatentExchange"):
+        MLAPrefill(dims, SCALE, exchange, heads=exchange)
     assert MLAPrefill(dims, SCALE, exchange).split == "auto"
 
 

@@ -150,16 +150,20 @@ def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, 
 
 
 def check_split(op: str, split: Any, heads: Any, dims: MLADims) -> None:
-    """Raise ValueError unless ``split`` is known and ``heads`` can do it: an exchange of the layer's heads."""
+    """Raise ValueError unless ``split`` is known and ``heads`` can do it: an exchange of the layer's heads. TypeError if it is
+    something else."""
     if split not in ("auto", "tokens", "heads"):
         raise ValueError(f"{op}: split must be one of auto, tokens, heads, got {split!r}")
     if heads is None:
         if split == "heads":
             raise ValueError(f"{op}: heads must be a HeadExchange for split 'heads', got None")
         return
+    form = getattr(heads, "form", None)
+    if form is None:
+        raise TypeError(f"{op}: heads must be a HeadExchange or a PeerHeadExchange, got {type(heads).__name__}")
     for name in ("num_heads", "qk_head_dim", "v_head_dim"):
-        if getattr(heads.form, name) != getattr(dims, name):
-            raise ValueError(f"{op}: heads must have {name} {getattr(dims, name)}, as dims, got {getattr(heads.form, name)}")
+        if getattr(form, name) != getattr(dims, name):
+            raise ValueError(f"{op}: heads must have {name} {getattr(dims, name)}, as dims, got {getattr(form, name)}")
 
 
 def check_head_exchange(op: str, heads: HeadExchange | PeerHeadExchange, dtype: torch.dtype, meta: PCPMetadata) -> None:
