@@ -5,20 +5,26 @@ Nothing is measured here. Ranks are in nodes of eight: within one by peers, betw
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from pcp_mla import MLADims
-from pcp_mla.plan.split_cost import attention_pairs, attention_seconds, head_exchange_seconds, rates_of, up_project_seconds
+from pcp_mla.plan.split_cost import (
+    attention_pairs,
+    attention_seconds,
+    head_exchange_seconds,
+    rates_of,
+    up_project_seconds,
+)
 
 NODE, NETWORK, ITEM = 8, 50e9, 2  # ranks; bytes/s of a rank to other nodes; bytes of a value
+MEASURED = ("split_h200x2", "split_h200")  # in results/: two GPUs, and rank 0 played on one
 RATES = rates_of("H100")
 WORLDS = (2, 4, 8, 16, 32, 64)
 STEPS = [(8192, 0), (32768, 0), (131072, 0), (8192, 57344), (8192, 122880)]
-# New tokens, heads, P, and what was measured by tokens, in us (benchmarks.md): rank 0 played on an H100, or P H200.
-PLAYED = [(8192, 16, 8, 198), (32768, 16, 2, 3818), (32768, 16, 8, 1254), (131072, 16, 8, 16098), (32768, 128, 8, 9210)]
-REAL = [(8192, 16, 1, 624), (8192, 16, 2, 365), (32768, 16, 1, 8471), (32768, 16, 2, 4510)]
 
 
 def costs(new: int, context: int, heads: int, world: int) -> tuple[float, float, float]:
@@ -27,8 +33,9 @@ def costs(new: int, context: int, heads: int, world: int) -> tuple[float, float,
     dims = MLADims(heads, 128, 64, 128, 512)
     pairs, keys, rows = attention_pairs([new], [context]), new + context, -(-new // world)
     nodes, inside, far = max(1, world // NODE), min(world, NODE), max(0, world - NODE) / world
-    latents, launch = new * dims.latent_dim * ITEM, RATES.collective if far else RATES.peers
-    publish = launch + latents * ((world - 1) / world / RATES.wire + far / NODE / NETWORK) if world > 1 else 0.0
+    near, latents = RATES.peers, new * dims.latent_dim * ITEM
+    wire = near._replace(launch=RATES.collective.launch) if far else near
+    publish = wire.launch + latents * ((world - 1) / world / wire.rate + far / NODE / NETWORK) if world > 1 else 0.0
 
     def compute(of: int, share: float) -> float:
         """Of so many heads, for so much of all queries."""
@@ -37,8 +44,8 @@ def costs(new: int, context: int, heads: int, world: int) -> tuple[float, float,
     if world == 1:
         return (compute(heads, 1) * 1e6,) * 3
     queries = rows * heads * (dims.qk_head_dim + dims.v_head_dim) * ITEM
-    over_all = head_exchange_seconds(RATES, dims, rows, world, ITEM, launch) + queries * far * (1 / NETWORK - 1 / RATES.wire)
-    within = head_exchange_seconds(RATES, dims, rows, inside, ITEM, RATES.peers)
+    over_all = head_exchange_seconds(wire, dims, rows, world, ITEM) + queries * far * (1 / NETWORK - 1 / wire.rate)
+    within = head_exchange_seconds(near, dims, rows, inside, ITEM)
     by_heads = compute(-(-heads // world), 1) + over_all if heads >= world else math.inf
     by_tokens, nested = compute(heads, 1 / world), compute(-(-heads // inside), 1 / nodes) + within
     return by_tokens * 1e6, by_heads * 1e6, nested * 1e6
@@ -60,8 +67,9 @@ def table(*columns: str) -> str:
 def lines() -> Iterator[str]:
     """Of all tables, in the order of the page."""
     worlds = [f"P = {world}" for world in WORLDS]
-    yield table(*RATES._fields, "network")
-    yield f"| {' | '.join(f'{rate:g}' for rate in (*RATES, NETWORK))} |"
+    yield table("gemm", "attention", "peers", "collective", "network")
+    ways = (f"{wire.launch:g}, {wire.rate:g}" for wire in (RATES.peers, RATES.collective))
+    yield f"| {RATES.gemm:g} | {RATES.attention:g} | {' | '.join(ways)} | {NETWORK:g} |"
     yield table("new (cached)", "heads", "P = 1", *worlds)
     for heads in (16, 128):
         for new, context in STEPS:
@@ -84,9 +92,14 @@ def lines() -> Iterator[str]:
                 return min(others) < by_tokens
 
             yield f"| {what} | {heads} | {' | '.join(first(lambda n, p=p, pays=pays: pays(n, p)) for p in WORLDS)} |"
-    yield table("by tokens, new", "heads", "P", "measured", "by the formula")
-    for new, heads, p, us in PLAYED + REAL:
-        yield f"| {new} | {heads} | {p} | {us} | {costs(new, 0, heads, p)[0]:.0f} |"
+    yield table("new (cached)", "heads", "P", "GPUs", "measured", "by the formula")
+    results = Path(__file__).resolve().parent / "results"
+    for file, gpus in zip(MEASURED, (2, 1), strict=True):
+        for r in json.loads((results / f"{file}.json").read_text())["results"]:
+            step = r["tokens"], r["context"], r["heads"], r["P"]
+            times = " / ".join(f"{r[way]['gpu_us']:.0f}" for way in ("by_tokens", "by_heads"))
+            formula = " / ".join(f"{us:.0f}" for us in costs(*step)[:2])
+            yield f"| {step[0]} ({step[1]}) | {step[2]} | {step[3]} | {gpus} | {times} | {formula} |"
 
 
 if __name__ == "__main__":

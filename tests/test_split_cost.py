@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pcp_mla import MLADims
-from pcp_mla.plan.split_cost import Rates, Work, attention_pairs, rates_of, split_seconds
+from pcp_mla.plan.split_cost import Rates, Wire, Work, attention_pairs, rates_of, split_seconds
 
 H100 = rates_of("NVIDIA H100 80GB HBM3")
 
@@ -20,10 +20,9 @@ def work(new, context, world):
     return Work(new + context, -(-new // world), attention_pairs(np.array([new]), np.array([context])))
 
 
-def gain(new, context, heads, world, rates=H100, launch=None):
+def gain(new, context, heads, world, rates=H100, way="peers"):
     """Microseconds that heads save."""
-    launch = rates.peers if launch is None else launch
-    by_tokens, by_heads = split_seconds(rates, dims(heads), work(new, context, world), world, 2, launch)
+    by_tokens, by_heads = split_seconds(rates, dims(heads), work(new, context, world), world, 2, getattr(rates, way))
     return 1e6 * (by_tokens - by_heads)
 
 
@@ -32,11 +31,11 @@ def test_by_hand():
     heads' queries and outputs."""
     up = 2 * 32768 * 16 * 256 * 512 / 640e12
     sent = 4096 * 14 * 320 * 2 / 370e9
-    assert gain(32768, 0, 16, 8) == pytest.approx(1e6 * (up * 7 / 8 - sent - 2 * 12e-6))
-    attention = 2 * (32768 * 32769 / 2) * 16 / 8 * 320 / 700e12
-    by_tokens, by_heads = split_seconds(H100, dims(16), work(32768, 0, 8), 8, 2, 12e-6)
+    assert gain(32768, 0, 16, 8) == pytest.approx(1e6 * (up * 7 / 8 - sent - 2 * 7e-6))
+    attention = 2 * (32768 * 32769 / 2) * 16 / 8 * 320 / 750e12
+    by_tokens, by_heads = split_seconds(H100, dims(16), work(32768, 0, 8), 8, 2, Wire(7e-6, 370e9))
     assert by_tokens == pytest.approx(up + attention)
-    assert by_heads == pytest.approx(up / 8 + attention + sent + 24e-6)
+    assert by_heads == pytest.approx(up / 8 + attention + sent + 14e-6)
 
 
 def test_pairs():
@@ -48,11 +47,12 @@ def test_pairs():
 
 def test_where_heads_begin_to_pay():
     """Points of docs/scaling.md: with no context, tokens below; behind a long one, heads."""
-    assert gain(8800, 0, 16, 8) < 0 < gain(8900, 0, 16, 8)
-    assert gain(1100, 0, 128, 8) < 0 < gain(1115, 0, 128, 8)
-    assert gain(8192, 16400, 16, 2) < 0 < gain(8192, 16500, 16, 2)
+    assert gain(5150, 0, 16, 8) < 0 < gain(5200, 0, 16, 8)
+    assert gain(640, 0, 128, 8) < 0 < gain(655, 0, 128, 8)
+    assert gain(8192, 13350, 16, 2) < 0 < gain(8192, 13400, 16, 2)
     assert gain(8192, 120 * 1024, 16, 8) > 650
-    assert gain(33000, 0, 16, 8, launch=H100.collective) < 0 < gain(34000, 0, 16, 8, launch=H100.collective)
+    assert gain(8192, 39700, 16, 2, way="collective") < 0 < gain(8192, 39900, 16, 2, way="collective")
+    assert gain(2**20, 0, 16, 8, way="collective") < 0
 
 
 def test_more_context_more_heads_more_tokens():
@@ -69,22 +69,22 @@ def test_more_context_more_heads_more_tokens():
 
 def test_a_faster_wire_is_for_heads_and_a_faster_gemm_for_tokens():
     base = gain(8192, 8192, 16, 8)
-    assert gain(8192, 8192, 16, 8, H100._replace(wire=2 * H100.wire)) > base
+    assert gain(8192, 8192, 16, 8, H100._replace(peers=Wire(7e-6, 740e9))) > base
     assert gain(8192, 8192, 16, 8, H100._replace(gemm=2 * H100.gemm)) < base
-    assert gain(8192, 8192, 16, 8, H100._replace(peers=H100.collective)) == pytest.approx(base - 66)
+    assert gain(8192, 8192, 16, 8, H100._replace(peers=Wire(10e-6, 370e9))) == pytest.approx(base - 6)
 
 
 def test_heads_that_do_not_share_out_evenly():
     """The rank with one more computes more attention than by tokens; long rows are not for that."""
     assert gain(131072, 0, 16, 8) > 0 > gain(131072, 0, 17, 8)
     assert gain(1024, 131072, 17, 4) > 0
-    assert split_seconds(H100, dims(5), work(4096, 0, 8), 8, 2, 0.0)[1] == math.inf
+    assert split_seconds(H100, dims(5), work(4096, 0, 8), 8, 2, H100.peers)[1] == math.inf
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-40GB", ""])
 def test_rates_of_kinds(name):
     rates = rates_of(name)
     assert isinstance(rates, Rates)
-    assert all(1e-6 < rate < 1e-3 for rate in rates[3:])
-    assert all(1e10 < rate < 1e16 for rate in rates[:3])
-    assert (rates.wire < H100.wire) == ("H" not in name)
+    assert all(1e-6 < wire.launch < 1e-3 and 1e10 < wire.rate < 1e12 for wire in rates[2:])
+    assert all(1e13 < rate < 1e16 for rate in rates[:2])
+    assert (rates.peers.rate < H100.peers.rate) == ("H" not in name)

@@ -20,6 +20,6 @@ def heads_pay(heads: HeadExchange | PeerHeadExchange, dims: MLADims, dtype: torc
     queries, contexts, _ = meta.lengths
     keys = int(queries.sum() + contexts.sum())  # without pads, of which each rank's plan may have as many as it likes
     work = Work(keys, meta.num_tokens_padded, attention_pairs(queries, contexts))
-    launch = rates.collective if isinstance(heads, HeadExchange) else rates.peers
-    by_tokens, by_heads = split_seconds(rates, dims, work, meta.world_size, dtype.itemsize, launch)
+    wire = rates.collective if isinstance(heads, HeadExchange) else rates.peers
+    by_tokens, by_heads = split_seconds(rates, dims, work, meta.world_size, dtype.itemsize, wire)
     return by_heads < by_tokens

@@ -19,20 +19,30 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
+class Wire(NamedTuple):
+    """Of a way to exchange.
+
+    Attributes:
+        launch: seconds of an exchange without its bytes, launch and barrier.
+        rate: bytes/s that a rank sends to others, while it receives as many.
+    """
+
+    launch: float
+    rate: float
+
+
 class Rates(NamedTuple):
-    """Of a GPU, as measured.
+    """Of a GPU, as measured (``bench kv_up_project``, ``attention`` and ``heads``).
 
     Attributes:
         gemm, attention: FLOP/s of the up-projection, of attention over long rows.
-        wire: bytes/s that a rank sends to others, while it receives as many.
-        peers, collective: seconds of an exchange without its bytes, launch and barrier: by stores to peers, by a collective.
+        peers, collective: exchanges by stores to peers, and by a collective and what packs for it.
     """
 
     gemm: float
     attention: float
-    wire: float
-    peers: float
-    collective: float
+    peers: Wire
+    collective: Wire
 
 
 class Work(NamedTuple):
@@ -53,7 +63,8 @@ class Work(NamedTuple):
 def rates_of(gpu: str) -> Rates:
     """Those of the kind that the GPU's name has in it (``data/split_cost.json``). Of another kind the wire counts as a slow one."""
     known = json.loads((resources.files("pcp_mla") / "data" / "split_cost.json").read_text())
-    return Rates(**next((rates for kind, rates in known.items() if kind in gpu), known["other"]))
+    rates = next((rates for kind, rates in known.items() if kind in gpu), known["other"])
+    return Rates(rates["gemm"], rates["attention"], Wire(**rates["peers"]), Wire(**rates["collective"]))
 
 
 def attention_pairs(query_lens: ArrayLike, context_lens: ArrayLike) -> float:
@@ -71,16 +82,16 @@ def attention_seconds(rates: Rates, dims: MLADims, pairs: float, heads: float) -
     return 2.0 * pairs * heads * (dims.qk_head_dim + dims.v_head_dim) / rates.attention
 
 
-def head_exchange_seconds(rates: Rates, dims: MLADims, rows: int, world_size: int, itemsize: int, launch: float) -> float:
+def head_exchange_seconds(wire: Wire, dims: MLADims, rows: int, world_size: int, itemsize: int) -> float:
     """Queries out and outputs back, for the rank that sends or receives most: that of the fewest heads, or of the most."""
     fewest, most = dims.num_heads // world_size, -(-dims.num_heads // world_size)
     heads = max(dims.num_heads - fewest, (world_size - 1) * most)
-    return 2 * launch + float(rows) * heads * (dims.qk_head_dim + dims.v_head_dim) * itemsize / rates.wire
+    return 2 * wire.launch + float(rows) * heads * (dims.qk_head_dim + dims.v_head_dim) * itemsize / wire.rate
 
 
-def split_seconds(rates: Rates, dims: MLADims, work: Work, world_size: int, itemsize: int, launch: float) -> tuple[float, float]:
+def split_seconds(rates: Rates, dims: MLADims, work: Work, world_size: int, itemsize: int, wire: Wire) -> tuple[float, float]:
     """What the two ways, by tokens and by heads, do not have in common, for the rank with most to do: of values of ``itemsize``
-    bytes, an exchange without bytes taking ``launch`` seconds. Fewer heads than ranks cannot be shared out: infinity."""
+    bytes, which take this wire. Fewer heads than ranks cannot be shared out: infinity."""
     heads = dims.num_heads
     by_tokens = up_project_seconds(rates, dims, work.keys, heads)
     if heads < world_size:
@@ -88,4 +99,4 @@ def split_seconds(rates: Rates, dims: MLADims, work: Work, world_size: int, item
     most = -(-heads // world_size)
     by_tokens += attention_seconds(rates, dims, work.pairs, heads / world_size)
     by_heads = up_project_seconds(rates, dims, work.keys, most) + attention_seconds(rates, dims, work.pairs, most)
-    return by_tokens, by_heads + head_exchange_seconds(rates, dims, work.rows, world_size, itemsize, launch)
+    return by_tokens, by_heads + head_exchange_seconds(wire, dims, work.rows, world_size, itemsize)
