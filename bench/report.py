@@ -52,6 +52,13 @@ EXCHANGE = """Two all-gathers, two restores and a cache write in torch beside on
 beside stores to the caches of all ranks by one kernel ([peers.md](peers.md)), in a CUDA graph. The last columns are that
 kernel's with so many multiprocessors."""
 
+HEADS = """Queries of a rank's tokens to the ranks that have their heads, and outputs back ([peers.md](peers.md)): both ways, in
+a CUDA graph, by one all-to-all each way with what packs for it, and by stores to the other ranks. The last column is these with
+so many multiprocessors."""
+
+SPLIT = """One layer by tokens, by heads, and as `split="auto"` chooses, by peers: GPU time on the slowest rank.
+[scaling.md](scaling.md) has the same beside what is computed, and rank 0 of P played."""
+
 MERGE = """bf16, 128 wide, LSEs in FlashAttention's layout; "torch" is the textbook formula."""
 
 CP_MERGE = """Over a group, 128 heads, in a CUDA graph, µs."""
@@ -151,6 +158,12 @@ def ranks_cells(r: dict[str, Any]) -> list[Any]:
 def exchange_cells(r: dict[str, Any]) -> list[Any]:
     times = (us(r, "seed,ours,peers", key, digits) for key, digits in (("launches", 0), ("graph_us", 1), ("cpu_us", 0)))
     return [r["tokens"], r["ranks"], *times, " / ".join(f"{t:.0f}" for t in r["peers"]["by_sms"].values()) or "-"]
+
+
+def heads_cells(r: dict[str, Any]) -> list[Any]:
+    times = (us(r, "nccl,peers", key, digits) for key, digits in (("launches", 0), ("graph_us", 1), ("cpu_us", 0)))
+    by_sms = " / ".join(f"{t:.0f}" for t in r["peers"]["by_sms"].values()) or "-"
+    return [r["tokens"], r["ranks"], r["heads"], f"{r['bytes'] / 1e6:.0f}", *times, by_sms]
 
 
 def merge_cells(r: dict[str, Any]) -> list[Any]:
@@ -259,6 +272,28 @@ def lines() -> Iterator[str]:
         OVERLAP,
         "T | P | exchange | projection alone | one behind the other | side by side",
         lambda r: [r["tokens"], r["ranks"], r["exchange"], *(us(r, path) for path in ("projection", "serial", "beside"))],
+    )
+    yield from section(
+        "Exchange of heads",
+        "heads_h200x2",
+        HEADS,
+        "T | P | heads | MB a rank sends | launches, collective / peers | graph µs, collective / peers | CPU µs, the same "
+        "| peers, 8 / 16 / 32 / 64 SMs",
+        heads_cells,
+    )
+    yield from section(
+        "The layer by tokens and by heads",
+        "split_h200x2",
+        SPLIT,
+        "new tokens (cached) | heads | P | launches, tokens / heads | µs, tokens / heads / auto | tokens / heads",
+        lambda r: [
+            f"{r['tokens']} ({r['context']})",
+            r["heads"],
+            r["P"],
+            us(r, "by_tokens,by_heads", "launches"),
+            us(r, "by_tokens,by_heads,auto"),
+            f"{r['by_tokens']['gpu_us'] / r['by_heads']['gpu_us']:.2f}",
+        ],
     )
     yield from section(
         "Merges",
