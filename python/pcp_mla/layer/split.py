@@ -10,6 +10,8 @@ from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 from ..plan.split_cost import Work, attention_pairs, rates_of, split_seconds
 
+SPLITS = ("auto", "tokens", "heads")  # of MLAPrefill, and of all that pass one on to it
+
 
 def heads_pay(heads: HeadExchange | PeerHeadExchange, dims: MLADims, dtype: torch.dtype, meta: PCPMetadata) -> bool:
     """By what a layer costs on a GPU of this kind; never on a CPU, nor under a compiler. Only numbers that all ranks share are
