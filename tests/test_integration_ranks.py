@@ -378,9 +378,9 @@ def test_without_the_switch_nothing_is_added(stock: Any, monkeypatch: pytest.Mon
 
     def rank(group: Any) -> list[int]:
         model, gathers = copy_sharing_weights(stock), []
+        enable_pcp(model, group)
         gather = group.all_gather
         group.all_gather = lambda rows: gathers.append(rows) or gather(rows)
-        enable_pcp(model, group)
         counts = []
         for call in (lambda: prefill(model, [[1, 2, 3]]), lambda: decode(model, [1]), lambda: model(torch.tensor([[1, 2]]))):
             call()

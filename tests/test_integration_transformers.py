@@ -185,10 +185,10 @@ def stock_rows(model: Any, prefixes: list[list[int]], new: list[list[int]]) -> t
     return torch.cat([stock_logits(model, [old + n])[-len(n) :] for old, n in zip(prefixes, new, strict=True) if n])
 
 
-def chunked_then_shared(model: Any, group: Any, layout: str = "unpadded") -> list[torch.Tensor]:
+def chunked_then_shared(model: Any, group: Any, layout: str = "unpadded", split: str = "auto") -> list[torch.Tensor]:
     """A prefill in steps; requests that share its first one's prefix, up to within a block; a decode; an extension in steps."""
     first, new = prompts([43, 5]), prompts([0, 6, 9, 4])
-    enable_pcp(model, group, layout)
+    enable_pcp(model, group, layout, split)
     logits = [prefill(model, first, chunk_tokens=10)]
     logits.append(prefill(model, new, chunk_tokens=7, prefix=[(0, 43), (0, 21), (0, 32), None]))
     logits.append(decode(model, [1, 2, 3, 4]))

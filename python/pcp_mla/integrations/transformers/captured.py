@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...exchange.heads import HeadExchange
 from ...exchange.latents import LatentExchange
 from ...groups import group_rank, group_world_size
 from ...layer.graphs import PiecewiseGraph
+from ...layer.steps import Kind, LayerStep
 from ...plan.metadata import PCPMetadata
 from ...planner.planner import PCPPlanner
 from .context import PCPContext
 from .model_step import local_tokens, run_modules
 from .paged_cache import BLOCK_SIZE
+from .split import own_heads
 from .steps import Batch, PCPStep
 
 
@@ -27,6 +30,7 @@ class _Capture:
 
     tokens: int
     keys: int
+    split: str
     ids: torch.Tensor
     positions: torch.Tensor
     hidden: torch.Tensor | None
@@ -64,6 +68,8 @@ class CapturedSteps:
         )
         self._cache = weakref.ref(cache)  # a graph that is outdated must not keep the cache that it was bound to
         self._exchange = LatentExchange(group, tokens, context.dims, cache.dtype, cache.device)
+        heads = None if decode else context.heads
+        self._heads = None if heads is None else HeadExchange(group, tokens, heads, cache.dtype, cache.device)
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others find its memory in the pool.
         self._captures = [self._capture(pool, *size) for size in sorted(sizes, reverse=True)][::-1]
@@ -81,21 +87,43 @@ class CapturedSteps:
             num_kv_tokens_padded=keys,
         )
 
-    def _call(self, meta: PCPMetadata, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with self._context.running(PCPStep(meta, self._exchange, self._decode)):
+    def _split(self, tokens: int, keys: int) -> str:
+        """How all steps of a size are shared out: as one that fills it would be. In a graph that is settled, and steps that some
+        ranks run call by call must do as the graph does."""
+        context, planner, heads = self._context, self._planner, self._heads
+        if context.heads is None or heads is None:
+            return "tokens"
+        if context.split != "auto":
+            return context.split
+        if own_heads(self._model, context.dims)[1]:  # by now
+            return "tokens"
+        pads = 2 * planner.world_size if planner.layout == "padded" else 0
+        new = max(0, min(keys - pads, planner.world_size * tokens))
+        while planner.largest_rank([new]) > tokens:  # chunks of a request are rounded up
+            new -= 1
+        table = np.arange(-(-keys // BLOCK_SIZE), dtype=np.int32)[None]
+        meta = self._plan(tokens, keys, Batch([new], [max(0, keys - pads - new)], table))
+        scale = self._model.model.layers[0].self_attn.scaling
+        kind = Kind(context.heads, scale, "auto", context.blocks.cache.dtype, True, heads, "auto")
+        return "tokens" if LayerStep(kind, meta).heads is None else "heads"
+
+    def _call(self, meta: PCPMetadata, split: str, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with self._context.running(PCPStep(meta, self._exchange, self._decode, self._heads, split)):
             return run_modules(self._model, ids, positions)
 
     def _capture(self, pool: Any, tokens: int, keys: int) -> _Capture:
         device = self._planner.device
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
             ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=device) for _ in range(2))
+        split = self._split(tokens, keys)
         # No requests: nothing is written to the cache.
         meta = self._plan(tokens, keys, Batch([], [], np.zeros((0, 1), np.int32)))
         graph = PiecewiseGraph(pool, device)
-        self._call(meta, ids, positions)
-        hidden = graph.capture(lambda: self._call(meta, ids, positions), [self._exchange])
+        self._call(meta, split, ids, positions)
+        exchanges = [exchange for exchange in (self._exchange, self._heads) if exchange is not None]
+        hidden = graph.capture(lambda: self._call(meta, split, ids, positions), exchanges)
         self._context.in_collectives = False
-        return _Capture(tokens, keys, ids, positions, hidden, graph)
+        return _Capture(tokens, keys, split, ids, positions, hidden, graph)
 
     def run(self, batch: Batch, natural: torch.Tensor) -> tuple[PCPMetadata, torch.Tensor] | None:
         """The step's plan and its last hidden states with pads [Np, hidden], valid until the next step; None if no graph has room
@@ -121,6 +149,6 @@ class CapturedSteps:
             for outdated in self._captures:  # their memory goes with them
                 outdated.graph = outdated.hidden = None
         if capture.graph is None or capture.hidden is None:
-            return meta, self._call(meta, capture.ids, capture.positions)
+            return meta, self._call(meta, capture.split, capture.ids, capture.positions)
         capture.graph.replay()
         return meta, capture.hidden

@@ -26,6 +26,8 @@ class PCPContext:
     Attributes:
         group, world_size, rank, layout: as enabled.
         dims: widths of its attention.
+        heads, split: widths of what this rank's exchange of heads exchanges, and how prefill steps are shared out; ``None`` and
+            ``tokens`` where that is by tokens alone.
         blocks: the latent cache of all layers.
         requests: those that the last :func:`prefill` started; a step that fails leaves them as they were.
         planner, decode_planner: for steps of the group, and for those that each rank makes on its own.
@@ -48,6 +50,8 @@ class PCPContext:
     planner: StepPlanner
     decode_planner: StepPlanner
     turns: Turns
+    heads: MLADims | None = None
+    split: str = "tokens"
     comparison: Comparison | None = None
     replaced: list[ReplacedForward] = field(default_factory=list)
     offloaded: bool = False

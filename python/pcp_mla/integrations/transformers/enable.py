@@ -21,11 +21,12 @@ from .forwards import ReplacedForward
 from .model_step import attention_forward
 from .paged_cache import BLOCK_SIZE, LatentBlocks
 from .requests import is_pair
+from .split import agree_on_heads, check_split
 from .steps import StepPlanner
 from .turns import Turns
 
 
-def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCPContext:
+def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split: str = "auto") -> PCPContext:
     """Make ``model`` compute its attention by prefill context parallelism, until :func:`disable_pcp`.
 
     Args:
@@ -34,25 +35,33 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded") -> PCP
         group: a ``torch.distributed`` process group, a :class:`PlayedGroup`, or None for a world of one rank. Played ranks need a
             model each: see :func:`copy_sharing_weights`.
         layout: as :func:`pcp_mla.partition`.
+        split: of prefill steps, as :class:`pcp_mla.MLAPrefill`: ``tokens``; ``heads``, by an exchange of queries and outputs beside
+            that of latents; or ``auto``, which is ``tokens`` on a CPU, and where ``heads`` is refused. The same on all ranks.
 
     Raises:
-        TypeError: another kind of model.
-        ValueError: unknown layout, the model is under PCP already, or has no weights. It is as it was after any error.
-        NotImplementedError: rope frequencies that depend on the length of the input.
+        TypeError: another kind of model, or for ``heads`` a group that has no all-to-all.
+        ValueError: unknown layout or split, the model is under PCP already, or has no weights; on every rank, if their splits
+            differ or, for ``heads``, there are fewer heads than ranks. It is as it was after any error.
+        NotImplementedError: rope frequencies that depend on the length of the input; on every rank, for ``heads``, if on any of
+            them a ``kv_b_proj`` is more than a weight and a bias.
     """
     check_model("enable_pcp", model)
     check_layout("enable_pcp", layout, "replicate")
+    check_split(split)
     if "_pcp" in model.__dict__:
         raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
     dims, place = model_dims(model), model_place(model)
     world, rank = group_world_size(group, "enable_pcp"), group_rank(group)
     attentions = [layer.self_attn for layer in model.model.layers]
     blocks = LatentBlocks(model.config.num_hidden_layers, dims.latent_dim, *place)
-    planner, decode_planner = (StepPlanner(g, layout, dims, *place) for g in (group, None))
+    heads = agree_on_heads(model, group, split, dims, place[1])
+    split = "tokens" if heads is None else split
+    planner = StepPlanner(group, layout, dims, *place, heads, split)
+    decode_planner = StepPlanner(None, layout, dims, *place)
     turns = Turns(blocks.lock, world, place[1])
     checks = os.environ.get("PCP_MLA_CHECK") == "1" and group is not None
     comparison = Comparison(group, place[1]) if checks else None
-    context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner, turns, comparison)
+    context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner, turns, heads, split, comparison)
     context.offloaded = model.model.embed_tokens.weight.is_meta
     try:
         for attention in attentions:

@@ -48,7 +48,7 @@ def attention_forward(
             torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, None)
             attended = latent_attention(q, weight, step.meta, cache, dims, attention.scaling)
         else:
-            layer = MLAPrefill(dims, attention.scaling, step.exchange)
+            layer = MLAPrefill(dims, attention.scaling, step.exchange, heads=step.heads, split=step.split)
             attended = layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, cache)
     out = attended.flatten(1)
     if rows < tokens:  # of a rank without tokens, see run_step

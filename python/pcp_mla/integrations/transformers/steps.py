@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ...exchange.heads import HeadExchange
 from ...exchange.latents import LatentExchange
 from ...groups import Group, group_rank, group_world_size
 from ...plan.dims import MLADims
@@ -19,11 +20,14 @@ from .paged_cache import BLOCK_SIZE, CachedRequests
 
 @dataclass
 class PCPStep:
-    """A running step: its plan, the exchange of its latents, and whether it is a decode step, each request having one token."""
+    """A running step: its plan, the exchange of its latents, whether it is a decode step, each request having one token, and how
+    its layers are shared out, with an exchange of their heads where that is not by tokens alone."""
 
     meta: PCPMetadata
     exchange: LatentExchange
     is_decode: bool
+    heads: HeadExchange | None = None
+    split: str = "tokens"
 
 
 class Batch(NamedTuple):
@@ -47,17 +51,34 @@ class StepsInGraphs(Protocol):
 
 
 class StepPlanner:
-    """Plans the steps of one rank of a group, once a step for all layers. Planner and exchange are made anew for a larger step."""
+    """Plans the steps of one rank of a group, once a step for all layers. Planner and exchanges are made anew for a larger step.
 
-    def __init__(self, group: Group, layout: str, dims: MLADims, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        heads: widths of what an exchange of heads exchanges; None for steps that are shared out by tokens.
+        split: of :class:`pcp_mla.MLAPrefill`, for steps that have one.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        layout: str,
+        dims: MLADims,
+        dtype: torch.dtype,
+        device: torch.device,
+        heads: MLADims | None = None,
+        split: str = "tokens",
+    ) -> None:
         self.group, self._layout, self._dims, self._dtype, self._device = group, layout, dims, dtype, device
+        self._heads_dims, self._split = heads, split
         self._make(0, 0)
 
     def _make(self, max_requests: int, max_tokens: int) -> None:
         world, rank = group_world_size(self.group), group_rank(self.group)
         sizes = max_requests, max_tokens, world, rank
         self._planner = PCPPlanner(*sizes, layout=self._layout, block_size=BLOCK_SIZE, device=self._device, group=self.group)
-        self._exchange = LatentExchange(self.group, self._planner.max_local_tokens, self._dims, self._dtype, self._device)
+        room, place = self._planner.max_local_tokens, (self._dtype, self._device)
+        self._exchange = LatentExchange(self.group, room, self._dims, *place)
+        self._heads = None if self._heads_dims is None else HeadExchange(self.group, room, self._heads_dims, *place)
 
     def make_room(self, batch: Batch) -> None:
         """For the plan of such a step."""
@@ -68,4 +89,4 @@ class StepPlanner:
     def plan(self, batch: Batch, decode: bool) -> PCPStep:
         """A step that there is room for, over a cache that has the blocks already. Valid until the next one."""
         meta = self._planner.plan(batch.lengths, batch.contexts, [not decode] * len(batch.lengths), batch.tables)
-        return PCPStep(meta, self._exchange, decode)
+        return PCPStep(meta, self._exchange, decode, self._heads, self._split)
