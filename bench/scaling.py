@@ -13,14 +13,17 @@ from pathlib import Path
 
 from pcp_mla import MLADims
 from pcp_mla.plan.split_cost import (
+    NETWORK,
+    NODE,
     attention_pairs,
     attention_seconds,
     head_exchange_seconds,
+    over_nodes,
     rates_of,
     up_project_seconds,
 )
 
-NODE, NETWORK, ITEM = 8, 50e9, 2  # ranks; bytes/s of a rank to other nodes; bytes of a value
+ITEM = 2  # bytes of a value
 MEASURED = ("split_h200x2", "split_h200")  # in results/: two GPUs, and rank 0 played on one
 RATES = rates_of("H100")
 WORLDS = (2, 4, 8, 16, 32, 64)
@@ -43,8 +46,7 @@ def costs(new: int, context: int, heads: int, world: int) -> tuple[float, float,
 
     if world == 1:
         return (compute(heads, 1) * 1e6,) * 3
-    queries = rows * heads * (dims.qk_head_dim + dims.v_head_dim) * ITEM
-    over_all = head_exchange_seconds(wire, dims, rows, world, ITEM) + queries * far * (1 / NETWORK - 1 / wire.rate)
+    over_all = head_exchange_seconds(over_nodes(wire, world), dims, rows, world, ITEM)
     within = head_exchange_seconds(near, dims, rows, inside, ITEM)
     by_heads = compute(-(-heads // world), 1) + over_all if heads >= world else math.inf
     by_tokens, nested = compute(heads, 1 / world), compute(-(-heads // inside), 1 / nodes) + within

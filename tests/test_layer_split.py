@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pcp_mla import HeadExchange, LatentExchange, MLADims, MLAPrefill
+from pcp_mla import HeadExchange, LatentExchange, MLADims, MLAPrefill, PCPMetadata
 from pcp_mla.layer import split, steps
 from pcp_mla.testing.played import play
 from test_attention_backends import library  # noqa: F401
@@ -181,3 +181,12 @@ def test_all_ranks_decide_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(set(seen)) == 1
         assert len(seen) == 3
         assert len(longest) == 1
+
+
+def test_peers_are_of_one_node_and_collectives_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split.torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    dims, peers = MLADims(16, 128, 64, 128, 512), object()
+    meta = PCPMetadata.build([32768], world_size=16, rank=0)
+    object.__setattr__(meta, "device", torch.device("cuda"))
+    assert split.heads_pay(peers, dims, torch.bfloat16, meta)  # type: ignore[arg-type]
+    assert not split.heads_pay(HeadExchange(None, ROOM, dims, torch.bfloat16), dims, torch.bfloat16, meta)

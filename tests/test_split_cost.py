@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pcp_mla import MLADims
-from pcp_mla.plan.split_cost import Rates, Wire, Work, attention_pairs, rates_of, split_seconds
+from pcp_mla.plan.split_cost import NETWORK, NODE, Rates, Wire, Work, attention_pairs, over_nodes, rates_of, split_seconds
 
 H100 = rates_of("NVIDIA H100 80GB HBM3")
 
@@ -79,6 +79,18 @@ def test_heads_that_do_not_share_out_evenly():
     assert gain(131072, 0, 16, 8) > 0 > gain(131072, 0, 17, 8)
     assert gain(1024, 131072, 17, 4) > 0
     assert split_seconds(H100, dims(5), work(4096, 0, 8), 8, 2, H100.peers)[1] == math.inf
+
+
+def test_beyond_a_node():
+    """Of 15 other ranks 8 are in the other node. Many queries for few keys do not pay over the network."""
+    near = H100.collective
+    far = over_nodes(near, 16)
+    assert over_nodes(near, NODE) == near
+    assert far.launch == near.launch
+    assert 15 / far.rate == pytest.approx(7 / near.rate + 8 / NETWORK)
+    rates = H100._replace(collective=far)
+    assert gain(32768, 0, 16, 16, rates, "collective") < 0 < gain(32768, 0, 16, 16, H100, "collective")
+    assert gain(8192, 57344, 16, 16, rates, "collective") > 200
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-40GB", ""])

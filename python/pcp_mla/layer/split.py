@@ -8,7 +8,7 @@ from ..exchange.heads import HeadExchange
 from ..exchange.peer_heads import PeerHeadExchange
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
-from ..plan.split_cost import Work, attention_pairs, rates_of, split_seconds
+from ..plan.split_cost import Work, attention_pairs, over_nodes, rates_of, split_seconds
 
 SPLITS = ("auto", "tokens", "heads")  # of MLAPrefill, and of all that pass one on to it
 
@@ -22,6 +22,7 @@ def heads_pay(heads: HeadExchange | PeerHeadExchange, dims: MLADims, dtype: torc
     queries, contexts, _ = meta.lengths
     keys = int(queries.sum() + contexts.sum())  # without pads, of which each rank's plan may have as many as it likes
     work = Work(keys, meta.num_tokens_padded, attention_pairs(queries, contexts))
-    wire = rates.collective if isinstance(heads, HeadExchange) else rates.peers
+    # Peers are of one node.
+    wire = over_nodes(rates.collective, meta.world_size) if isinstance(heads, HeadExchange) else rates.peers
     by_tokens, by_heads = split_seconds(rates, dims, work, meta.world_size, dtype.itemsize, wire)
     return by_heads < by_tokens

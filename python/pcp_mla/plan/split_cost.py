@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
+NODE, NETWORK = 8, 50e9  # GPUs that have a wire; bytes/s of each to other nodes
+
+
 class Wire(NamedTuple):
     """Of a way to exchange.
 
@@ -65,6 +68,14 @@ def rates_of(gpu: str) -> Rates:
     known = json.loads((resources.files("pcp_mla") / "data" / "split_cost.json").read_text())
     rates = next((rates for kind, rates in known.items() if kind in gpu), known["other"])
     return Rates(rates["gemm"], rates["attention"], Wire(**rates["peers"]), Wire(**rates["collective"]))
+
+
+def over_nodes(wire: Wire, world_size: int) -> Wire:
+    """That of a rank among so many, in nodes of ``NODE``, of which all but its own are at the other end of the network."""
+    if world_size <= NODE:
+        return wire
+    far = (world_size - NODE) / (world_size - 1)
+    return wire._replace(rate=1 / ((1 - far) / wire.rate + far / NETWORK))
 
 
 def attention_pairs(query_lens: ArrayLike, context_lens: ArrayLike) -> float:
