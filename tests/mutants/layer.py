@@ -216,7 +216,7 @@ CHANGES = (
     Change(
         "a rank gets its pads back, too",
         "python/pcp_mla/exchange/heads.py",
-        "rows if of is meta else meta.num_tokens, num_heads",
+        "rows if of() is meta else meta.num_tokens, num_heads",
         "padded, num_heads",
         "tests/test_heads.py::test_played_and_alone",
     ),
