@@ -99,4 +99,4 @@ def test_rates_of_kinds(name):
     assert isinstance(rates, Rates)
     assert all(1e-6 < wire.launch < 1e-3 and 1e10 < wire.rate < 1e12 for wire in rates[2:])
     assert all(1e13 < rate < 1e16 for rate in rates[:2])
-    assert (rates.peers.rate < H100.peers.rate) == ("H" not in name)
+    assert (rates.peers.rate < H100.peers.rate) == (name != "NVIDIA H200")
