@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from pcp_mla import MLADims, demo
+from pcp_mla import HeadExchange, MLADims, demo
 from pcp_mla.demo import measure, models, outcome, ranks, report
 from pcp_mla.integrations import transformers as integration
 from pcp_mla.integrations.transformers import paged_cache
@@ -85,11 +85,11 @@ def put_scale_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every softmax scale by 1 %, of models that are put under PCP of two ranks."""
     right = integration.enable_pcp
 
-    def enable(model: Any, group: Any) -> None:
+    def enable(model: Any, group: Any, **options: Any) -> None:
         if group.world_size == 2:
             for layer in model.model.layers:
                 layer.self_attn.scaling *= 1.01
-        right(model, group)
+        right(model, group, **options)
 
     monkeypatch.setattr(integration, "enable_pcp", enable)
 
@@ -179,6 +179,36 @@ def test_steps(played: None, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_by_heads(played: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls, file = {}, tmp_path / "result.json"
+    for split in ("tokens", "heads", "auto"):
+        words = ("--pcp", "1", "3", "--max-tokens", "50", "--chunk-tokens", "32", "--split", split, "--json", str(file))
+        assert demo.run(arguments(*words)) == 0
+        out = capsys.readouterr().out
+        assert ("prefill    in steps of 32 tokens; then" if split == "auto" else f"32 tokens, by {split}; then") in out
+        assert json.loads(file.read_text())["split"] == split
+        calls[split] = [int(row[8]) for row in table_rows(out)]
+    assert calls["auto"] == calls["tokens"]  # on a CPU
+    assert calls["heads"][0] == calls["tokens"][0]
+    assert calls["heads"][1] > calls["tokens"][1]
+
+
+@pytest.mark.timeout(120)
+def test_wrong_heads_fail(played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two heads' outputs change places on their way back, in the model and in the layer."""
+    right = HeadExchange.to_tokens
+
+    def swapped(self: HeadExchange, out: torch.Tensor, meta: Any, result: Any = None) -> torch.Tensor:
+        return right(self, out.flip(1), meta, result)
+
+    monkeypatch.setattr(HeadExchange, "to_tokens", swapped)
+    assert demo.run(arguments("--pcp", "2", "--max-tokens", "40", "--split", "heads")) == 1
+    out = capsys.readouterr().out
+    assert "FAIL: logits beyond the tolerance, P = 2" in out
+    assert "FAIL: a layer's output differs from the seed path's by" in out
+
+
+@pytest.mark.timeout(120)
 def test_wrong_prefix_fails(played: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The second prompt reads other tokens than those of the prefix; the first one agrees."""
     right = paged_cache.LatentBlocks.fork_prefixes
@@ -264,6 +294,11 @@ def test_default_text(size: int) -> None:
         (["--text", "FILE"], b"ab\xff", "--text must be UTF-8, got invalid start byte at byte 2 of FILE"),
         (["--text", "FILE"], None, "--text must be a readable file, got FILE (No such file or directory)"),
         (["--text", "."], None, "--text must be a readable file, got . (Is a directory)"),
+        (
+            ["--split", "heads", "--pcp", "2", "9"],
+            None,
+            "--pcp must not be more than the model's heads for --split heads, got 9 processes for 8 heads",
+        ),
         (["--json", "FILE/out.json"], None, "--json must be a file in a folder that exists, got FILE/out.json"),
     ],
 )
@@ -446,3 +481,17 @@ def test_replayed_group_gives_the_first_run_again() -> None:
         return runs
 
     assert play(2, rank) == [[[0.0, 1.0, 10.0, 11.0]] * 2] * 2
+
+
+def test_replayed_group_gives_blocks_again() -> None:
+    def rank(group: Any) -> list[list[int]]:
+        replayed = measure.ReplayedGroup(group)
+        mine, runs = torch.arange(3, dtype=torch.uint8) + 10 * group.rank, []
+        for _ in range(2):
+            replayed.rewind()
+            received = torch.zeros(2 * (1 + group.rank), dtype=torch.uint8)
+            replayed.all_to_all_into(received, mine, [1 + group.rank] * 2, [1, 2])
+            runs.append([*received.tolist(), *replayed.all_gather(mine[:1]).tolist()])
+        return runs
+
+    assert play(2, rank) == [[[0, 10, 0, 10]] * 2, [[1, 2, 11, 12, 0, 10]] * 2]

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from ..layer.split import SPLITS
 from ..plan.partition import partition
 from ..testing.launch import RankError
-from .models import MODELS, build_model
+from .models import MODELS, build_model, make_config
 from .outcome import Work, run_stock
 from .progress import Progress
-from .ranks import run_ranks
+from .ranks import check_heads, run_ranks
 from .report import as_json, failures, format_table, make_row, make_tolerance, notes
 
 # Tokens of the greedy continuation.
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: the Declaration of Independence)")
     parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="bytes of the text to use (default: %(default)s)")
     parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a prefill step (default: all in one step)")
+    parser.add_argument("--split", choices=SPLITS, default="auto", help="what ranks share out in attention (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE as well")
 
 
@@ -72,6 +74,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[str, list[int]]:
     # Needed by all that follows: say so before anything runs.
     from ..integrations import transformers as _  # noqa: F401
 
+    check_heads("demo", args.split, make_config(args.model).num_attention_heads, args.pcp)
     return name, prompt
 
 
@@ -96,6 +99,7 @@ def _describe(args: argparse.Namespace, model: Any, text: str, work: Work) -> di
         "text": text,
         "tokens": len(work.prompt),
         "chunk_tokens": work.chunk_tokens,
+        "split": work.split,
         "second_tokens": len(work.second),
         "shared_tokens": work.shared,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
@@ -115,6 +119,7 @@ def _print_head(facts: dict[str, Any]) -> None:
     )
     print(f"text       {f['text']}, {f['tokens']} tokens (bytes)")
     steps = "one step" if f["chunk_tokens"] == f["tokens"] else f"steps of {f['chunk_tokens']} tokens"
+    steps += "" if f["split"] == "auto" else f", by {f['split']}"
     print(
         f"prefill    in {steps}; then a second prompt of {f['second_tokens']} tokens, the first {f['shared_tokens']} of them "
         "a cached prefix that it shares"
@@ -125,7 +130,7 @@ def _print_head(facts: dict[str, Any]) -> None:
 def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
     with Progress(f"building {args.model}"):
         model = build_model(args.model).to(getattr(torch, args.dtype))
-    work = Work.make(prompt, CONTINUATION, args.chunk_tokens)
+    work = Work.make(prompt, CONTINUATION, args.chunk_tokens, args.split)
     facts = _describe(args, model, text, work)
     _print_head(facts)
     with tempfile.TemporaryDirectory(prefix="pcp-mla-demo-") as folder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..compare.seed_path import seed_layer
+from ..exchange.heads import HeadExchange
 from ..exchange.latents import LatentExchange
 from ..groups import Group, group_rank, group_world_size
 from ..layer.prefill import MLAPrefill
@@ -76,6 +77,15 @@ class ReplayedGroup:
         self._next += 1
         return self._gathered[self._next - 1].clone()
 
+    def all_to_all_into(
+        self, received: torch.Tensor, rows: torch.Tensor, received_sizes: Sequence[int], sizes: Sequence[int]
+    ) -> None:
+        if self._next == len(self._gathered):
+            self._group.all_to_all_into(received, rows, received_sizes, sizes)
+            self._gathered.append(received.clone())
+        self._next += 1
+        received.copy_(self._gathered[self._next - 1])
+
 
 # Ops that only allocate, or only look at memory in another shape without saying so in their schema.
 _NO_WORK = {
@@ -129,10 +139,16 @@ def _milliseconds(fn: Callable[[], Any], device: torch.device) -> float:
 
 @torch.no_grad()
 def measure_layers(
-    tokens: int, kv_b_proj: torch.nn.Module, dims: MLADims, softmax_scale: float, group: Group, device: torch.device
+    tokens: int,
+    kv_b_proj: torch.nn.Module,
+    dims: MLADims,
+    softmax_scale: float,
+    group: Group,
+    device: torch.device,
+    split: str = "auto",
 ) -> LayerCosts:
-    """Cost of our layer and of the seed path for a step of ``tokens`` new ones, on the same random inputs, called in turn. Both
-    write a paged cache."""
+    """Cost of our layer, shared out by ``split``, and of the seed path for a step of ``tokens`` new ones, on the same random
+    inputs, called in turn. Both write a paged cache."""
     rank = group_rank(group)
     planner = PCPPlanner(1, tokens, group_world_size(group), rank, block_size=BLOCK_SIZE, device=device)
     blocks = -(-tokens // BLOCK_SIZE)
@@ -158,7 +174,9 @@ def measure_layers(
         return run
 
     def make_ours(end: Any) -> Callable[[], torch.Tensor]:
-        layer = MLAPrefill(dims, softmax_scale, LatentExchange(end, planner.max_local_tokens, dims, q.dtype, device))
+        form = (end, planner.max_local_tokens, dims, q.dtype, device)
+        heads = None if split == "tokens" or dims.num_heads < planner.world_size else HeadExchange(*form)
+        layer = MLAPrefill(dims, softmax_scale, LatentExchange(*form), heads=heads, split=split)
         return lambda: layer(q, kv_c, k_pe, kv_b_proj, meta, cache)
 
     ours = runner(make_ours)

@@ -17,21 +17,23 @@ from .routing import RecordRouting, Routing, tie_share
 
 @dataclass
 class Work:
-    """What both models do: read ``prompt`` (under PCP in steps of ``chunk_tokens``), continue it by ``count`` greedy tokens, and
-    read ``second``, whose first ``shared`` tokens are the prompt's (under PCP they are in the cache)."""
+    """What both models do: read ``prompt`` (under PCP in steps of ``chunk_tokens``, shared out by ``split``), continue it by
+    ``count`` greedy tokens, and read ``second``, whose first ``shared`` tokens are the prompt's (under PCP they are in the cache).
+    """
 
     prompt: list[int]
     count: int
     chunk_tokens: int
     second: list[int]
     shared: int
+    split: str = "auto"
 
     @classmethod
-    def make(cls, prompt: list[int], count: int, chunk_tokens: int | None) -> Work:
+    def make(cls, prompt: list[int], count: int, chunk_tokens: int | None, split: str = "auto") -> Work:
         """A second prompt of the first quarter and the last one; a single step by default."""
         shared = max(1, len(prompt) // 4)
         size = len(prompt) if chunk_tokens is None else min(chunk_tokens, len(prompt))
-        return cls(prompt, count, size, prompt[:shared] + prompt[-shared:], shared)
+        return cls(prompt, count, size, prompt[:shared] + prompt[-shared:], shared, split)
 
 
 @dataclass
@@ -149,7 +151,7 @@ def run_pcp(model: Any, group: Group, work: Work, stock: StockRouting) -> Outcom
     ``stock``."""
     from ..integrations.transformers import decode, enable_pcp
 
-    enable_pcp(model, group)
+    enable_pcp(model, group, split=work.split)
     logits, experts, ties = _run_steps(model, group, work.prompt, 0, work.chunk_tokens, stock.prompt)
     tokens, rows = _continue(logits, work.count, lambda token: decode(model, [token])[0])
     second, _, more_ties = _run_steps(model, group, work.second, work.shared, work.chunk_tokens, stock.second)

@@ -36,13 +36,20 @@ def choose_backend(world_size: int) -> str:
     return "gloo" if gpus == 0 else "nccl" if gpus >= world_size else "played"
 
 
+def check_heads(op: str, split: str, heads: int, world_sizes: list[int]) -> None:
+    """ValueError if so many heads cannot be shared out over some number of ranks."""
+    if split == "heads" and max(world_sizes) > heads:
+        wanted = "--pcp must not be more than the model's heads for --split heads"
+        raise ValueError(f"{op}: {wanted}, got {max(world_sizes)} processes for {heads} heads")
+
+
 def _run_rank(model: Any, group: Group, work: Work, stock: StockRouting) -> RankResult:
     from ..integrations.transformers.deepseek import model_dims
 
     outcome = run_pcp(model, group, work, stock)
     attention = model.model.layers[0].self_attn
-    device = model.lm_head.weight.device
-    costs = measure_layers(work.chunk_tokens, attention.kv_b_proj, model_dims(model), attention.scaling, group, device)
+    dims, device = model_dims(model), model.lm_head.weight.device
+    costs = measure_layers(work.chunk_tokens, attention.kv_b_proj, dims, attention.scaling, group, device, work.split)
     return RankResult(outcome, costs)
 
 
