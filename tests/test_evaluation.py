@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-from pcp_mla import evaluation
+from pcp_mla import HeadExchange, evaluation
 from pcp_mla.cli import main
 from pcp_mla.demo import ranks
 from pcp_mla.evaluation import MODEL, load_model
@@ -120,6 +120,19 @@ def test_only_what_differs_is_named(judge: Any, monkeypatch: pytest.MonkeyPatch,
 def last_token(answers: list[Answer]) -> list[Answer]:
     *others, last = answers
     return [*others, Answer([*last.tokens[:-1], 0], last.logits)]
+
+
+@pytest.mark.timeout(120)
+def test_by_heads(judge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, right = [], HeadExchange.to_heads
+    monkeypatch.setattr(HeadExchange, "to_heads", lambda *given: rows.append(given) or right(*given))
+    code, out, _ = judge("--pcp", "1", "2", "--split", "heads", count=1)
+    assert code == 0
+    assert "split heads" in out
+    assert rows
+    code, _, err = judge("--pcp", "1", "99", "--split", "heads", count=1)
+    assert code == 2
+    assert "error: eval: --pcp must not be more than the model's heads for --split heads, got 99 processes for " in err
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ..checks import dtype_name
-from ..demo.ranks import on_ranks
+from ..demo.ranks import check_heads, on_ranks
 from ..demo.routing import rounding_share
 from ..groups import Group, group_rank, group_world_size
+from ..layer.split import SPLITS
 from ..testing.launch import RankError
 from .answers import BATCH, LONGEST, Answer, pcp_answers, stock_answers
 from .compare import as_json, score, table
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pcp", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="numbers of ranks (default: 1 2 4)")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="problems to solve (default: %(default)s)")
     parser.add_argument("--chunk", type=int, metavar="N", help="tokens of a prefill step (default: all prompts of a batch)")
+    parser.add_argument("--split", choices=SPLITS, default="auto", help="what ranks share out in attention (default: %(default)s)")
     parser.add_argument("--prefix-cache", action="store_true", help="prefill the solved problems first, and share their blocks")
     parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="weights (default: those of the repository)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE as well")
@@ -70,11 +72,13 @@ def _bar(what: str, count: int, shown: bool) -> Any:
     return tqdm(total=count, desc=what, unit="problem", disable=not shown, file=sys.stderr)
 
 
-def _answers_of_rank(model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool) -> list[Answer]:
+def _answers_of_rank(
+    model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool, split: str
+) -> list[Answer]:
     """A rank's answers; their logits are rank 0's alone to bring."""
     from ..integrations.transformers import capture_graphs, enable_pcp
 
-    enable_pcp(model, group)
+    enable_pcp(model, group, split=split)
     if model.lm_head.weight.is_cuda:
         count = min(BATCH, len(items))
         capture_graphs(model, decode_sizes=[(count, count * LONGEST)], max_requests=count)
@@ -84,9 +88,11 @@ def _answers_of_rank(model: Any, group: Group, items: list[Item], chunk: int | N
     return answers if rank == 0 else [Answer(answer.tokens, answer.logits[:0]) for answer in answers]
 
 
-def run_ranks(world_size: int, folder: Path, items: list[Item], chunk: int | None, prefix_cache: bool) -> tuple[str, list[Answer]]:
+def run_ranks(
+    world_size: int, folder: Path, items: list[Item], chunk: int | None, prefix_cache: bool, split: str
+) -> tuple[str, list[Answer]]:
     """How the ranks were run, and rank 0's answers. RuntimeError if another rank says something else."""
-    backend, results = on_ranks(world_size, partial(load_model, folder), _answers_of_rank, items, chunk, prefix_cache)
+    backend, results = on_ranks(world_size, partial(load_model, folder), _answers_of_rank, items, chunk, prefix_cache, split)
     for rank, answers in enumerate(results):
         if [answer.tokens for answer in answers] != [answer.tokens for answer in results[0]]:
             raise RuntimeError(f"eval: ranks 0 and {rank} of {world_size} gave different answers")
@@ -105,7 +111,7 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     print(f"model    {type(model).__name__}, {size}, {hardware}")
     print(f"problems {len(items)}, prompts of {lengths[0]} to {lengths[-1]} tokens")
     print(f"prefill  {f'in steps of {args.chunk} tokens' if args.chunk else 'in one step a batch'}", end="")
-    print(f", prefix caching {'on' if args.prefix_cache else 'off'}", flush=True)
+    print(f", prefix caching {'on' if args.prefix_cache else 'off'}, split {args.split}", flush=True)
     with _bar("stock", len(items), True) as bar:
         stock = list(stock_answers(model, items, bar.update))
     largest = max((float(answer.logits.abs().max()) for answer in stock if answer.tokens), default=0.0)
@@ -114,7 +120,7 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     compare = partial(score, stock=stock, items=items, tolerance=tolerance)
     scores, backends = [compare("stock", stock)], []
     for world_size in args.pcp:
-        backend, answers = run_ranks(world_size, args.model, items, args.chunk, args.prefix_cache)
+        backend, answers = run_ranks(world_size, args.model, items, args.chunk, args.prefix_cache, args.split)
         scores.append(compare(str(world_size), answers))
         backends.append(backend)
     print(f"\n{table(scores, len(items))}\n")
@@ -132,7 +138,8 @@ def _run(args: argparse.Namespace, model: Any) -> int:
         print("PASS: no answer differs by more than rounding")
     if args.json is not None:
         facts = {"hardware": hardware, "torch": torch.__version__, "dtype": dtype_name(dtype), "problems": len(items)}
-        facts |= {"chunk": args.chunk, "prefix_cache": args.prefix_cache, "tolerance": tolerance, "ranks": backends}
+        facts |= {"chunk": args.chunk, "prefix_cache": args.prefix_cache, "split": args.split, "tolerance": tolerance}
+        facts["ranks"] = backends
         args.json.write_text(json.dumps(facts | {"runs": as_json(scores)}, indent=1) + "\n")
     return 1 if failed else 0
 
@@ -143,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_arguments(args)
         model = load_model(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        check_heads("eval", args.split, model.config.num_attention_heads, args.pcp)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
