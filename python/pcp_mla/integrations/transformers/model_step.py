@@ -16,6 +16,7 @@ from .context import PCPContext
 from .deepseek import project_inputs
 from .latent_attention import latent_attention
 from .paged_cache import CachedRequests
+from .shards import local_projection
 from .steps import Batch
 
 
@@ -41,7 +42,8 @@ def attention_forward(
     q, kv_c, k_pe = (x[:rows].to(cache.dtype) for x in project_inputs(attention, hidden_states, position_embeddings, dims))
     if q.shape[1] != dims.num_heads:  # tensor parallelism leaves a rank some of them
         dims = replace(dims, num_heads=q.shape[1])
-    weight = plain_weight(attention.kv_b_proj) if step.is_decode else None
+    projection = local_projection(attention.kv_b_proj)
+    weight = plain_weight(projection) if step.is_decode else None
     with _exact(cache.device.type):
         if weight is not None:
             latents = torch.cat([kv_c, k_pe], dim=1)
@@ -49,7 +51,7 @@ def attention_forward(
             attended = latent_attention(q, weight, step.meta, cache, dims, attention.scaling)
         else:
             layer = MLAPrefill(dims, attention.scaling, step.exchange, heads=step.heads, split=step.split)
-            attended = layer(q, kv_c, k_pe, attention.kv_b_proj, step.meta, cache)
+            attended = layer(q, kv_c, k_pe, projection, step.meta, cache)
     out = attended.flatten(1)
     if rows < tokens:  # of a rank without tokens, see run_step
         out = torch.cat([out, out.new_zeros(tokens - rows, out.shape[1])])

@@ -13,6 +13,7 @@ from ...groups import ExchangingHandle, Group, group_world_size
 from ...layer.projection import plain_weight, rows_of, weight_of
 from ...layer.split import SPLITS
 from ...plan.dims import MLADims
+from .shards import local_projection
 
 
 def check_split(split: Any) -> None:
@@ -25,7 +26,7 @@ def own_heads(model: Any, dims: MLADims) -> tuple[list[int], str]:
     ``kv_b_proj`` the first one has whose heads cannot be had alone, or ""."""
     counts = set()
     for number, layer in enumerate(model.model.layers):
-        projection = layer.self_attn.kv_b_proj
+        projection = local_projection(layer.self_attn.kv_b_proj)
         weight, _ = weight_of(projection)
         if weight is None or (plain_weight(projection) is None and rows_of(projection, slice(0)) is None):
             return [], f"a {type(projection).__name__} in layer {number}"
