@@ -61,10 +61,12 @@ def stock(model: Any, requests: list[list[int]], done: list[int]) -> torch.Tenso
     return torch.cat([logits[n:] for logits, n in zip(whole, done, strict=True)])
 
 
-def replayed_and_not(group: Any, model: Any, layout: str) -> tuple[list[torch.Tensor], list[torch.Tensor], int, list[int]]:
+def replayed_and_not(
+    group: Any, model: Any, layout: str, split: str = "tokens"
+) -> tuple[list[torch.Tensor], list[torch.Tensor], int, list[int]]:
     """Results of the stock model and with graphs, how many replays there were, and the pieces of the captured graphs."""
     wanted = stock_work(model)
-    enable_pcp(model, group, layout)
+    enable_pcp(model, group, layout, split)
     work(model)  # without graphs: kernels compile
     capture_graphs(model, prefill_sizes=PREFILLS, decode_sizes=DECODES, max_requests=5)
     context = model.__dict__["_pcp"]
@@ -82,14 +84,14 @@ def replayed_and_not(group: Any, model: Any, layout: str) -> tuple[list[torch.Te
     return wanted, got, count, context.captured.num_pieces + context.captured_decodes.num_pieces
 
 
-def check(results: Any, world_size: int) -> None:
+def check(results: Any, world_size: int, collectives: int = 1) -> None:
     for wanted, got, count, pieces in results:
         for one, other in zip(got, wanted, strict=True):
             check_close(one, other)
         # All but the long prompt and its decode, which has too many keys; the chunked prefill has three steps.
         assert count == 1 + 3 + 1 + 3 + 1 + 1
         # Three layers: a graph before, between and behind their collectives.
-        assert pieces == [7 if world_size > 1 else 1] * 2 + [1, 1]
+        assert pieces == [1 + 2 * 3 * collectives if world_size > 1 else 1] * 2 + [1, 1]
 
 
 @pytest.mark.gpu
@@ -98,6 +100,14 @@ def check(results: Any, world_size: int) -> None:
 def test_replays_give_what_steps_give(world_size: int, layout: str) -> None:
     model = build("v3", first_k_dense_replace=3).cuda()
     check(play(world_size, lambda group: replayed_and_not(group, copy_sharing_weights(model), layout)), world_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_replays_by_heads(world_size: int) -> None:
+    model = build("v3", first_k_dense_replace=3).cuda()
+    results = play(world_size, lambda group: replayed_and_not(group, copy_sharing_weights(model), "unpadded", "heads"))
+    check(results, world_size, collectives=3)
 
 
 def in_process(group: Any) -> Any:

@@ -19,7 +19,7 @@ from pcp_mla.integrations.transformers import split as splits
 from pcp_mla.layer import steps
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
-from test_integration_modules import PROJECTIONS, offload, patch
+from test_integration_modules import PROJECTIONS
 from test_integration_ranks import message
 from test_integration_transformers import build, check_chunked_then_shared, check_close, chunked_then_shared, prompts, stock_logits
 
@@ -225,12 +225,7 @@ def test_modules_whose_heads_cannot_be_had_alone(name: str) -> None:
             PROJECTIONS[name](projection)
 
     assert told_by_ranks(2, change, ["heads"] * 2) == [REFUSED.format("Linear in layer 1 on rank 1")] * 2
-    if name in ("patched forward", "offloaded"):  # the other changes make it another model on that rank
-
-        def all_change(rank: int, projection: Any) -> None:
-            (patch if name == "patched forward" else offload)(projection)
-
-        assert told_by_ranks(2, all_change, ["auto"] * 2) == [""] * 2
+    assert told_by_ranks(2, lambda _, projection: PROJECTIONS[name](projection), ["auto"] * 2) == [""] * 2
 
 
 def test_a_bias_is_had_with_its_heads(exchanged: list[int]) -> None:
@@ -263,9 +258,6 @@ def test_a_group_without_an_all_to_all(stock: Any) -> None:
     with pytest.raises(TypeError, match="enable_pcp: group must have all_to_all_into for split 'heads', a Gathering has none"):
         enable_pcp(copy_sharing_weights(stock), Gathering(), split="heads")
     enable_pcp(copy_sharing_weights(stock), Gathering())
-
-
-FINE = {"split": "auto", "heads": [4], "module": ""}
 
 
 @pytest.mark.parametrize(
