@@ -77,6 +77,7 @@ def draw_walk(draw: Draw) -> Arguments:
         "model": draw.choice(list(MODELS)),
         "world": world,
         "layout": draw.choice(["unpadded", "padded"]),
+        "split": draw.choice(["tokens", "heads"]) if world < 4 else "tokens",  # the models have three heads
         "actions": actions,
     }
 
@@ -88,13 +89,13 @@ class Interrupted(Exception):
 class Walker:
     """One rank's model under PCP, beside the texts that its requests stand for and the blocks that these should take."""
 
-    def __init__(self, stock: Stock, group: Any, layout: str) -> None:
-        self.stock, self.group, self.layout = stock, group, layout
+    def __init__(self, stock: Stock, group: Any, layout: str, split: str) -> None:
+        self.stock, self.group, self.layout, self.split = stock, group, layout, split
         self.model = copy_sharing_weights(stock.model)
         self.begin()
 
     def begin(self) -> None:
-        self.context = enable_pcp(self.model, self.group, self.layout)
+        self.context = enable_pcp(self.model, self.group, self.layout, self.split)
         self.texts: list[list[int]] = []
         self.blocks: list[list[object]] = []
 
@@ -239,11 +240,11 @@ class Walker:
             self.check_blocks(sum(-(-len(text) // BLOCK) for text in texts))
 
 
-def check_transformers_walk(model, world, layout, actions) -> None:
+def check_transformers_walk(model, world, layout, split, actions) -> None:
     stock = Stock(model)
 
     def rank(group: Any) -> None:
-        walker = Walker(stock, group, layout)
+        walker = Walker(stock, group, layout, split)
         for kind, *arguments in actions:
             getattr(walker, kind)(*arguments)
             walker.check_blocks()
