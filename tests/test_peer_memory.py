@@ -1,6 +1,9 @@
 """How ranks come to see one another's memory: every step by all or by none. CUDA is played: addresses and handles are numbers."""
 
 import ctypes
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -127,9 +130,23 @@ def test_a_process_is_known_by_more_than_its_number(monkeypatch):
     """Containers count their processes by themselves."""
     first = peer_memory._process()
     assert peer_memory._process() == first
-    peer_memory._token.cache_clear()  # as in a process of its own
+    monkeypatch.setattr(peer_memory, "_tokens", {})  # as in a process of its own
     assert peer_memory._process() != first
     assert peer_memory._process().split()[0] == first.split()[0]
+
+
+def test_threads_that_ask_at_once_are_of_one_process(monkeypatch):
+    """Each is between the question and its answer when the others ask, too."""
+    monkeypatch.setattr(peer_memory, "_tokens", {})
+    barrier, numbers = threading.Barrier(4), itertools.count()
+
+    def token_hex(_):
+        barrier.wait(10)
+        return str(next(numbers))
+
+    monkeypatch.setattr(peer_memory.secrets, "token_hex", token_hex)
+    with ThreadPoolExecutor(4) as pool:
+        assert len({asked.result() for asked in [pool.submit(peer_memory._process) for _ in range(4)]}) == 1
 
 
 def test_refusals_and_kinds(cuda):

@@ -25,6 +25,7 @@ MAX_PEERS, MAX_SMS = 16, 132  # csrc/publish_latents.h
 FLAG_BYTES = 2**16  # room for the flags of a rank, in front of its staging buffer
 _HANDLE_BYTES = 64
 _WORD = 0x70637020_6D6C6100  # of a store that is tried out, the rank added
+_tokens: dict[int, str] = {}  # by process: a fork has its own
 
 
 class MailboxForm(ctypes.Structure):
@@ -137,14 +138,10 @@ def _host() -> str:
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
-@functools.cache
-def _token(process: int) -> str:
-    return f"{process} {secrets.token_hex(8)}"
-
-
 def _process() -> str:
-    """What no other process says of itself, also where containers count processes by themselves."""
-    return _token(os.getpid())
+    """What no other process says of itself, also where containers count processes by themselves. All threads say the same."""
+    process = os.getpid()
+    return _tokens.setdefault(process, f"{process} {secrets.token_hex(8)}")
 
 
 def _exported(device: int, address: int) -> dict[str, Any]:
