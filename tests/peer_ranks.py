@@ -2,7 +2,10 @@
 
 import threading
 
+import pytest
 import torch
+
+from pcp_mla.testing.launch import run_distributed
 
 
 class ThreadGroup:
@@ -47,3 +50,11 @@ def run_threads(world_size, fn, *args):
         words = "; ".join(f"rank {rank}: {error!r}" for rank, error in errors)
         raise RuntimeError(f"{words}; {fn.__name__}{args}") from errors[0][1]
     return results
+
+
+def in_own_process(fn):
+    """``fn(group)`` in a process of its own, which a rank that waits in vain would take with it; with a queue for the kernels of
+    each rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        return run_distributed(1, fn, timeout=240.0)[0]

@@ -22,7 +22,7 @@ from pcp_mla.groups import group_rank, group_world_size
 from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.launch import run_distributed
 from pcp_mla.testing.played import play
-from peer_ranks import run_threads
+from peer_ranks import in_own_process, run_threads
 from peer_storm import models, storm
 
 DIMS = MLADims(2, 8, 16, 8, 48)
@@ -143,10 +143,7 @@ def publish_on_threads(_):
 
 @pytest.fixture(scope="module")
 def on_threads():
-    """In a process of its own, which a rank that waits in vain would take with it; with a queue for the kernels of each rank."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-        return run_distributed(1, publish_on_threads, timeout=240.0)[0]
+    return in_own_process(publish_on_threads)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from pcp_mla.exchange.peer_memory import PeersUnavailable, agree
 from pcp_mla.groups import group_rank, group_world_size
 from pcp_mla.plan.dims import MLADims
 from pcp_mla.testing.launch import run_distributed
-from peer_ranks import run_threads
+from peer_ranks import in_own_process, run_threads
 from test_heads import DTYPES, HEADS, QK, ROOM, STEPS, V, dims_of, forms, rows_of
 
 
@@ -92,10 +92,7 @@ def exchange_on_threads(_):
 
 @pytest.fixture(scope="module")
 def on_threads():
-    """In a process of its own, which a rank that waits in vain would take with it; with a queue for the kernels of each rank."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-        return run_distributed(1, exchange_on_threads, timeout=240.0)[0]
+    return in_own_process(exchange_on_threads)
 
 
 @pytest.mark.gpu

@@ -1,18 +1,13 @@
 """What each rank stores where, and when a call waits before it does (csrc/exchange_heads.h; why: docs/peers.md), without a GPU."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from host_library import host_library
 from pcp_mla import heads_of
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
-COMPILER = os.environ.get("CXX", "c++")
 SOURCE = """
 #include "exchange_heads.h"
 
@@ -40,13 +35,7 @@ Found = ctypes.c_int64 * 5
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no {COMPILER}")
-    folder = tmp_path_factory.mktemp("heads")
-    (folder / "heads.cpp").write_text(SOURCE)
-    target = folder / "heads.so"
-    subprocess.run([COMPILER, "-std=c++20", "-shared", "-fPIC", f"-I{CSRC}", folder / "heads.cpp", "-o", target], check=True)
-    library = ctypes.CDLL(str(target))
+    library = host_library(tmp_path_factory.mktemp("heads"), SOURCE)
     library.make.restype = ctypes.c_void_p
     library.end.argtypes, library.end.restype = (ctypes.c_void_p,), None
     library.waits.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64)

@@ -1,15 +1,11 @@
 """When a call of the exchange by peers waits before it stores (csrc/publish_latents.h; why: docs/peers.md), without a GPU."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
-COMPILER = os.environ.get("CXX", "c++")
+from host_library import host_library
+
 SOURCE = """
 #include "publish_latents.h"
 
@@ -27,13 +23,7 @@ A, B, C = 0x1000, 0x2000, 0x3000  # where caches begin
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no {COMPILER}")
-    folder = tmp_path_factory.mktemp("order")
-    (folder / "order.cpp").write_text(SOURCE)
-    target = folder / "order.so"
-    subprocess.run([COMPILER, "-std=c++20", "-shared", "-fPIC", f"-I{CSRC}", folder / "order.cpp", "-o", target], check=True)
-    library = ctypes.CDLL(str(target))
+    library = host_library(tmp_path_factory.mktemp("order"), SOURCE)
     library.make.restype = ctypes.c_void_p
     library.end.argtypes, library.end.restype = (ctypes.c_void_p,), None
     library.waits.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool, ctypes.c_int64, ctypes.c_uint64)
