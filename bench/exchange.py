@@ -85,13 +85,6 @@ def paths(step: Step) -> dict[str, Callable[[], None]]:
     return {name: step.checked(name, call) for name, call in (("seed", step.seed), ("ours", step.by(exchange)))}
 
 
-def numbers(call: Callable[[], None], gpu: bool) -> dict[str, Any]:
-    result: dict[str, Any] = {"cpu_us": timing.cpu_us(call, 5, 20)}
-    if gpu:
-        result |= {"graph_us": timing.graph_us(call, calls=LAYERS), "launches": timing.launches(call)}
-    return result
-
-
 def measure(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     """All sizes, on one rank."""
     gpu, world = dist.get_backend(group) == "nccl", dist.get_world_size(group)
@@ -104,10 +97,11 @@ def measure(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
             step = Step(tokens, group, "cuda" if gpu else "cpu")
             for name, call in paths(step).items():
                 dist.barrier(group)
-                result[name] = numbers(call, gpu)
+                result[name] = timing.in_graph(call, gpu, LAYERS)
             if gpu:
                 exchange = step.peers()
-                result["peers"] = numbers(step.checked("peers", step.by(exchange)), gpu) | {"by_sms": {}}
+                call = step.checked("peers", step.by(exchange))
+                result["peers"] = timing.in_graph(call, gpu, LAYERS) | {"by_sms": {}}
                 exchange.close()
                 for sms in SMS.get(tokens, ()):
                     exchange = step.peers(sms)
@@ -124,13 +118,4 @@ def run(device: str) -> Iterator[dict[str, Any]]:
 
 def line(result: dict[str, Any]) -> str:
     text = f"{result['op']} P={result['ranks']} T={result['tokens']:<6} {result['bytes'] / 1e6:7.2f} MB"
-    for name in ("seed", "ours", "peers"):
-        if name not in result:
-            continue
-        of = result[name]
-        text += f" | {name} cpu {of['cpu_us']:6.1f} us"
-        if "graph_us" in of:
-            text += f" graph {of['graph_us']:6.1f} us {of['launches']} launches"
-        if of.get("by_sms"):
-            text += f" ({', '.join(f'{sms} SMs {us:.1f}' for sms, us in of['by_sms'].items())})"
-    return text
+    return text + timing.graph_columns(result, ("seed", "ours", "peers"))

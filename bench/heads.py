@@ -70,13 +70,6 @@ class Step:
         return PeerHeadExchange(self.group, self.meta.num_tokens_padded, self.dims, torch.bfloat16, self.device, max_sms=max_sms)
 
 
-def timed(call: Callable[[], None], gpu: bool) -> dict[str, Any]:
-    result: dict[str, Any] = {"cpu_us": timing.cpu_us(call, 5, 20)}
-    if gpu:
-        result |= {"graph_us": timing.graph_us(call, calls=CALLS), "launches": timing.launches(call)}
-    return result
-
-
 def measure(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     """All sizes, on one rank."""
     gpu, world = dist.get_backend(group) == "nccl", dist.get_world_size(group)
@@ -94,10 +87,10 @@ def measure(group: Any, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
                 "flops": 0,
             }
             dist.barrier(group)
-            result["nccl" if gpu else "gloo"] = timed(step.checked("a collective", step.collective()), gpu)
+            result["nccl" if gpu else "gloo"] = timing.in_graph(step.checked("a collective", step.collective()), gpu, CALLS)
             if gpu:
                 exchange = step.peers()
-                result["peers"] = timed(step.checked("peers", exchange), gpu) | {"by_sms": {}}
+                result["peers"] = timing.in_graph(step.checked("peers", exchange), gpu, CALLS) | {"by_sms": {}}
                 exchange.close()
                 for sms in SMS.get(tokens, ()):
                     exchange = step.peers(sms)
@@ -114,13 +107,4 @@ def run(device: str) -> Iterator[dict[str, Any]]:
 
 def line(result: dict[str, Any]) -> str:
     text = f"{result['op']} P={result['ranks']} H={result['heads']:<3} T={result['tokens']:<6} {result['bytes'] / 1e6:7.2f} MB"
-    for name in ("gloo", "nccl", "peers"):
-        if name not in result:
-            continue
-        of = result[name]
-        text += f" | {name} cpu {of['cpu_us']:6.1f} us"
-        if "graph_us" in of:
-            text += f" graph {of['graph_us']:6.1f} us {of['launches']} launches {result['bytes'] / of['graph_us'] / 1e3:.0f} GB/s"
-        if of.get("by_sms"):
-            text += f" ({', '.join(f'{sms} SMs {us:.1f}' for sms, us in of['by_sms'].items())})"
-    return text
+    return text + timing.graph_columns(result, ("gloo", "nccl", "peers"), result["bytes"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,14 @@ def graph_us(call: Call, repeats: int = 30, calls: int = 20) -> float:
     return statistics.median(times) * 1e3
 
 
+def in_graph(call: Call, gpu: bool, calls: int) -> dict[str, Any]:
+    """Host time of a collective's path; on a GPU also its time as one of so many calls in a graph, and its launches."""
+    result: dict[str, Any] = {"cpu_us": cpu_us(call, 5, 20)}
+    if gpu:
+        result |= {"graph_us": graph_us(call, calls=calls), "launches": launches(call)}
+    return result
+
+
 def launches(call: Call) -> int:
     """Kernels, copies and fills that one ``call`` puts on the GPU, counted by the profiler."""
     call()
@@ -128,6 +136,23 @@ def over_ranks(
     for world in (2, 4, 8):
         if world <= gpus:
             yield from run_distributed(world, measure, gpu_sizes, backend="nccl", timeout=300.0)[0]
+
+
+def graph_columns(result: dict[str, Any], names: Iterable[str], sent: int = 0) -> str:
+    """Paths of :func:`in_graph` side by side, at what rate they send so many bytes, and their times with other numbers of
+    multiprocessors."""
+    text = ""
+    for name in names:
+        if name not in result:
+            continue
+        of = result[name]
+        text += f" | {name} cpu {of['cpu_us']:6.1f} us"
+        if "graph_us" in of:
+            text += f" graph {of['graph_us']:6.1f} us {of['launches']} launches"
+            text += f" {sent / of['graph_us'] / 1e3:.0f} GB/s" if sent else ""
+        if of.get("by_sms"):
+            text += f" ({', '.join(f'{sms} SMs {us:.1f}' for sms, us in of['by_sms'].items())})"
+    return text
 
 
 def columns(result: dict[str, Any]) -> str:
