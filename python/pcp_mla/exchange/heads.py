@@ -18,6 +18,7 @@ from ..groups import Group, check_all_to_all, exchanging_into, group_rank, group
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 from .inputs import check_form, check_heads, check_step
+from .latents import _call
 
 
 def heads_of(num_heads: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -73,10 +74,6 @@ class HeadForm:
             check_heads(op, "result", result, local, (self.num_heads, self.v_head_dim), self.dtype, meta)
             check_not_expanded(op, "result", result)
             check_apart(op, "result", result, {"out": out})
-
-
-def _call(collective: Callable[[], None]) -> None:
-    collective()
 
 
 def _block(buffer: torch.Tensor, begin: int, *shape: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from ..exchange.heads import HeadExchange
 from ..exchange.peer_heads import PeerHeadExchange
 from ..ops.attention.call import attend, attend_ranks
 from ..ops.attention.libraries import apart
@@ -30,21 +29,9 @@ def attend_step(
 ) -> torch.Tensor:
     """[T, heads, v] of this rank's tokens, for inputs that are known to fit; ``weight`` if it is all of ``projection``, which is
     that of the step's heads."""
-    if step.heads is None:
+    heads = step.heads
+    if heads is None:
         return _attend_all(step, q, latents, projection, weight, meta)
-    return _by_heads(step, step.heads, q, latents, projection, weight, meta)
-
-
-def _by_heads(
-    step: LayerStep,
-    heads: HeadExchange | PeerHeadExchange,
-    q: torch.Tensor,
-    latents: torch.Tensor,
-    projection: Projection,
-    weight: torch.Tensor | None,
-    meta: PCPMetadata,
-) -> torch.Tensor:
-    """Some heads for all ranks' tokens: their queries come here, and their outputs go back."""
     with stage("exchange", q):
         queries = heads.to_heads(q, meta)
     out = _attend_all(step, queries, latents, projection, weight, meta)
