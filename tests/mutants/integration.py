@@ -159,9 +159,9 @@ CHANGES = (
     ),
     Change(
         "every rank expands the first heads",
-        "python/pcp_mla/integrations/vllm/prefill.py",
-        "slice(heads.start * width, heads.stop * width)",
-        "slice(0, (heads.stop - heads.start) * width)",
+        "python/pcp_mla/layer/projection.py",
+        "slice(heads.start * dims.expanded_dim, heads.stop * dims.expanded_dim)",
+        "slice(0, (heads.stop - heads.start) * dims.expanded_dim)",
         "tests/test_vllm_heads.py::test_outputs_are_those_by_tokens",
     ),
     Change(

@@ -68,9 +68,9 @@ CHANGES = (
     ),
     Change(
         "a rank expands its neighbour's heads",
-        "python/pcp_mla/layer/steps.py",
-        "slice(mine.start * dims.expanded_dim, mine.stop * dims.expanded_dim)",
-        "slice(0, (mine.stop - mine.start) * dims.expanded_dim)",
+        "python/pcp_mla/layer/projection.py",
+        "slice(heads.start * dims.expanded_dim, heads.stop * dims.expanded_dim)",
+        "slice(0, (heads.stop - heads.start) * dims.expanded_dim)",
         "tests/test_layer_heads.py::test_played[2-cpu]",
     ),
     Change(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -46,6 +47,12 @@ def plain_weight(kv_b_proj: KVProjection) -> torch.Tensor | None:
     """[heads * (nope + v), kv_lora_rank] if a product with it is all that ``kv_b_proj`` does."""
     weight, plain = weight_of(kv_b_proj)
     return weight if plain else None
+
+
+def some_heads(dims: MLADims, heads: slice) -> tuple[MLADims, slice]:
+    """Widths of a layer of these heads alone, and their rows in the weight of all."""
+    rows = slice(heads.start * dims.expanded_dim, heads.stop * dims.expanded_dim)
+    return replace(dims, num_heads=heads.stop - heads.start), rows
 
 
 def _linear(weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,6 +16,7 @@ from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 from ..plan.rank_rows import RankRows
 from .checks import check_head_exchange
+from .projection import some_heads
 from .split import heads_pay
 
 
@@ -88,8 +88,7 @@ class LayerStep:
         if heads is None:
             self.backend = self._choose(meta.max_seqlen_q, meta)
         self.heads, mine = heads, slice(0, dims.num_heads) if heads is None else heads.heads
-        self.dims = dims if heads is None else replace(dims, num_heads=mine.stop - mine.start)
-        self.weight_rows = slice(mine.start * dims.expanded_dim, mine.stop * dims.expanded_dim)
+        self.dims, self.weight_rows = some_heads(dims, mine)
 
     def _choose(self, longest: int, meta: PCPMetadata) -> str:
         """The backend for rows of which the longest has so many queries: of all ranks, or of this one."""

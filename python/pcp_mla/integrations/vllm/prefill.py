@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from ...layer.projection import some_heads
 from ...ops.attention.call import prepared_rows, run_rows
 from ...ops.attention.libraries import Rows
 from ...ops.attention.support import choose, wants_apart
@@ -165,8 +165,7 @@ class LayerPrefill:
 
     def _heads(self, heads: slice) -> _Heads:
         if self._mine is None or self._mine[0] != heads:
-            dims, width = replace(self.dims, num_heads=heads.stop - heads.start), self.dims.expanded_dim
-            self._mine = heads, _Heads(dims, slice(heads.start * width, heads.stop * width))
+            self._mine = heads, _Heads(*some_heads(self.dims, heads))
         return self._mine[1]
 
     def forward_mha(
