@@ -157,10 +157,10 @@ def all_to_all_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
     return received
 
 
-def check_all_to_all(op: str, group: Group) -> None:
+def check_all_to_all(op: str, group: Group, wanted_for: str = "") -> None:
     """Raise TypeError unless the group can make :func:`exchanging_into`."""
-    if group is not None and not isinstance(group, dist.ProcessGroup | ExchangingHandle):
-        raise TypeError(f"{op}: group must have all_to_all_into, a {type(group).__name__} has none")
+    if not (group is None or isinstance(group, dist.ProcessGroup) or _has(group, "all_to_all_into")):
+        raise TypeError(f"{op}: group must have all_to_all_into{wanted_for}, a {type(group).__name__} has none")
 
 
 def exchanging_into(

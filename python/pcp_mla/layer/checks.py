@@ -15,7 +15,7 @@ from ..ops.kv_up_project_checks import check_projection
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
 from .projection import KVProjection, weight_of
-from .split import SPLITS
+from .split import check_known
 
 
 def _check_rows(
@@ -153,8 +153,7 @@ def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, 
 def check_split(op: str, split: Any, heads: Any, dims: MLADims) -> None:
     """Raise ValueError unless ``split`` is known and ``heads`` can do it: an exchange of the layer's heads. TypeError if it is
     something else."""
-    if split not in SPLITS:
-        raise ValueError(f"{op}: split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_known(op, split)
     if heads is None:
         if split == "heads":
             raise ValueError(f"{op}: heads must be a HeadExchange for split 'heads', got None")

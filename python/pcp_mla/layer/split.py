@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..exchange.heads import HeadExchange
@@ -11,6 +13,12 @@ from ..plan.metadata import PCPMetadata
 from ..plan.split_cost import Work, attention_pairs, over_nodes, rates_of, split_seconds
 
 SPLITS = ("auto", "tokens", "heads")  # of MLAPrefill, and of all that pass one on to it
+
+
+def check_known(op: str, split: Any) -> None:
+    """Raise ValueError unless ``split`` is one of these."""
+    if split not in SPLITS:
+        raise ValueError(f"{op}: split must be one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def heads_pay(heads: HeadExchange | PeerHeadExchange, dims: MLADims, dtype: torch.dtype, meta: PCPMetadata) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...groups import Group, group_rank, group_world_size
+from ...layer.split import check_known
 from ...plan.partition import check_layout
 from ...planner.consistency import Comparison
 from .calls import in_turn
@@ -21,7 +22,7 @@ from .forwards import ReplacedForward
 from .model_step import attention_forward
 from .paged_cache import BLOCK_SIZE, LatentBlocks
 from .requests import is_pair
-from .split import agree_on_heads, check_split
+from .split import agree_on_heads
 from .steps import StepPlanner
 from .turns import Turns
 
@@ -47,7 +48,7 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split:
     """
     check_model("enable_pcp", model)
     check_layout("enable_pcp", layout, "replicate")
-    check_split(split)
+    check_known("enable_pcp", split)
     if "_pcp" in model.__dict__:
         raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
     dims, place = model_dims(model), model_place(model)

@@ -6,19 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ...exchange.peer_memory import agree
-from ...groups import ExchangingHandle, Group, group_world_size
+from ...groups import Group, check_all_to_all, group_world_size
 from ...layer.projection import plain_weight, rows_of, weight_of
-from ...layer.split import SPLITS
 from ...plan.dims import MLADims
 from .shards import local_projection
-
-
-def check_split(split: Any) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"enable_pcp: split must be one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def own_heads(model: Any, dims: MLADims) -> tuple[list[int], str]:
@@ -36,8 +29,10 @@ def own_heads(model: Any, dims: MLADims) -> tuple[list[int], str]:
 
 def _refusal(told: list[dict[str, Any]], group: Group) -> Exception | None:
     """Why some rank cannot compute some heads for all tokens, if one cannot."""
-    if not isinstance(group, dist.ProcessGroup | ExchangingHandle):
-        return TypeError(f"enable_pcp: group must have all_to_all_into for split 'heads', a {type(group).__name__} has none")
+    try:
+        check_all_to_all("enable_pcp", group, " for split 'heads'")
+    except TypeError as error:
+        return error
     for rank, each in enumerate(told):
         if each["module"]:
             return NotImplementedError(
