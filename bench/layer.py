@@ -232,11 +232,13 @@ def played(batch: Batch, device: str, rates: tuple[float, float] | None) -> dict
     result |= {"heads": batch[2], "P": batch[3], "flops": flops, "bytes": moved, "backend": layer.backend}
     if rates is not None:
         result["floor_us"] = flops / rates[0] / 1e6 + moved / rates[1] / 1e3
-    for name, call in layer.paths("seed", "rows", "ours_fa3", "ours").items():
+    # Where `auto` takes FlashAttention 3 by itself, ours is one path.
+    paths = layer.paths("seed", "rows", *(["ours_fa3"] if layer.library != layer.backend else []), "ours")
+    for name, call in paths.items():
         result[name] = {"cpu_us": timing.cpu_us(call, 7, 10 if rates else 1)}
-        if rates is not None:
-            result[name] |= {"gpu_us": timing.gpu_us(call, 15), "launches": timing.launches(call)}
-            result[name]["share_of_floor"] = result["floor_us"] / result[name]["gpu_us"]
+    if rates is not None:
+        for name, us in timing.gpu_us_in_turn(paths, 15).items():
+            result[name] |= {"gpu_us": us, "launches": timing.launches(paths[name]), "share_of_floor": result["floor_us"] / us}
     result["ours"]["stages_cpu_us"] = stages_cpu_us(layer.ours, 7, 10 if rates else 1)
     return result
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,22 +19,30 @@ _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far
 _HEAD_START_CYCLES = 4_000_000  # about 2 ms: longer than any path here takes to issue its launches
 
 
+def gpu_us_in_turn(calls: Mapping[str, Call], repeats: int = 30) -> dict[str, float]:
+    """Median GPU time of each call in microseconds, L2 cold, one after another again and again: what the clock of a GPU that
+    grows warm does to one it does to all."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    pairs: dict[str, list[Any]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            torch.cuda._sleep(_HEAD_START_CYCLES)
+            begin.record()
+            call()
+            end.record()
+            pairs[name].append((begin, end))
+            torch.cuda.synchronize()
+    return {name: statistics.median(begin.elapsed_time(end) for begin, end in times) * 1e3 for name, times in pairs.items()}
+
+
 def gpu_us(call: Call, repeats: int = 30) -> float:
     """Median GPU time of ``call`` in microseconds, L2 cold."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        call()
-    pairs = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        torch.cuda._sleep(_HEAD_START_CYCLES)
-        begin.record()
-        call()
-        end.record()
-        pairs.append((begin, end))
-        torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
+    return gpu_us_in_turn({"": call}, repeats)[""]
 
 
 def cpu_us(call: Call, repeats: int = 15, calls: int = 20) -> float:

@@ -83,6 +83,14 @@ def test_gpu_time_is_the_median(clock: Clock) -> None:
     assert timing.gpu_us(clock.call([HOURS] * 3 + [5e-6, 1e-6, 90e-6, 3e-6, 4e-6]), repeats=5) == pytest.approx(4)
 
 
+def test_gpu_times_are_taken_in_turn(clock: Clock) -> None:
+    order: list[str] = []
+    calls = {name: clock.call([HOURS] * 3 + us) for name, us in (("a", [5e-6, 1e-6, 3e-6]), ("b", [9e-6, 7e-6, 8e-6]))}
+    noted = {name: lambda name=name: (order.append(name), calls[name]()) for name in calls}
+    assert timing.gpu_us_in_turn(noted, 3) == {"a": pytest.approx(3), "b": pytest.approx(8)}
+    assert order == [*"aaabbb", *"ababab"]
+
+
 def test_cpu_time_is_the_median_of_means(clock: Clock) -> None:
     durations = [1e-6, 3e-6, 10e-6, 20e-6, 2e-6, 4e-6]  # means 2, 15, 3
     assert timing.cpu_us(clock.call([HOURS] * 3 + durations), repeats=3, calls=2) == pytest.approx(3)
