@@ -1,4 +1,4 @@
-"""python -m bench [NAME ...] [--out FOLDER] [--trace FILE]: run benchmarks, print a line a case, write
+"""python -m bench [NAME ...] [--out FOLDER] [--trace FILE] [--check | --base REF]: run benchmarks, print a line a case, write
 FOLDER/<name>_<device>.json."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 import pcp_mla
 
-from . import timing
+from . import ratios, timing
 
 BENCHMARKS = (
     "attention",
@@ -34,14 +35,15 @@ BENCHMARKS = (
     "split",
     "kv_up_project",
 )
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def commit() -> str:
     """The revision that runs; PCP_MLA_COMMIT names it where the tree was copied without its history."""
     if "PCP_MLA_COMMIT" in os.environ:
         return os.environ["PCP_MLA_COMMIT"]
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
@@ -50,11 +52,28 @@ def line(result: dict[str, Any]) -> str:
     return f"{what} | {timing.columns(result)}"
 
 
+def compare(names: Sequence[str], ref: str) -> int:
+    """Each benchmark with the package of another revision and with this one, one behind the other; 1 if a path is slower."""
+    folder = ROOT / "build" / "bench"
+    tree = ratios.build(ref, ROOT)
+    found = []
+    for name in names:
+        for side, at in (("base", tree), ("here", ROOT)):
+            ratios.run(at, name, folder / side)
+        for file in sorted((folder / "here").glob(f"{name}_*.json")):
+            reports = [json.loads((folder / side / file.name).read_text()) for side in ("base", "here")]
+            found += ratios.ratios(*reports)
+    return 0 if ratios.show(found) else 1
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, help="folder of the JSON files; default: bench/results, with --check build/bench")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="requests to draw a batch of the layer's from (bench/layer.py)")
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument("--check", action="store_true", help="compare with bench/results: 1 if a path is more than 10 %% slower")
+    against.add_argument("--base", metavar="REF", help="build that revision too, and compare with it in the same run")
     args = parser.parse_args(arguments)
     if args.trace is not None:
         if not args.trace.is_file():
@@ -63,13 +82,20 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in args.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    if args.base is not None:
+        return compare(args.names or BENCHMARKS, args.base)
+    out = args.out or (ROOT / "build" / "bench" if args.check else RESULTS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    ceilings = {}
     if device == "cuda":
+        ceilings = {"copy_gbps": timing.copy_gbps(), "gemm_tflops": timing.gemm_tflops()}
+        print(", ".join(f"{name} {rate:.0f}" for name, rate in ceilings.items()))
         print("shares: of a plain copy that moves the same bytes / of the copy bandwidth of 4 GiB")
+    found = []
     for name in args.names or BENCHMARKS:
-        results = []
+        results: list[dict[str, Any]] = []
         benchmark = importlib.import_module(f"bench.{name}")
         show = getattr(benchmark, "line", line)  # a benchmark that moves no bytes has its own
         with torch.inference_mode():
@@ -82,12 +108,16 @@ def main(arguments: list[str] | None = None) -> int:
             "commit": commit(),
             "torch": torch.__version__,
             "pcp_mla": pcp_mla.__version__,
+            **ceilings,
             "results": results,
         }
         slug = hardware.split()[1].lower() if device == "cuda" and " " in hardware else device
         slug += f"x{torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""
-        (args.out / f"{name}_{slug}.json").write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+        file = f"{name}_{slug}.json"
+        if args.check and (RESULTS / file).is_file():
+            found += ratios.ratios(json.loads((RESULTS / file).read_text()), report)
+        (out / file).write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if not args.check or ratios.show(found) else 1
 
 
 if __name__ == "__main__":

@@ -102,12 +102,11 @@ def run(device: str) -> Iterator[dict[str, Any]]:
     for tokens, heads, ranks in GPU_SHAPES if gpu else CPU_SHAPES:
         meta, x = inputs(tokens, heads, ranks, device)
         result: dict[str, Any] = {"op": "attention", "tokens": tokens, "heads": heads, "P": ranks, "flops": flops(meta, heads)}
-        for name, call in make_paths(meta, x, device).items():
-            numbers: dict[str, Any] = {"cpu_us": timing.cpu_us(call, repeats=5, calls=5 if gpu else 1)}
-            if gpu:
-                numbers |= {"gpu_us": timing.gpu_us(call), "launches": timing.launches(call)}
-                numbers["tflops"] = result["flops"] / numbers["gpu_us"] / 1e6
-            result[name] = numbers
+        paths = make_paths(meta, x, device)
+        for name, call in paths.items():
+            result[name] = {"cpu_us": timing.cpu_us(call, repeats=5, calls=5 if gpu else 1)}
+        for name, times in (timing.on_gpu(paths) if gpu else {}).items():
+            result[name] |= times | {"tflops": result["flops"] / times["gpu_us"] / 1e6}
         yield result
 
 

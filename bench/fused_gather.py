@@ -99,6 +99,5 @@ def run(device: str) -> Iterator[dict[str, Any]]:
                 }
                 if gpu:
                     result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
-                for name, call in paths.items():
-                    result[name] = timing.measure(call, result)
+                result |= timing.measure(paths, result)
                 yield result

@@ -90,16 +90,14 @@ def run(device: str) -> Iterator[dict[str, Any]]:
             result: dict[str, Any] = {"op": op, "tokens": tokens, "heads": heads, "bytes": moved, "flops": flops}
             if gpu:
                 result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
-            for name, call in paths.items():
-                if name == "apart":
-                    moved -= 2 * tokens * (heads - 1) * dims.qk_rope_head_dim
-                    own = {"bytes": moved, **({"copy_us": timing.copy_us(moved)} if gpu else {})}
-                    numbers = own | timing.measure(call, result | own)
-                else:
-                    numbers = timing.measure(call, result)
-                if "gemm" in result and gpu:
-                    numbers["of_gemm"] = numbers["gpu_us"] / result["gemm"]["gpu_us"]
-                result[name] = numbers
+            own = {}
+            if "apart" in paths:
+                less = moved - 2 * tokens * (heads - 1) * dims.qk_rope_head_dim
+                own["apart"] = {"bytes": less, **({"copy_us": timing.copy_us(less)} if gpu else {})}
+            result |= timing.measure(paths, result, own)
+            if gpu and "gemm" in paths:
+                for name in paths:
+                    result[name]["of_gemm"] = result[name]["gpu_us"] / result["gemm"]["gpu_us"]
             yield result
 
 

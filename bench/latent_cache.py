@@ -67,8 +67,7 @@ def run(device: str) -> Iterator[dict[str, Any]]:
             result: dict[str, Any] = {"op": op, "tokens": tokens, "width": WIDTH, "bytes": moved, "flops": 0}
             if gpu:
                 result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
-            for name, call in paths.items():
-                result[name] = timing.measure(call, result, graph=True)
+            result |= timing.measure(paths, result, graph=True)
             yield result
 
 

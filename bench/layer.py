@@ -237,8 +237,8 @@ def played(batch: Batch, device: str, rates: tuple[float, float] | None) -> dict
     for name, call in paths.items():
         result[name] = {"cpu_us": timing.cpu_us(call, 7, 10 if rates else 1)}
     if rates is not None:
-        for name, us in timing.gpu_us_in_turn(paths, 15).items():
-            result[name] |= {"gpu_us": us, "launches": timing.launches(paths[name]), "share_of_floor": result["floor_us"] / us}
+        for name, times in timing.on_gpu(paths, 15).items():
+            result[name] |= times | {"share_of_floor": result["floor_us"] / times["gpu_us"]}
     result["ours"]["stages_cpu_us"] = stages_cpu_us(layer.ours, 7, 10 if rates else 1)
     return result
 

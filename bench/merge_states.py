@@ -75,8 +75,7 @@ def run(device: str) -> Iterator[dict[str, Any]]:
         }
         if gpu:
             result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
-        for name, call in make_paths(outs, lses, backends).items():
-            result[name] = timing.measure(call, result, graph=True)
+        result |= timing.measure(make_paths(outs, lses, backends), result, graph=True)
         yield result
 
 

@@ -113,10 +113,11 @@ def described(batch: Batch, of: Layer) -> dict[str, Any]:
 def played(batch: Batch, device: str) -> dict[str, Any]:
     split = Split(batch, None, 0, device)
     result = described(batch, split.of)
-    for name, call in split.paths().items():
+    paths = split.paths()
+    for name, call in paths.items():
         result[name] = {"cpu_us": timing.cpu_us(call, 5, 5)}
-        if device == "cuda":
-            result[name] |= {"gpu_us": timing.gpu_us(call, 9), "launches": timing.launches(call)}
+    for name, times in (timing.on_gpu(paths, 9) if device == "cuda" else {}).items():
+        result[name] |= times
     return result
 
 

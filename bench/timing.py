@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pcp_mla.demo.measure import count_launches
+from pcp_mla.demo.measure import on_device
 from pcp_mla.testing.launch import run_distributed
 
 Call = Callable[[], Any]
@@ -19,10 +19,10 @@ _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far
 _HEAD_START_CYCLES = 4_000_000  # about 2 ms: longer than any path here takes to issue its launches
 
 
-def gpu_us_in_turn(calls: Mapping[str, Call], repeats: int = 30) -> dict[str, float]:
-    """Median GPU time of each call in microseconds, L2 cold, one after another again and again: what the clock of a GPU that
-    grows warm does to one it does to all."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+def gpu_times(calls: Mapping[str, Call], repeats: int = 30, cold: bool = True) -> dict[str, list[float]]:
+    """GPU times of each call in microseconds, one after another again and again: what the clock of a GPU that grows warm does to
+    one it does to all. ``cold``: L2 is emptied before each."""
+    flush = torch.empty(_FLUSH_BYTES if cold else 0, dtype=torch.uint8, device="cuda")
     for call in calls.values():
         for _ in range(3):
             call()
@@ -37,12 +37,24 @@ def gpu_us_in_turn(calls: Mapping[str, Call], repeats: int = 30) -> dict[str, fl
             end.record()
             pairs[name].append((begin, end))
             torch.cuda.synchronize()
-    return {name: statistics.median(begin.elapsed_time(end) for begin, end in times) * 1e3 for name, times in pairs.items()}
+    return {name: [begin.elapsed_time(end) * 1e3 for begin, end in timed] for name, timed in pairs.items()}
 
 
 def gpu_us(call: Call, repeats: int = 30) -> float:
     """Median GPU time of ``call`` in microseconds, L2 cold."""
-    return gpu_us_in_turn({"": call}, repeats)[""]
+    return statistics.median(gpu_times({"": call}, repeats)[""])
+
+
+def on_gpu(calls: Mapping[str, Call], repeats: int = 30) -> dict[str, dict[str, Any]]:
+    """Of each path, in turn: median and 20th and 80th percentile with a cold L2, median with a warm one, all by events; the time
+    that its kernels and copies take by the profiler, which is CUPTI's, and how many these are."""
+    cold, warm = gpu_times(calls, repeats), gpu_times(calls, repeats, cold=False)
+    results: dict[str, dict[str, Any]] = {}
+    for name, call in calls.items():
+        times = {"gpu_us": statistics.median(cold[name])}
+        times |= zip(("gpu_us_p20", "gpu_us_p80"), statistics.quantiles(cold[name], n=5)[::3], strict=True)
+        results[name] = times | {"warm_us": statistics.median(warm[name])} | kernels(call)
+    return results
 
 
 def cpu_us(call: Call, repeats: int = 15, calls: int = 20) -> float:
@@ -93,11 +105,17 @@ def in_graph(call: Call, gpu: bool, calls: int) -> dict[str, Any]:
     return result
 
 
-def launches(call: Call) -> int:
-    """Kernels, copies and fills that one ``call`` puts on the GPU, counted by the profiler."""
+def kernels(call: Call, calls: int = 3) -> dict[str, Any]:
+    """Kernels, copies and fills that one ``call`` puts on the GPU, and the time that they take in microseconds, by the profiler."""
     call()
     torch.cuda.synchronize()
-    return count_launches(call, torch.device("cuda", torch.cuda.current_device()))
+    events = on_device(lambda: [call() for _ in range(calls)], torch.device("cuda", torch.cuda.current_device()))
+    return {"launches": len(events) // calls, "kernels_us": sum(event.time_range.elapsed_us() for event in events) / calls}
+
+
+def launches(call: Call) -> int:
+    """Kernels, copies and fills that one ``call`` puts on the GPU."""
+    return kernels(call, 1)["launches"]
 
 
 def copy_us(moved: int) -> float:
@@ -118,19 +136,24 @@ def gemm_tflops(size: int = 8192) -> float:
     return 2 * size**3 / gpu_us(lambda: a @ b, 10) / 1e6
 
 
-def measure(call: Call, result: dict[str, Any], graph: bool = False) -> dict[str, Any]:
-    """Times of one path of ``result``, and where that has a copy's time and bandwidth, which are a GPU's, the shares of these."""
+def measure(
+    calls: Mapping[str, Call], result: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] | None = None, graph: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Times of each path of ``result``, in turn, and where that has a copy's time and bandwidth, which are a GPU's, the shares of
+    these. ``own``: what a path has instead of the result's bytes and copy."""
     gpu = "copy_us" in result
-    numbers: dict[str, Any] = {"cpu_us": cpu_us(call, calls=20 if gpu else 1)}
-    if not gpu:
-        return numbers
-    numbers["gpu_us"] = gpu_us(call)
-    if graph:
-        numbers["graph_us"] = graph_us(call)
-    numbers["launches"] = launches(call)
-    numbers["share_of_copy"] = result["copy_us"] / numbers["gpu_us"]
-    numbers["share_of_bandwidth"] = result["bytes"] / numbers["gpu_us"] / 1e3 / result["copy_gbps"]
-    return numbers
+    own = own or {}
+    measured: dict[str, dict[str, Any]] = {
+        name: {**own.get(name, {}), "cpu_us": cpu_us(call, calls=20 if gpu else 1)} for name, call in calls.items()
+    }
+    for name, times in (on_gpu(calls) if gpu else {}).items():
+        numbers, of = measured[name] | times, result | own.get(name, {})
+        if graph:
+            numbers["graph_us"] = graph_us(calls[name])
+        numbers["share_of_copy"] = of["copy_us"] / numbers["gpu_us"]
+        numbers["share_of_bandwidth"] = of["bytes"] / numbers["gpu_us"] / 1e3 / of["copy_gbps"]
+        measured[name] = numbers
+    return measured
 
 
 def over_ranks(

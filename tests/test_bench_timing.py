@@ -87,7 +87,7 @@ def test_gpu_times_are_taken_in_turn(clock: Clock) -> None:
     order: list[str] = []
     calls = {name: clock.call([HOURS] * 3 + us) for name, us in (("a", [5e-6, 1e-6, 3e-6]), ("b", [9e-6, 7e-6, 8e-6]))}
     noted = {name: lambda name=name: (order.append(name), calls[name]()) for name in calls}
-    assert timing.gpu_us_in_turn(noted, 3) == {"a": pytest.approx(3), "b": pytest.approx(8)}
+    assert timing.gpu_times(noted, 3) == {"a": pytest.approx([5, 1, 3]), "b": pytest.approx([9, 7, 8])}
     assert order == [*"aaabbb", *"ababab"]
 
 
@@ -100,14 +100,49 @@ def test_graph_time_is_of_one_call(clock: Clock) -> None:
     assert timing.graph_us(clock.call([HOURS, 2e-6, 4e-6, 6e-6]), repeats=3, calls=3) == pytest.approx(2 * 4)
 
 
+def test_times_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {True: [20.0, 90.0, 30.0, 10.0], False: [7.0, 5.0, 6.0, 8.0]}
+    monkeypatch.setattr(timing, "gpu_times", lambda calls, repeats, cold=True: dict.fromkeys(calls, taken[cold]))
+    monkeypatch.setattr(timing, "kernels", lambda call: {"launches": 3, "kernels_us": call()})
+    wanted = {"gpu_us": 25.0, "gpu_us_p20": 10.0, "gpu_us_p80": 90.0, "warm_us": 6.5, "launches": 3}
+    assert timing.on_gpu({"a": lambda: 4.0, "b": lambda: 5.0}) == {
+        "a": {**wanted, "kernels_us": 4.0},
+        "b": {**wanted, "kernels_us": 5.0},
+    }
+
+
+def test_kernels_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    class Event:
+        class time_range:
+            elapsed_us = staticmethod(lambda: 5.0)
+
+    def on_device(fn: Callable[[], Any], device: torch.device) -> list[Any]:
+        before = len(calls)
+        fn()
+        return [Event] * 2 * (len(calls) - before)
+
+    monkeypatch.setattr(timing, "on_device", on_device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert timing.kernels(lambda: calls.append(1)) == {"launches": 2, "kernels_us": 10.0}
+    assert len(calls) == 1 + 3
+    assert timing.launches(lambda: calls.append(1)) == 2
+
+
 def test_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("cpu_us", 7.0), ("gpu_us", 20.0), ("graph_us", 15.0), ("launches", 3)):
-        monkeypatch.setattr(timing, name, lambda *_, value=value, **__: value)
-    assert timing.measure(lambda: None, {"bytes": 30_000_000}) == {"cpu_us": 7.0}
+    monkeypatch.setattr(timing, "cpu_us", lambda *_, **__: 7.0)
+    monkeypatch.setattr(timing, "graph_us", lambda *_, **__: 15.0)
+    monkeypatch.setattr(timing, "on_gpu", lambda calls: {name: {"gpu_us": 20.0} for name in calls})
+    paths = {"a": lambda: None, "b": lambda: None}
+    assert timing.measure(paths, {"bytes": 30_000_000}) == {"a": {"cpu_us": 7.0}, "b": {"cpu_us": 7.0}}
     result = {"bytes": 30_000_000, "copy_us": 10.0, "copy_gbps": 3000.0}
-    numbers = {"cpu_us": 7.0, "gpu_us": 20.0, "launches": 3, "share_of_copy": 0.5, "share_of_bandwidth": 0.5}
-    assert timing.measure(lambda: None, result) == numbers
-    assert timing.measure(lambda: None, result, graph=True) == numbers | {"graph_us": 15.0}
+    a = {"cpu_us": 7.0, "gpu_us": 20.0, "share_of_copy": 0.5, "share_of_bandwidth": 0.5}
+    b = {"bytes": 15_000_000, "copy_us": 5.0, "cpu_us": 7.0, "gpu_us": 20.0, "share_of_copy": 0.25, "share_of_bandwidth": 0.25}
+    own = {"b": {"bytes": 15_000_000, "copy_us": 5.0}}
+    assert timing.measure(paths, result, own) == {"a": a, "b": b}
+    assert timing.measure({"a": paths["a"]}, result, graph=True) == {"a": a | {"graph_us": 15.0}}
 
 
 def test_copies_count_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:

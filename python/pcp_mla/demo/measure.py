@@ -112,18 +112,23 @@ class _OpCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_launches(fn: Callable[[], Any], device: torch.device) -> int:
-    """Kernels, copies and memsets that ``fn`` launches on a GPU; op calls other than views and allocations on a CPU."""
-    if device.type != "cuda":
-        with _OpCounter() as counter:
-            fn()
-        return counter.count
+def on_device(fn: Callable[[], Any], device: torch.device) -> list[Any]:
+    """The profiler's events of kernels, copies and fills that ``fn`` puts on a GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
         fn()
         torch.cuda.synchronize(device)
-    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     # Ranges that a library marks (NCCL its collectives) are shown on the device as well, over the kernels that they cover.
-    return sum(not event.is_user_annotation for event in on_device)
+    return [event for event in events if not event.is_user_annotation]
+
+
+def count_launches(fn: Callable[[], Any], device: torch.device) -> int:
+    """Kernels, copies and fills that ``fn`` puts on a GPU; op calls other than views and allocations on a CPU."""
+    if device.type == "cuda":
+        return len(on_device(fn, device))
+    with _OpCounter() as counter:
+        fn()
+    return counter.count
 
 
 def _milliseconds(fn: Callable[[], Any], device: torch.device) -> float:
