@@ -270,20 +270,20 @@ def test_hooks_stay_around(first: bool, removed_first: bool) -> None:
 
 
 def test_an_error_while_enabling_leaves_the_model() -> None:
-    class Broken(torch.nn.Module):
+    model = build("v3", num_hidden_layers=3)
+    last = model.model.layers[2].self_attn
+
+    class Broken(type(last)):  # type: ignore[misc]
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "forward":
                 raise KeyError("broken")
             super().__setattr__(name, value)
 
-    model = build("v3", num_hidden_layers=3)
     watched(model)
     before = forwards(model)
-    kept = model.model.layers[2].self_attn
-    model.model.layers[2].self_attn = Broken()
+    last.__class__ = Broken
     with pytest.raises(KeyError, match="broken"):
         enable_pcp(model)
-    model.model.layers[2].self_attn = kept
     assert forwards(model) == before
 
 

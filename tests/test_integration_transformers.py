@@ -316,8 +316,10 @@ def test_wrong_model() -> None:
         )
     )
     for call in (enable_pcp, disable_pcp, lambda m: prefill(m, [[1]])):
-        with pytest.raises(TypeError, match=r"model must be a DeepseekV2ForCausalLM.* or \w+, got LlamaForCausalLM"):
+        with pytest.raises(TypeError, match=r"with MLA in every layer .*, got a LlamaForCausalLM with a LlamaAttention in layer 0"):
             call(llama)
+        with pytest.raises(TypeError, match=r"must be a causal language model .*, got a str"):
+            call("model")
 
 
 def test_length_dependent_rope() -> None:

@@ -1,4 +1,4 @@
-"""Prefill context parallelism for transformers' own DeepSeek-V2, V3 and GLM-4.7-Flash models.
+"""Prefill context parallelism for transformers' own models with MLA.
 
 :func:`enable_pcp` replaces the forward of the model and of every attention module: calls of the model and its own ``generate``
 work as before, and :func:`prefill`, :func:`extend`, :func:`decode` and :func:`generate` drive it without padding. For inference

@@ -12,10 +12,10 @@ from ...groups import Group
 from ...plan.dims import MLADims
 from ...planner.consistency import Comparison
 from .agreement import compare
-from .deepseek import check_model
 from .forwards import ReplacedForward
 from .paged_cache import CachedRequests, LatentBlocks
 from .steps import PCPStep, StepPlanner, StepsInGraphs
+from .structure import check_model
 from .turns import Turns
 
 
@@ -108,8 +108,8 @@ class PCPContext:
 
 def context_of(op: str, model: Any) -> PCPContext:
     """The context of a model under PCP. TypeError for another kind of model, ValueError for one that is not under PCP."""
-    check_model(op, model)
-    if "_pcp" not in model.__dict__:
+    if "_pcp" not in getattr(model, "__dict__", {}):
+        check_model(op, model)
         raise ValueError(f"{op}: model must be under PCP, call enable_pcp first")
     return model.__dict__["_pcp"]
 

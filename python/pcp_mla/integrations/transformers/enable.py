@@ -16,7 +16,7 @@ from ...planner.consistency import Comparison
 from .calls import in_turn
 from .captured import CapturedSteps
 from .context import PCPContext, context_at_place, context_of
-from .deepseek import check_model, model_dims, model_place
+from .deepseek import model_dims, model_place
 from .forward import model_forward
 from .forwards import ReplacedForward
 from .model_step import attention_forward
@@ -24,6 +24,7 @@ from .paged_cache import BLOCK_SIZE, LatentBlocks
 from .requests import is_pair
 from .split import agree_on_heads
 from .steps import StepPlanner
+from .structure import check_model, check_structure, follow_attention
 from .turns import Turns
 
 
@@ -31,8 +32,8 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split:
     """Make ``model`` compute its attention by prefill context parallelism, until :func:`disable_pcp`.
 
     Args:
-        model: transformers' ``DeepseekV2ForCausalLM``, ``DeepseekV3ForCausalLM`` or ``Glm4MoeLiteForCausalLM``, the same weights on
-            every rank, on its device and in its dtype: the cache is made for these.
+        model: a causal language model of transformers with MLA in every layer, whichever its class (:mod:`.structure`), the same
+            weights on every rank, on its device and in its dtype: the cache is made for these.
         group: a ``torch.distributed`` process group, a :class:`PlayedGroup`, or None for a world of one rank. Played ranks need a
             model each: see :func:`copy_sharing_weights`.
         layout: as :func:`pcp_mla.partition`.
@@ -40,18 +41,22 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split:
             that of latents; or ``auto``, which is ``tokens`` on a CPU, and where ``heads`` is refused. The same on all ranks.
 
     Raises:
-        TypeError: another kind of model, or for ``heads`` a group that has no all-to-all.
-        ValueError: unknown layout or split, the model is under PCP already, or has no weights; on every rank, if their splits
-            differ or, for ``heads``, there are fewer heads than ranks. It is as it was after any error.
-        NotImplementedError: rope frequencies that depend on the length of the input; on every rank, for ``heads``, if on any of
-            them a ``kv_b_proj`` is more than a weight and a bias.
+        TypeError: a model without MLA in every layer, or for ``heads`` a group that has no all-to-all.
+        ValueError: unknown layout or split, the model is under PCP already, has no weights, or has other widths in other layers; on
+            every rank, if their splits differ or, for ``heads``, there are fewer heads than ranks. It is as it was after any error.
+        NotImplementedError: what the model has besides and PCP cannot take, by name: rope frequencies that depend on the length of
+            the input, sliding windows, layers of other types, modules or parameters that are not known (indexers, attention
+            sinks), attention that is not causal, or whose K and V are not what ``kv_b_proj`` gives; on every rank, for ``heads``,
+            if on any of them a ``kv_b_proj`` is more than a weight and a bias.
     """
     check_model("enable_pcp", model)
     check_layout("enable_pcp", layout, "replicate")
     check_known("enable_pcp", split)
     if "_pcp" in model.__dict__:
         raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
+    check_structure(model)
     dims, place = model_dims(model), model_place(model)
+    follow_attention(model, place[1])
     world, rank = group_world_size(group, "enable_pcp"), group_rank(group)
     attentions = [layer.self_attn for layer in model.model.layers]
     blocks = LatentBlocks(model.config.num_hidden_layers, dims.latent_dim, *place)

@@ -13,6 +13,7 @@ from .context import context_at_place
 from .model_step import run_step
 from .paged_cache import CachedRequests
 from .requests import check_token_ids
+from .stand_in import own_logits
 from .stock import CausalLMOutputWithPast
 
 # What a config, too, can ask for. A model under PCP has its own tokens' states only, and no attention weights.
@@ -141,7 +142,7 @@ def model_forward(
             hidden = context.blocks.cache.new_zeros(0, model.config.hidden_size)
         placed = hidden.new_zeros(*kept.shape, hidden.shape[1])
         placed[wanted.to(hidden.device)] = hidden
-        logits = model.lm_head(placed)
+        logits = own_logits(model, placed)
         context.wait_for_all()
     if not keep:
         context.blocks.release(extended)

@@ -15,6 +15,7 @@ from .context import PCPContext, context_at_place, context_of
 from .model_step import run_step
 from .paged_cache import CachedRequests
 from .requests import check_count, check_logits, checked_ends, checked_prefix, in_chunks, token_list, token_lists
+from .stand_in import own_logits
 
 
 def _prefill_hidden(
@@ -69,7 +70,7 @@ def prefill(
     check_logits("prefill", logits, lists)
     started = context.blocks.fork_prefixes(context.requests, checked_prefix(context, prefix, len(lists)))
     with context.update(started):
-        return model.lm_head(_prefill_hidden(model, context, started, lists, chunk_tokens, logits))
+        return own_logits(model, _prefill_hidden(model, context, started, lists, chunk_tokens, logits))
 
 
 @in_turn("extend")
@@ -81,7 +82,7 @@ def extend(model: Any, requests: Sequence[Sequence[int]]) -> torch.Tensor:
     check_count("extend: requests", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
-        return model.lm_head(run_step(model, context, extended, lists))
+        return own_logits(model, run_step(model, context, extended, lists))
 
 
 @in_turn("decode")
@@ -96,7 +97,7 @@ def decode(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     check_count("decode: tokens", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
-        return model.lm_head(run_step(model, context, extended, lists, decode=True))
+        return own_logits(model, run_step(model, context, extended, lists, decode=True))
 
 
 @torch.no_grad()
@@ -129,7 +130,7 @@ def _first_logits(model: Any, prompts: Any, chunk_tokens: int | None, prefix: An
         raise ValueError(f"generate: prompts must not be empty, got no tokens for prompt {lists.index([])}")
     started = context.blocks.fork_prefixes(context.requests, prefixes)
     with context.update(started):
-        logits = model.lm_head(_prefill_hidden(model, context, started, lists, chunk_tokens, "last"))
+        logits = own_logits(model, _prefill_hidden(model, context, started, lists, chunk_tokens, "last"))
     return logits, context.requests
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from ...layer.prefill import MLAPrefill
 from ...layer.projection import plain_weight
 from ...plan.metadata import PCPMetadata
 from .context import PCPContext
-from .deepseek import project_inputs
 from .latent_attention import latent_attention
 from .paged_cache import CachedRequests
 from .shards import local_projection
-from .steps import Batch
+from .stand_in import own_attention
+from .steps import Batch, PCPStep
 
 
 def _exact(device_type: str) -> AbstractContextManager[None]:
@@ -25,22 +26,25 @@ def _exact(device_type: str) -> AbstractContextManager[None]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def attention_forward(
-    attention: Any,
-    context: PCPContext,
-    hidden_states: torch.Tensor,
-    position_embeddings: Any = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
+def attention_forward(attention: Any, context: PCPContext, *args: Any, **options: Any) -> Any:
     """In place of the attention module's forward."""
-    step, dims = context.step, context.dims
-    if step is None:
+    if context.step is None:
         raise ValueError("attention: the model is under PCP, call it as a whole, or prefill, extend, decode or generate")
-    rows, tokens = step.meta.num_local_rows, hidden_states.shape[1]
+    return own_attention(attention, partial(_attend, attention, context, context.step), *args, **options)
+
+
+def _attend(
+    attention: Any, context: PCPContext, step: PCPStep, q: torch.Tensor, k_pe: torch.Tensor, kv_c: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """[1, T, heads, v] of q [1, heads, T, nope + rope] and the latents k_pe [1, 1, T, rope] and kv_c [1, 1, T, kv_lora_rank].
+
+    As many heads as the module has: tensor parallelism leaves it some of those of the configuration.
+    """
+    dims, rows, tokens = context.dims, step.meta.num_local_rows, q.shape[2]
     cache = context.blocks.cache[attention.layer_idx]
     # Under autocast some of the three have another dtype than the weights.
-    q, kv_c, k_pe = (x[:rows].to(cache.dtype) for x in project_inputs(attention, hidden_states, position_embeddings, dims))
-    if q.shape[1] != dims.num_heads:  # tensor parallelism leaves a rank some of them
+    q, kv_c, k_pe = (x[:rows].to(cache.dtype) for x in (q[0].transpose(0, 1), kv_c[0, 0], k_pe[0, 0]))
+    if q.shape[1] != dims.num_heads:
         dims = replace(dims, num_heads=q.shape[1])
     projection = local_projection(attention.kv_b_proj)
     weight = plain_weight(projection) if step.is_decode else None
@@ -48,14 +52,13 @@ def attention_forward(
         if weight is not None:
             latents = torch.cat([kv_c, k_pe], dim=1)
             torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, None)
-            attended = latent_attention(q, weight, step.meta, cache, dims, attention.scaling)
+            attended = latent_attention(q, weight, step.meta, cache, dims, scale)
         else:
-            layer = MLAPrefill(dims, attention.scaling, step.exchange, heads=step.heads, split=step.split)
+            layer = MLAPrefill(dims, scale, step.exchange, heads=step.heads, split=step.split)
             attended = layer(q, kv_c, k_pe, projection, step.meta, cache)
-    out = attended.flatten(1)
     if rows < tokens:  # of a rank without tokens, see run_step
-        out = torch.cat([out, out.new_zeros(tokens - rows, out.shape[1])])
-    return attention.o_proj(out)[None], None
+        attended = torch.cat([attended, attended.new_zeros(tokens - rows, *attended.shape[1:])])
+    return attended[None]
 
 
 def run_modules(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
