@@ -14,9 +14,14 @@ pytest.importorskip("transformers", minversion="5")
 from pcp_mla import HeadExchange
 from pcp_mla.integrations.transformers import decode, enable_pcp, extend, generate, prefill, shards
 from pcp_mla.testing.launch import run_distributed
+from test_integration_models import HERE, small
 from test_integration_transformers import build, check_close, prompts, stock_logits, stock_text
 
 SHARDED = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+
+
+def made(name: str) -> Any:
+    return small(name, 4, tie_word_embeddings=False) if name in HERE else build(name, **SHARDED)
 
 
 def sharded(group: Any, cases: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
@@ -36,7 +41,7 @@ def sharded(group: Any, cases: list[tuple[str, str]]) -> dict[tuple[str, str], A
 
     HeadExchange.to_heads = noted
     for name, split in cases:
-        model, before = build(name, **SHARDED), len(exchanged)
+        model, before = made(name), len(exchanged)
         plan = [model._expand_parallel_plan(model.tp_plan)] if hasattr(model, "_expand_parallel_plan") else []  # since 5.24
         apply_tensor_parallelism(model, mesh["tp"], *plan)
         enable_pcp(model, mesh["pcp"].get_group(), split=split)
@@ -51,16 +56,17 @@ def sharded(group: Any, cases: list[tuple[str, str]]) -> dict[tuple[str, str], A
 
 def test_tensor_parallelism() -> None:
     pytest.importorskip("transformers.distributed.tensor_parallel")
+    # transformers' plan for V3 leaves its attention whole
+    shared_out = {"v2": 2, "v3": 1} | ({"MiniCPM3": 2} if "MiniCPM3" in HERE else {})
     cases = [
         (name, split)
-        for name in ("v2", "v3")
+        for name, shares in shared_out.items()
         for split in ("tokens", "heads")
-        if shards.COLWISE or (name, split) != ("v2", "heads")
+        if shards.COLWISE or (shares, split) != (2, "heads")
     ]
     request, results = prompts([13])[0], run_distributed(4, sharded, cases)
     for name, split in cases:
-        shares = {"v2": 2, "v3": 1}[name]  # transformers' plan for V3 leaves its attention whole
-        model = build(name, **SHARDED)
+        shares, model = shared_out[name], made(name)
         wanted, texts = stock_logits(model, [request]), [stock_text(model, prompt, 4) for prompt in (request[:6], request[4:])]
         for rank in results:
             logits, heads, text, exchanged = rank[name, split]

@@ -65,7 +65,7 @@ def _refuse_settings(config: Any) -> None:
 
 
 def check_structure(model: Any) -> None:
-    """Raise NotImplementedError, with its name, for what such a model may have besides and PCP cannot take; ValueError if its layers
+    """Raise NotImplementedError, with its name, for what such a model may have besides and PCP cannot take; ValueError if layers
     differ in their widths."""
     body, config = model.model, model.config
     _refuse_settings(config)
