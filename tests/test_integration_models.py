@@ -219,11 +219,19 @@ def hand_on(**more: Any) -> Any:
 
 def scaled_keys(self: Any, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     keys, values = Attention.expand_kv(self, kv_c, k_pe)
-    return 1.5 * keys, values
+    keys[..., :16] *= 1.5
+    return keys, values
 
 
-def projected_twice(self: Any, hidden: torch.Tensor, **options: Any) -> Any:
-    options["position_embeddings"] = None
+def scaled_latents(self: Any, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return Attention.expand_kv(self, self.kv_a_layernorm(kv_c), k_pe)
+
+
+def scaled_rope(self: Any, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return Attention.expand_kv(self, kv_c, 1.5 * k_pe)
+
+
+def without_attention(self: Any, hidden: torch.Tensor, **options: Any) -> Any:
     return self.o_proj(hidden), None
 
 
@@ -237,12 +245,14 @@ MORE: dict[str, tuple[str, Any, str]] = {
     "cap": ("forward", hand_on(softcap=30.0), "must have no softcap"),
     "not causal": ("forward", hand_on(is_causal=False), "must have no keys behind a query"),
     "mask": ("forward", masked, "must have no a mask of its own"),
-    "no attention": ("forward", projected_twice, "it does not come to its attention function"),
+    "no attention": ("forward", without_attention, "it does not come to its attention function"),
     "keys": ("expand_kv", scaled_keys, "K and V are not what kv_b_proj gives"),
+    "latents": ("expand_kv", scaled_latents, "kv_b_proj is not given the latents"),
+    "rope": ("expand_kv", scaled_rope, "K does not end in k_pe"),
 }
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MORE if kind != "keys" or hasattr(Attention, "expand_kv")])
+@pytest.mark.parametrize("kind", [kind for kind in MORE if MORE[kind][0] == "forward" or hasattr(Attention, MORE[kind][0])])
 def test_attention_that_does_more(kind: str) -> None:
     """A class of somebody's own: found by what its forward does."""
     name, method, message = MORE[kind]

@@ -4,6 +4,34 @@ from mutants.change import Change
 
 CHANGES = (
     Change(
+        "logits by the head alone",
+        "python/pcp_mla/integrations/transformers/stand_in.py",
+        "logits = type(model).forward(behind, return_dict=True).logits",
+        "logits = behind.lm_head(hidden)",
+        "tests/test_integration_models.py::test_texts_and_calls_of_the_model",
+    ),
+    Change(
+        "an attention's own K goes unseen",
+        "python/pcp_mla/integrations/transformers/structure.py",
+        "torch.equal(torch.cat([key[..., :nope], value], -1), by_head)",
+        "torch.equal(value, by_head[..., nope:])",
+        "tests/test_integration_models.py::test_attention_that_does_more",
+    ),
+    Change(
+        "what an attention function is given besides goes unseen",
+        "python/pcp_mla/integrations/transformers/stand_in.py",
+        "if strange:",
+        "if dropout:",
+        "tests/test_integration_models.py::test_attention_that_does_more",
+    ),
+    Change(
+        "parameters that are not known go unseen",
+        "python/pcp_mla/integrations/transformers/structure.py",
+        "for held in (module._modules, module._parameters)",
+        "for held in (module._modules,)",
+        "tests/test_integration_models.py::test_modules_and_parameters_that_are_not_known",
+    ),
+    Change(
         "a token id as large as the vocabulary",
         "python/pcp_mla/integrations/transformers/requests.py",
         "not 0 <= token < vocabulary",

@@ -85,7 +85,8 @@ class _Followed(AttentionStandIn):
 
     def __init__(self, attention: Any, hidden: torch.Tensor) -> None:
         super().__init__(attention, self._attend, None)
-        self.__dict__.pop("expand_kv", None)
+        replaced = self.__dict__.pop("expand_kv", None)
+        own_expansion = None if replaced is None else self.expand_kv
         self.reached = False
         nope, rope, self.v, rank = (getattr(attention, name) for name in _WIDTHS)
         generator = torch.Generator().manual_seed(0)
@@ -95,11 +96,28 @@ class _Followed(AttentionStandIn):
 
         self.expanded = given(self.heads * (nope + self.v))
         q, latents = given(self.heads * (nope + rope)), given(rank + rope)
-        for name in ("q_a_proj", "q_a_layernorm", "kv_a_layernorm", "o_proj"):
+        for name in ("q_a_proj", "q_a_layernorm", "o_proj"):
             self.__dict__[name] = lambda x: x
         self.q_proj = self.q_b_proj = lambda _: q
         self.kv_a_proj_with_mqa = lambda _: latents
-        self.__dict__["kv_b_proj"] = lambda x: self.expanded.view(*x.shape[:-1], -1)
+        self.kv_a_layernorm = lambda x: 2 * x
+
+        def project(kv_c: torch.Tensor) -> torch.Tensor:
+            if self.kv_c is not None and not torch.equal(kv_c, self.kv_c):
+                raise ValueError("kv_b_proj is not given the latents")
+            return self.expanded.view(*kv_c.shape[:-1], -1)
+
+        def expand(kv_c: torch.Tensor, k_pe: torch.Tensor) -> Any:
+            self.kv_c = kv_c
+            assert own_expansion is not None
+            keys, values = own_expansion(kv_c, k_pe)
+            if not torch.equal(keys[:, :1, :, nope:], k_pe):
+                raise ValueError("K does not end in k_pe")
+            return keys, values
+
+        self.__dict__["kv_b_proj"] = project
+        if own_expansion is not None:
+            self.__dict__["expand_kv"] = expand
 
     def latents(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return key, value
