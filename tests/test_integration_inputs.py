@@ -361,7 +361,7 @@ def test_last_rows_alone_are_exchanged_and_projected(model: Any) -> None:
     def call(group: Any) -> None:
         mine = copy_sharing_weights(model)
         enable_pcp(mine, group)
-        mine.lm_head.register_forward_pre_hook(lambda _, inputs: projected.append(inputs[0].shape[0]))
+        mine.lm_head.register_forward_pre_hook(lambda _, inputs: projected.append(inputs[0].shape[-2]))
         prefill(mine, prompts([30, 20]), chunk_tokens=25, logits="last")  # no request ends in the first step
         next(greedy_steps(mine, prompts([30, 20])))
 
