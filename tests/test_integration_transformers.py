@@ -316,7 +316,8 @@ def test_wrong_model() -> None:
         )
     )
     for call in (enable_pcp, disable_pcp, lambda m: prefill(m, [[1]])):
-        with pytest.raises(TypeError, match=r"with MLA in every layer .*, got a LlamaForCausalLM with a LlamaAttention in layer 0"):
+        missing = "LlamaAttention in layer 0, without kv_a_proj_with_mqa, kv_a_layernorm, kv_b_proj, qk_nope_head_dim"
+        with pytest.raises(TypeError, match=f"MLA as self_attn in every layer, got a LlamaForCausalLM with a {missing}"):
             call(llama)
         with pytest.raises(TypeError, match=r"must be a causal language model .*, got a str"):
             call("model")

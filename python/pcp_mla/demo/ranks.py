@@ -44,7 +44,7 @@ def check_heads(op: str, split: str, heads: int, world_sizes: list[int]) -> None
 
 
 def _run_rank(model: Any, group: Group, work: Work, stock: StockRouting) -> RankResult:
-    from ..integrations.transformers.deepseek import model_dims
+    from ..integrations.transformers.structure import model_dims
 
     outcome = run_pcp(model, group, work, stock)
     attention = model.model.layers[0].self_attn
@@ -73,7 +73,7 @@ def on_ranks(world_size: int, load: Callable[[torch.device], Any], fn: Callable[
     backend = choose_backend(world_size)
     if backend != "played":
         return backend, run_distributed(world_size, _process_main, load, fn, *args, backend=backend, timeout=TIMEOUT)
-    from ..integrations.transformers.deepseek import copy_sharing_weights
+    from ..integrations.transformers.weights import copy_sharing_weights
 
     model = load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return backend, play(world_size, lambda group: fn(copy_sharing_weights(model), group, *args))

@@ -13,9 +13,9 @@ that made it: another one's :func:`extend` or :func:`decode` is refused, as is a
 
 from .caches import PCPCache
 from .context import PCPContext
-from .deepseek import copy_sharing_weights
 from .enable import capture_graphs, disable_pcp, enable_pcp
 from .generation import decode, extend, generate, greedy_steps, prefill
+from .weights import copy_sharing_weights
 
 __all__ = [
     "PCPCache",

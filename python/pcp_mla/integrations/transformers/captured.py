@@ -103,7 +103,7 @@ class CapturedSteps:
             new -= 1
         table = np.arange(-(-keys // BLOCK_SIZE), dtype=np.int32)[None]
         meta = self._plan(tokens, keys, Batch([new], [max(0, keys - pads - new)], table))
-        scale = self._model.model.layers[0].self_attn.scaling
+        scale = context.dims.qk_head_dim**-0.5  # which costs nothing, whatever it is
         kind = Kind(context.heads, scale, "auto", context.blocks.cache.dtype, True, heads, "auto")
         return "tokens" if LayerStep(kind, meta).heads is None else "heads"
 

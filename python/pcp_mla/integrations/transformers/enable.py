@@ -16,7 +16,6 @@ from ...planner.consistency import Comparison
 from .calls import in_turn
 from .captured import CapturedSteps
 from .context import PCPContext, context_at_place, context_of
-from .deepseek import model_dims, model_place
 from .forward import model_forward
 from .forwards import ReplacedForward
 from .model_step import attention_forward
@@ -24,8 +23,9 @@ from .paged_cache import BLOCK_SIZE, LatentBlocks
 from .requests import is_pair
 from .split import agree_on_heads
 from .steps import StepPlanner
-from .structure import check_model, check_structure, follow_attention
+from .structure import attentions_of, check_model, check_structure, follow_attention, model_dims
 from .turns import Turns
+from .weights import model_place
 
 
 def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split: str = "auto") -> PCPContext:
@@ -58,7 +58,6 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split:
     dims, place = model_dims(model), model_place(model)
     follow_attention(model, place[1])
     world, rank = group_world_size(group, "enable_pcp"), group_rank(group)
-    attentions = [layer.self_attn for layer in model.model.layers]
     blocks = LatentBlocks(model.config.num_hidden_layers, dims.latent_dim, *place)
     heads = agree_on_heads(model, group, split, dims, place[1])
     split = "tokens" if heads is None else split
@@ -70,7 +69,7 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split:
     context = PCPContext(group, world, rank, layout, dims, blocks, planner, decode_planner, turns, heads, split, comparison)
     context.offloaded = model.model.embed_tokens.weight.is_meta
     try:
-        for attention in attentions:
+        for attention in attentions_of(model):
             context.replaced.append(ReplacedForward(attention, partial(attention_forward, attention, context)))
         context.replaced.append(ReplacedForward(model, partial(model_forward, model)))
         model.__dict__["_pcp"] = context

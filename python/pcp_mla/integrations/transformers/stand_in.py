@@ -27,10 +27,12 @@ class StandIn:
         self.__dict__.update(replaced, stood_for=stood_for)
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(type(self.stood_for), name, None)
-        if isinstance(method, FunctionType) and name not in self.stood_for.__dict__:
-            return MethodType(method, self)
-        return getattr(self.stood_for, name)
+        own = self.__dict__["stood_for"]
+        if name not in own.__dict__:
+            method = next((vars(kind)[name] for kind in type(own).__mro__ if name in vars(kind)), None)
+            if isinstance(method, FunctionType):
+                return MethodType(method, self)
+        return getattr(own, name)
 
 
 def _attention_function(
@@ -66,10 +68,9 @@ class AttentionStandIn(StandIn):
     def __init__(self, attention: Any, attend: Callable[..., torch.Tensor], mask: Any) -> None:
         config = StandIn(attention.config, _attn_implementation=_NAME)
         super().__init__(attention, attend=attend, mask=mask, config=config, kv_c=None)
+        self.kv_b_proj = self._keep
         if hasattr(attention, "expand_kv"):
             self.expand_kv = lambda kv_c, k_pe: (k_pe, kv_c)
-        else:
-            self.kv_b_proj = self._keep
 
     def _keep(self, kv_c: torch.Tensor) -> torch.Tensor:
         """In place of ``kv_b_proj``, for a forward that makes K and V itself: those of one head, of which k_pe alone is read."""

@@ -1,4 +1,4 @@
-"""Widths, place and copies of a model with MLA."""
+"""Where the weights of a model are, and copies of its modules over the same ones."""
 
 from __future__ import annotations
 
@@ -6,20 +6,6 @@ import copy
 from typing import Any
 
 import torch
-
-from ...plan.dims import MLADims
-
-
-def model_dims(model: Any) -> MLADims:
-    """Widths of the model's attention."""
-    attention = model.model.layers[0].self_attn
-    return MLADims(
-        model.config.num_attention_heads,
-        attention.qk_nope_head_dim,
-        attention.qk_rope_head_dim,
-        attention.v_head_dim,
-        attention.kv_lora_rank,
-    )
 
 
 def model_place(model: Any) -> tuple[torch.dtype, torch.device]:
