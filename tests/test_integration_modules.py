@@ -14,8 +14,6 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers", minversion="5")
 
-import transformers
-
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
 from pcp_mla.integrations.transformers import copy_sharing_weights, decode, disable_pcp, enable_pcp, prefill
 from pcp_mla.integrations.transformers.caches import CACHE_WORD
@@ -312,25 +310,3 @@ def test_copies(tmp_path: Any) -> None:
     assert torch.equal(type(model).from_pretrained(tmp_path / "saved")(ids).logits, wanted)
     disable_pcp(model)
     assert torch.equal(copy.deepcopy(model)(ids).logits, wanted)
-
-
-# GLM-4.7-Flash.
-
-
-@pytest.mark.skipif(not hasattr(transformers, "Glm4MoeLiteForCausalLM"), reason="of a later transformers")
-@pytest.mark.parametrize("world_size", [1, 2])
-@torch.no_grad()
-def test_glm_as_the_stock_model(world_size: int) -> None:
-    model = build("glm", num_attention_heads=5, num_key_value_heads=5, v_head_dim=24, eos_token_id=None)
-    ids = torch.tensor([prompts([23])[0], prompts([23])[0][::-1]])
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    wanted, text = model(ids).logits, model.generate(ids, **options)
-
-    def rank(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        mine = copy_sharing_weights(model)
-        enable_pcp(mine, group)
-        return mine(ids).logits, mine.generate(ids, **options)
-
-    for logits, got in play(world_size, rank):
-        check_close(logits, wanted)
-        assert torch.equal(got, text)

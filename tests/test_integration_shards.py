@@ -15,13 +15,11 @@ from pcp_mla import HeadExchange
 from pcp_mla.integrations.transformers import decode, enable_pcp, extend, generate, prefill, shards
 from pcp_mla.testing.launch import run_distributed
 from test_integration_models import HERE, small
-from test_integration_transformers import build, check_close, prompts, stock_logits, stock_text
-
-SHARDED = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+from test_integration_transformers import check_close, prompts, stock_logits, stock_text
 
 
 def made(name: str) -> Any:
-    return small(name, 4, tie_word_embeddings=False) if name in HERE else build(name, **SHARDED)
+    return small(name, 4, tie_word_embeddings=False)
 
 
 def sharded(group: Any, cases: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
@@ -56,8 +54,9 @@ def sharded(group: Any, cases: list[tuple[str, str]]) -> dict[tuple[str, str], A
 
 def test_tensor_parallelism() -> None:
     pytest.importorskip("transformers.distributed.tensor_parallel")
-    # transformers' plan for V3 leaves its attention whole
-    shared_out = {"v2": 2, "v3": 1} | ({"MiniCPM3": 2} if "MiniCPM3" in HERE else {})
+    # Plans of transformers for some classes leave their attention whole.
+    shared_out = {name: 1 + any("kv_b_proj" in module for module in made(name).tp_plan) for name in HERE}
+    assert (shared_out["DeepseekV2"], shared_out["DeepseekV3"]) == (2, 1)
     cases = [
         (name, split)
         for name, shares in shared_out.items()
