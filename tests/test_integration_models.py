@@ -155,8 +155,9 @@ def test_projections_that_are_more_than_their_weights(name: str, change: str) ->
     model, prompt = small(name, tie_word_embeddings=False), prompts([13])[0]
     plain = stock_logits(model, [prompt])
     if change == "offloaded":
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+        for path, module in model.named_modules():
+            # The first transformers read a router's weight without calling it.
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and not path.endswith("gate"):
                 offload(module)
     else:
         for layer in model.model.layers:

@@ -134,7 +134,7 @@ def scaled_rope(self: Any, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torc
 
 def rope_afterwards(self: Any, hidden: torch.Tensor, **options: Any) -> Any:
     """What comes of the expansion is changed, not what goes into it."""
-    expand = self.expand_kv
+    expand = getattr(self, "expand_kv", None) or pytest.skip("of a later transformers")
 
     def changed(kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = expand(kv_c, k_pe)
@@ -277,7 +277,7 @@ def test_what_else_is_in_a_class() -> None:
 @torch.no_grad()
 def test_modules_that_are_compiled(what: str) -> None:
     """Before PCP is enabled: torch.compile returns a module around each. What is inside is put under PCP, and put back."""
-    model = small("DeepseekV3")
+    model = small("DeepseekV3", first_k_dense_replace=2)  # the first transformers' experts cannot be compiled
     wanted = stock_logits(model, prompts([9]))
     body, compiled = model.model, lambda module: torch.compile(module, backend="eager")
     attentions = [layer.self_attn for layer in body.layers]
