@@ -78,10 +78,7 @@ class CapturedSteps:
     def _plan(self, tokens: int, keys: int, batch: Batch) -> PCPMetadata:
         self._context.in_collectives = not self._decode
         return self._planner.plan(
-            batch.lengths,
-            batch.contexts,
-            [not self._decode] * len(batch.lengths),
-            batch.tables,
+            *batch,
             num_tokens_padded=tokens,
             num_requests_padded=self._max_requests,
             num_kv_tokens_padded=keys,
@@ -102,7 +99,7 @@ class CapturedSteps:
         while planner.largest_rank([new]) > tokens:  # chunks of a request are rounded up
             new -= 1
         table = np.arange(-(-keys // BLOCK_SIZE), dtype=np.int32)[None]
-        meta = self._plan(tokens, keys, Batch([new], [max(0, keys - pads - new)], table))
+        meta = self._plan(tokens, keys, Batch([new], [max(0, keys - pads - new)], [True], table))
         scale = context.dims.qk_head_dim**-0.5  # which costs nothing, whatever it is
         kind = Kind(context.heads, scale, "auto", context.blocks.cache.dtype, True, heads, "auto")
         return "tokens" if LayerStep(kind, meta).heads is None else "heads"
@@ -117,7 +114,7 @@ class CapturedSteps:
             ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=device) for _ in range(2))
         split = self._split(tokens, keys)
         # No requests: nothing is written to the cache.
-        meta = self._plan(tokens, keys, Batch([], [], np.zeros((0, 1), np.int32)))
+        meta = self._plan(tokens, keys, Batch([], [], [], np.zeros((0, 1), np.int32)))
         graph = PiecewiseGraph(pool, device)
         self._call(meta, split, ids, positions)
         exchanges = [exchange for exchange in (self._exchange, self._heads) if exchange is not None]
@@ -135,9 +132,11 @@ class CapturedSteps:
         count, planner = len(batch.lengths), self._planner
         if count > self._max_requests or sum(batch.lengths) > planner.max_tokens:
             return None
-        local = planner.largest_rank(batch.lengths, [not self._decode] * count)
-        pads = 2 * planner.world_size * count if planner.layout == "padded" else 0
-        keys = sum(batch.lengths) + sum(batch.contexts) + pads
+        local = planner.largest_rank(batch.lengths, batch.is_prefill)
+        keys = sum(batch.lengths) + sum(batch.contexts)
+        if planner.layout == "padded":  # with pads behind a prefill, and copies of a decode
+            for length, is_prefill in zip(batch.lengths, batch.is_prefill, strict=True):
+                keys += 2 * planner.world_size if is_prefill else (planner.world_size - 1) * length
         fitting = (capture for capture in self._captures if capture.tokens >= local and capture.keys >= keys)
         capture = next(fitting, None)
         if capture is None:

@@ -16,6 +16,10 @@ from .requests import check_token_ids
 from .stand_in import own_logits
 from .stock import CausalLMOutputWithPast
 
+# New tokens of a request behind cached ones, as of a draft that is to be verified, up to which every rank computes all of them: in
+# a step without collectives, of which so few tokens cost no more than one, and by attention that expands no keys.
+_DECODE_TOKENS = 32
+
 # What a config, too, can ask for. A model under PCP has its own tokens' states only, and no attention weights.
 _RECORDINGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -134,10 +138,10 @@ def model_forward(
     wanted = kept >= 0
     rows = None if torch.equal(kept, numbers) else kept[wanted]
     extended = context.blocks.fork(started)
-    is_decode = stored.columns > 0 and all(len(new) == 1 for new in tokens)
+    decodes = [stored.columns > 0 and all(len(new) <= _DECODE_TOKENS for new in tokens)] * batch
     with context.blocks.released_on_failure(extended):
         if total:
-            hidden = run_step(model, context, extended, tokens, is_decode, positions=positions[real], rows=rows)
+            hidden = run_step(model, context, extended, tokens, decodes, positions=positions[real], rows=rows)
         else:  # nothing but pads
             hidden = context.blocks.cache.new_zeros(0, model.config.hidden_size)
         placed = hidden.new_zeros(*kept.shape, hidden.shape[1])

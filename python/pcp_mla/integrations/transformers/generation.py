@@ -7,31 +7,47 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 
 from .calls import in_turn
 from .context import PCPContext, context_at_place, context_of
 from .model_step import run_step
 from .paged_cache import CachedRequests
-from .requests import check_count, check_logits, checked_ends, checked_prefix, in_chunks, token_list, token_lists
+from .requests import (
+    check_count,
+    check_logits,
+    checked_decodes,
+    checked_ends,
+    checked_prefix,
+    in_chunks,
+    last_rows,
+    token_list,
+    token_lists,
+)
 from .stand_in import own_logits
 
 
 def _prefill_hidden(
-    model: Any, context: PCPContext, requests: CachedRequests, tokens: list[list[int]], chunk_tokens: int | None, logits: str
+    model: Any,
+    context: PCPContext,
+    requests: CachedRequests,
+    tokens: list[list[int]],
+    chunk_tokens: int | None,
+    logits: str,
+    decodes: list[bool],
 ) -> torch.Tensor:
-    """Last hidden states of a prefill in steps of ``chunk_tokens``: [sum of lengths, hidden], or [R, hidden] of the last tokens."""
+    """Last hidden states of a prefill in steps of ``chunk_tokens``: [sum of lengths, hidden], or for the ``"last"`` logits those
+    of each request's last token and of all tokens of decodes."""
     if chunk_tokens is None:
         chunk_tokens = max(1, sum(map(len, tokens)))
     if chunk_tokens < 1:
         raise ValueError(f"prefill: chunk_tokens must be at least 1, got {chunk_tokens}")
-    ends, hidden = np.cumsum([len(new) for new in tokens]) - 1, []
+    wanted, hidden = last_rows(tokens, decodes) if logits == "last" else None, []
     for step, new in enumerate(in_chunks(tokens, chunk_tokens)):
         first, rows = step * chunk_tokens, None
-        if logits == "last":
-            rows = torch.from_numpy(ends[(ends >= first) & (ends < first + chunk_tokens)] - first)
-        hidden.append(run_step(model, context, requests, new, rows=rows))
+        if wanted is not None:
+            rows = torch.from_numpy(wanted[(wanted >= first) & (wanted < first + chunk_tokens)] - first)
+        hidden.append(run_step(model, context, requests, new, decodes, rows=rows))
     return torch.cat(hidden)
 
 
@@ -43,6 +59,7 @@ def prefill(
     *,
     chunk_tokens: int | None = None,
     prefix: Sequence[tuple[int, int] | None] | None = None,
+    decodes: Sequence[bool] | None = None,
     logits: str = "all",
 ) -> torch.Tensor:
     """Start new requests; what the cache held is dropped, but for what the new ones share.
@@ -53,24 +70,30 @@ def prefill(
         chunk_tokens: tokens of a step; a longer prefill takes several steps (chunked prefill). By default one step.
         prefix: for each new request None, or ``(request, tokens)``: it begins with that many tokens of a request that is in the
             cache, whose blocks it shares. They are not computed again, and ``requests`` has the tokens behind them.
-        logits: ``"all"``, or ``"last"`` for those of each request's last token alone: no other hidden states are exchanged and
-            projected. No request may be empty then.
+        decodes: which requests are decodes, by default none: their tokens, one or those of a draft that is to be verified, are not
+            cut over the ranks, but computed by each. A step of decodes alone has no collective. What is not accepted of a draft
+            goes by the next call's ``prefix``.
+        logits: ``"all"``, or ``"last"`` for those of each request's last token alone, and of a decode's every token: no other
+            hidden states are exchanged and projected. No request may be empty then.
 
     Returns:
-        Logits [sum of lengths, vocabulary] in natural order, or [R, vocabulary], on every rank.
+        Logits [sum of lengths, vocabulary] in natural order, or, without decodes, [R, vocabulary], on every rank.
 
     Raises:
-        TypeError, ValueError: wrong model, not under PCP or converted since, token ids or prefixes out of range, no token at all,
-            or a call of another thread that this one must not go on with.
+        TypeError, ValueError: wrong model, not under PCP or converted since, token ids or prefixes out of range, ``decodes`` that
+            are no list of a bool for each request, or name one without a prefix, no token at all, or a call of another thread that
+            this one must not go on with.
         RuntimeError: with ``PCP_MLA_CHECK=1``, on every rank, if the ranks' calls or arguments differ, or another rank fails.
     """
     context, lists = context_at_place("prefill", model), token_lists("prefill", model, requests)
     if prefix is not None:
         context.turns.check_owner("prefill")
     check_logits("prefill", logits, lists)
-    started = context.blocks.fork_prefixes(context.requests, checked_prefix(context, prefix, len(lists)))
+    prefixes = checked_prefix(context, prefix, len(lists))
+    chosen = checked_decodes(decodes, prefixes)
+    started = context.blocks.fork_prefixes(context.requests, prefixes)
     with context.update(started):
-        return own_logits(model, _prefill_hidden(model, context, started, lists, chunk_tokens, logits))
+        return own_logits(model, _prefill_hidden(model, context, started, lists, chunk_tokens, logits, chosen))
 
 
 @in_turn("extend")
@@ -82,7 +105,7 @@ def extend(model: Any, requests: Sequence[Sequence[int]]) -> torch.Tensor:
     check_count("extend: requests", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
-        return own_logits(model, run_step(model, context, extended, lists))
+        return own_logits(model, run_step(model, context, extended, lists, [False] * len(lists)))
 
 
 @in_turn("decode")
@@ -97,7 +120,7 @@ def decode(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     check_count("decode: tokens", context, lists)
     extended = context.blocks.fork(context.requests)
     with context.update(extended):
-        return own_logits(model, run_step(model, context, extended, lists, decode=True))
+        return own_logits(model, run_step(model, context, extended, lists, [True] * len(lists)))
 
 
 @torch.no_grad()
@@ -130,7 +153,7 @@ def _first_logits(model: Any, prompts: Any, chunk_tokens: int | None, prefix: An
         raise ValueError(f"generate: prompts must not be empty, got no tokens for prompt {lists.index([])}")
     started = context.blocks.fork_prefixes(context.requests, prefixes)
     with context.update(started):
-        logits = own_logits(model, _prefill_hidden(model, context, started, lists, chunk_tokens, "last"))
+        logits = own_logits(model, _prefill_hidden(model, context, started, lists, chunk_tokens, "last", [False] * len(lists)))
     return logits, context.requests
 
 

@@ -7,6 +7,8 @@ a latent, with kv_c as values.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ...ops.attention.call import run_rows
@@ -16,15 +18,42 @@ from ...plan.dims import MLADims
 from ...plan.metadata import PCPMetadata
 
 
+class TokenRows(NamedTuple):
+    """The tokens of a decode step as rows of their own: drafts see those before them, and a mask would be of heads beside tokens.
+
+    Attributes:
+        cu_seqlens_k: [T+1] where the keys of each token's request start.
+        seqused_k: [T] keys up to the token, 0 of a pad.
+    """
+
+    cu_seqlens_k: torch.Tensor
+    seqused_k: torch.Tensor
+
+    @classmethod
+    def of(cls, meta: PCPMetadata) -> TokenRows:
+        """Of a plan for a world of one rank, whose local order is the natural one; pads behind it."""
+        real = meta.local_token_indices >= 0
+        tokens = torch.arange(real.shape[0] + 1, dtype=torch.int32, device=real.device)
+        row = torch.searchsorted(meta.cu_seqlens_q[1:], tokens, right=True)
+        return cls(meta.cu_seqlens_k.index_select(0, row), torch.where(real, meta.positions + 1, 0))
+
+
 def latent_attention(
-    q: torch.Tensor, weight: torch.Tensor, meta: PCPMetadata, cache: torch.Tensor, dims: MLADims, softmax_scale: float
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    meta: PCPMetadata,
+    rows: TokenRows,
+    cache: torch.Tensor,
+    dims: MLADims,
+    softmax_scale: float,
 ) -> torch.Tensor:
-    """Every query attends to all keys of its request, whose new latents are in the cache already.
+    """Every query attends to the keys of its request up to itself, whose new latents are in the cache already.
 
     Args:
         q: [T, heads, nope + rope] in local order, rope applied.
         weight: [heads * (nope + v), kv_lora_rank] of ``kv_b_proj``.
-        meta: a world of one rank, one token a request, planned with block tables.
+        meta: a world of one rank, of decodes alone, planned with block tables.
+        rows: its tokens.
         cache: [num_blocks, block_size, W] contiguous.
 
     Returns:
@@ -40,9 +69,8 @@ def latent_attention(
     backend = choose("auto", q.device, q.dtype, dims.latent_dim, rank, True)
     if backend == "torch":  # which is faster over keys that lie together
         keys, kv_rows = keys.index_select(0, kv_rows.clamp(min=0)), None
-    rows = Rows(
-        meta.cu_seqlens_q * heads, meta.cu_seqlens_k, meta.seqused_k, meta.max_seqlen_q * heads, meta.max_seqlen_k, causal=False
-    )
-    summed, _ = run_rows(backend, queries, keys, keys[..., :rank], rows, softmax_scale, False, kv_rows=kv_rows)
+    cu_seqlens_q = torch.arange(0, (tokens + 1) * heads, heads, dtype=torch.int32, device=q.device)
+    all_rows = Rows(cu_seqlens_q, *rows, heads, meta.max_seqlen_k, causal=False)
+    summed, _ = run_rows(backend, queries, keys, keys[..., :rank], all_rows, softmax_scale, False, kv_rows=kv_rows)
     out = torch.bmm(summed.view(tokens, heads, rank).transpose(0, 1), by_head[:, nope:].transpose(1, 2))
     return out.transpose(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -52,7 +53,7 @@ def _attend(
         if weight is not None:
             latents = torch.cat([kv_c, k_pe], dim=1)
             torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, None)
-            attended = latent_attention(q, weight, step.meta, cache, dims, scale)
+            attended = latent_attention(q, weight, step.meta, step.token_rows, cache, dims, scale)
         else:
             layer = MLAPrefill(dims, scale, step.exchange, heads=step.heads, split=step.split)
             attended = layer(q, kv_c, k_pe, projection, step.meta, cache)
@@ -100,7 +101,7 @@ def run_step(
     context: PCPContext,
     requests: CachedRequests,
     tokens: list[list[int]],
-    decode: bool = False,
+    decodes: Sequence[bool],
     *,
     positions: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
@@ -108,6 +109,7 @@ def run_step(
     """Run new tokens of every request and add them to ``requests``: last hidden states [new tokens, hidden] in natural order.
 
     Args:
+        decodes: whether each request is a decode, whose tokens every rank computes; of decodes alone a step has no collective.
         positions: int64 [new tokens] on the CPU, in natural order, where they do not count each request's tokens.
         rows: int64 [n] on the CPU, which of the new tokens' hidden states are wanted, by default all; no others are exchanged.
     """
@@ -120,7 +122,8 @@ def run_step(
     if positions is not None:
         natural = torch.cat([natural, torch.nn.functional.pad(positions, (0, 1))[None]])
     natural = natural.to(device)
-    batch = Batch.of(lengths, requests)
+    batch = Batch.of(lengths, requests, decodes)
+    decode = not any(batch.is_prefill)
     captured = context.captured_decodes if decode else context.captured
     fitting = captured.run(batch, natural) if captured is not None else None
     if fitting is not None:
@@ -129,7 +132,7 @@ def run_step(
         planner = context.decode_planner if decode else context.planner
         planner.make_room(batch)
         context.in_collectives = not decode
-        step = planner.plan(batch, decode)
+        step = planner.plan(batch)
         meta = step.meta
         ids, positions = local_tokens(meta, natural)
         if not meta.num_tokens:

@@ -85,6 +85,16 @@ def in_chunks(tokens: list[list[int]], chunk_tokens: int) -> Iterator[list[list[
         yield [new[max(0, first - start) : max(0, last - start)] for new, start in zip(tokens, starts, strict=False)]
 
 
+def last_rows(tokens: list[list[int]], decodes: list[bool]) -> np.ndarray:
+    """Numbers, in natural order, of each request's last token, and of all tokens of a decode. No request is empty."""
+    rows: list[int] = []
+    end = 0
+    for new, decode in zip(tokens, decodes, strict=True):
+        end += len(new)
+        rows += range(end - len(new) if decode else end - 1, end)
+    return np.array(rows, np.int64)
+
+
 def is_pair(entry: Any) -> bool:
     """Whether it is a tuple of two ints."""
     return isinstance(entry, tuple) and len(entry) == 2 and all(type(number) is int for number in entry)
@@ -110,6 +120,20 @@ def checked_prefix(context: PCPContext, prefix: Any, count: int) -> list[tuple[i
         if not 0 <= tokens <= lengths[request]:
             raise ValueError(f"prefill: prefix must have 0 to {lengths[request]} tokens of request {request}, got {tokens}")
     return list(prefix)
+
+
+def checked_decodes(decodes: Any, prefixes: list[tuple[int, int] | None]) -> list[bool]:
+    wanted = f"a bool for each of the {len(prefixes)} requests"
+    if decodes is None:
+        return [False] * len(prefixes)
+    if not isinstance(decodes, Sequence) or isinstance(decodes, str | bytes) or not all(type(one) is bool for one in decodes):
+        raise TypeError(f"prefill: decodes must be a list with {wanted}, got {decodes!r}")
+    if len(decodes) != len(prefixes):
+        raise ValueError(f"prefill: decodes must have {wanted}, got {len(decodes)}")
+    bare = [i for i, (decode, prefix) in enumerate(zip(decodes, prefixes, strict=True)) if decode and not (prefix and prefix[1])]
+    if bare:
+        raise ValueError(f"prefill: decodes must have a prefix, what is in the cache of them, got none for request {bare[0]}")
+    return list(decodes)
 
 
 def check_count(argument: str, context: PCPContext, requests: list[list[int]]) -> None:

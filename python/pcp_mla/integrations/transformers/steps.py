@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,13 +16,14 @@ from ...groups import Group, group_rank, group_world_size
 from ...plan.dims import MLADims
 from ...plan.metadata import PCPMetadata
 from ...planner.planner import PCPPlanner
+from .latent_attention import TokenRows
 from .paged_cache import BLOCK_SIZE, CachedRequests
 
 
 @dataclass
 class PCPStep:
-    """A running step: its plan, the exchange of its latents, whether it is a decode step, each request having one token, and how
-    its layers are shared out, with an exchange of their heads where that is not by tokens alone."""
+    """A running step: its plan, the exchange of its latents, whether it is a decode step, of decodes alone, and how its layers are
+    shared out, with an exchange of their heads where that is not by tokens alone."""
 
     meta: PCPMetadata
     exchange: LatentExchange
@@ -29,18 +31,28 @@ class PCPStep:
     heads: HeadExchange | None = None
     split: str = "tokens"
 
+    @cached_property
+    def token_rows(self) -> TokenRows:
+        """Of a decode step, for all its layers."""
+        return TokenRows.of(self.meta)
+
 
 class Batch(NamedTuple):
-    """The requests of a step that have new tokens; the others' cached tokens would be expanded for nobody."""
+    """The requests of a step that have new tokens; the others' cached tokens would be expanded for nobody.
+
+    A decode has a token or a few, which every rank computes; the others' are cut over the ranks.
+    """
 
     lengths: list[int]
     contexts: list[int]
+    is_prefill: list[bool]
     tables: np.ndarray
 
     @classmethod
-    def of(cls, lengths: Sequence[int], cached: CachedRequests) -> Batch:
+    def of(cls, lengths: Sequence[int], cached: CachedRequests, decodes: Sequence[bool]) -> Batch:
         busy = [i for i, length in enumerate(lengths) if length]
-        return cls([lengths[i] for i in busy], [cached.lengths[i] for i in busy], cached.block_tables()[busy])
+        tables = cached.block_tables()[busy]
+        return cls([lengths[i] for i in busy], [cached.lengths[i] for i in busy], [not decodes[i] for i in busy], tables)
 
 
 class StepsInGraphs(Protocol):
@@ -86,7 +98,7 @@ class StepPlanner:
         if len(batch.lengths) > planner.max_requests or tokens > planner.max_tokens:
             self._make(max(len(batch.lengths), planner.max_requests), max(tokens, planner.max_tokens))
 
-    def plan(self, batch: Batch, decode: bool) -> PCPStep:
+    def plan(self, batch: Batch) -> PCPStep:
         """A step that there is room for, over a cache that has the blocks already. Valid until the next one."""
-        meta = self._planner.plan(batch.lengths, batch.contexts, [not decode] * len(batch.lengths), batch.tables)
-        return PCPStep(meta, self._exchange, decode, self._heads, self._split)
+        meta = self._planner.plan(*batch)
+        return PCPStep(meta, self._exchange, not any(batch.is_prefill), self._heads, self._split)
