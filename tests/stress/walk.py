@@ -41,11 +41,18 @@ def draw_walk(draw: Draw) -> Arguments:
             prefix = [None if i is None else (i, lengths[i] if draw.chance(0.3) else draw.int(0, lengths[i])) for i in chosen]
         return new_tokens(count), prefix, draw.choice([None, None, 1, 5, 16, 33])
 
+    def drafts() -> tuple[list[list[int]], list[tuple[int, int] | None], int | None, str]:
+        """A few tokens behind all or the first ones of some requests, in any order, and new requests behind those."""
+        going = [i for i in draw.shuffled(len(lengths)) if lengths[i] and draw.chance(0.8)]
+        named = [(i, lengths[i] - draw.choice([0, draw.int(0, min(6, lengths[i] - 1))])) for i in going]
+        prefix = [*named, *[None] * draw.int(not named, 2)]
+        new = [tokens(draw.int(1, 6 if entry else 40)) for entry in prefix]
+        return new, prefix, draw.choice([None, None, 9]), draw.choice(["all", "last"])
+
+    kinds = ["prefill", "extend", "decode", "decode", "drafts", "drafts", "generate", "forward", "bad", "again"]
     for _ in range(draw.int(2, 6)):
-        kind = (
-            draw.choice(["prefill", "extend", "decode", "decode", "generate", "forward", "bad", "again"]) if lengths else "prefill"
-        )
-        fails = draw.chance(0.25) and kind in ("prefill", "extend", "decode")
+        kind = draw.choice(kinds) if lengths else "prefill"
+        fails = draw.chance(0.25) and kind in ("prefill", "extend", "decode", "drafts")
         if kind in ("prefill", "generate"):
             new, prefix, chunk = start()
             if kind == "generate":
@@ -56,9 +63,14 @@ def draw_walk(draw: Draw) -> Arguments:
                 kept = [0 if p is None else p[1] for p in prefix or [None] * len(new)]
                 more = count - 1 if kind == "generate" else 0
                 lengths = [old + len(text) + more for old, text in zip(kept, new, strict=True)]
+        elif kind == "drafts":
+            new, named, *options = drafts()
+            actions.append((kind, new, named, *options))
+            if not fails:
+                lengths = [(entry[1] if entry else 0) + len(text) for entry, text in zip(named, new, strict=True)]
         elif kind == "forward":
             texts = [tokens(draw.int(1, 20)) for _ in range(draw.int(1, 3))]
-            turns = [[tokens(n)[0:n] for _ in texts] for n in (draw.choice([1, 1, 3]) for _ in range(draw.int(0, 3)))]
+            turns = [[tokens(n)[0:n] for _ in texts] for n in (draw.choice([1, 1, 3, 36]) for _ in range(draw.int(0, 3)))]
             order = draw.shuffled(len(texts)) if draw.chance(0.4) else None
             crop = draw.int(1, 19) if draw.chance(0.3) else None
             owned, copied = draw.chance(0.5), draw.chance(0.3)
@@ -128,6 +140,14 @@ class Walker:
         logits = prefill(self.model, new, chunk_tokens=chunk, prefix=prefix)
         texts, blocks = self.started(new, prefix)
         self.check_new("prefill", logits, texts, new)
+        self.take(texts, blocks)
+
+    def drafts(self, new: list[list[int]], prefix: Any, chunk: int | None, logits: str) -> None:
+        decodes = [entry is not None for entry in prefix]
+        got = prefill(self.model, new, chunk_tokens=chunk, prefix=prefix, decodes=decodes, logits=logits)
+        texts, blocks = self.started(new, prefix)
+        last = [text if logits == "all" or decode else text[-1:] for text, decode in zip(new, decodes, strict=True)]
+        self.check_new("drafts", got, texts, last)
         self.take(texts, blocks)
 
     def generate(self, new: list[list[int]], prefix: Any, chunk: int | None, count: int) -> None:
