@@ -75,6 +75,10 @@ CASES: dict[str, tuple[Call, str]] = {
     "a kind": (lambda m, r: prefill(m, [[1, 2]] if r else 7), DIFFER.format("prefill", "requests")),
     "chunks": (lambda m, r: prefill(m, [[1] * 9], chunk_tokens=4 + r), DIFFER.format("prefill", "chunk_tokens")),
     "prefixes": (lambda m, r: prefill(m, [[1]], prefix=[(r, 2)]), DIFFER.format("prefill", "prefix")),
+    "decodes": (
+        lambda m, r: prefill(m, [[1], [2]], prefix=[(0, 2), (1, 1)], decodes=[True, r == 1]),
+        DIFFER.format("prefill", "decodes"),
+    ),
     "extend": (lambda m, r: extend(m, [[r], [], []]), DIFFER.format("extend", "requests")),
     "decode": (lambda m, r: decode(m, [1, 2, r]), DIFFER.format("decode", "tokens")),
     "last logits": (lambda m, r: prefill(m, [[1, 2]], logits=["all", "last"][r]), DIFFER.format("prefill", "logits")),
