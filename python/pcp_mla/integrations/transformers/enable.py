@@ -113,12 +113,12 @@ def capture_graphs(
 
     Args:
         prefill_sizes: (tokens of the fullest rank, keys of all requests with their context) that a graph has room for.
-        decode_sizes: (requests, keys of all requests) likewise.
+        decode_sizes: (new tokens, one or those of a draft of each request, keys of all requests) likewise.
         max_requests: of a step.
 
     Raises:
-        TypeError, ValueError: not under PCP, not on a GPU, a size that is no pair of positive numbers or has more than
-            ``max_requests`` requests; nothing is changed then.
+        TypeError, ValueError: not under PCP, not on a GPU, a size that is no pair of positive numbers, or one of decodes that more
+            requests than ``max_requests`` could fill; nothing is changed then.
         RuntimeError: a module of the model does what CUDA cannot capture (some implementations of experts wait for the GPU).
     """
     context = context_at_place("capture_graphs", model)
