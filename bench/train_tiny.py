@@ -1,5 +1,6 @@
-"""python -m bench.train_tiny [--out FOLDER] [--steps N]: trains a small DeepSeek-V2 model, transformers' own class,
-on generated word problems (pcp_mla.evaluation.problems), and writes its weights in bfloat16 and the training's facts to FOLDER."""
+"""python -m bench.train_tiny [--geometry deepseek|glm] [--out FOLDER] [--steps N]: trains a small DeepSeek-V2 or GLM model,
+transformers' own class, on generated word problems (pcp_mla.evaluation.problems), and writes its weights in bfloat16 and the
+training's facts to FOLDER."""
 
 from __future__ import annotations
 
@@ -30,36 +31,52 @@ STORY_LOSS = 0.1  # weight of a token that is not of a solution
 RATE, WARM_UP, LAST_RATE = 1.5e-3, 0.03, 0.02  # the last two as shares of the training and of the rate
 REPORT_EVERY = 5.0  # seconds
 
-# Shapes of DeepSeek-V2-Lite scaled down, without experts: values narrower than keys, no low rank of the queries.
-SHAPE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "q_lora_rank": None,
-    "kv_lora_rank": 96,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
+LAYERS = 6
+# Shapes scaled down, heads a quarter as wide, without experts. Of DeepSeek-V2-Lite: values narrower than keys, no low rank of the
+# queries. Of GLM-4.7-Flash: values as wide as keys, a quarter of these with rope, and heads that are no multiple of two.
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "deepseek": {
+        "model_type": "deepseek_v2",
+        "num_attention_heads": 8,
+        "q_lora_rank": None,
+        "kv_lora_rank": 96,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "first_k_dense_replace": LAYERS,
+    },
+    "glm": {
+        "model_type": "glm4_moe_lite",
+        "num_attention_heads": 5,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 48,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 64,
+        "mlp_layer_types": ["dense"] * LAYERS,
+    },
 }
 
 
-def build_model(shape: dict[str, Any]) -> Any:
+def build_model(geometry: str) -> Any:
     """A model with seeded random weights in float32, whose attention is torch's flash kernel."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = DeepseekV2Config(
+    shape = GEOMETRIES[geometry]
+    config = AutoConfig.for_model(
         **shape,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=LAYERS,
         vocab_size=len(problems.VOCABULARY),
         num_key_value_heads=shape["num_attention_heads"],
-        first_k_dense_replace=shape["num_hidden_layers"],
         max_position_embeddings=2048,
         initializer_range=0.04,
         bos_token_id=None,
         eos_token_id=problems.END,
         pad_token_id=problems.PAD,
     )
-    model = DeepseekV2ForCausalLM._from_config(config, attn_implementation=register_padded_attention(), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=register_padded_attention(), dtype=torch.float32)
     with torch.no_grad():
         for layer in model.model.layers:  # the sum of what all layers add keeps the scale of one
             for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -180,7 +197,8 @@ def exact_match(folder: Path, device: str, count: int) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.train_tiny", description=__doc__)
-    parser.add_argument("--out", type=Path, default=MODEL, help="folder of the weights")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="deepseek", help="of the attention (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help=f"folder of the weights (default: {MODEL.name}, of others {MODEL.name}_GEOMETRY)")
     parser.add_argument("--steps", type=int, default=700, help="of training (default: %(default)s, too few to solve all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -188,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
-    file = args.json or args.out / "training.json"
+    out = args.out or (MODEL if args.geometry == "deepseek" else MODEL.with_name(f"{MODEL.name}_{args.geometry}"))
+    file = args.json or out / "training.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
     data = Rows(args.seed)
@@ -196,18 +215,18 @@ def main(arguments: list[str] | None = None) -> None:
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=8)
     batches = iter(loader)  # before there is a CUDA context, which a fork must not copy
     torch.manual_seed(args.seed)
-    model = build_model(SHAPE).to(args.device).train()
+    model = build_model(args.geometry).to(args.device).train()
     parameters = sum(p.numel() for p in model.parameters())
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     print(f"{parameters / 1e6:.2f} million parameters, {ROWS} x {ROW} tokens a step, {workers} workers, {hardware}", flush=True)
     facts = train(model, batches, data["held out"], args.steps)
 
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.to(torch.bfloat16).save_pretrained(out)
     begin = time.perf_counter()
-    solved = exact_match(args.out, args.device, ITEMS)
+    solved = exact_match(out, args.device, ITEMS)
     print(f"exact match {solved:.1%} of {ITEMS} items in {time.perf_counter() - begin:.1f} s")
     report = {"hardware": hardware, "torch": torch.__version__, "commit": commit(), "parameters": parameters, "seed": args.seed}
-    report |= {"tokens_a_step": ROWS * ROW, "items": ITEMS, "exact_match": solved, **facts}
+    report |= {"geometry": args.geometry, "tokens_a_step": ROWS * ROW, "items": ITEMS, "exact_match": solved, **facts}
     file.write_text(json.dumps(report, indent=1) + "\n")
 
 

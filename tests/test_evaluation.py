@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
+from bench import train_tiny
 from pcp_mla import HeadExchange, evaluation
 from pcp_mla.cli import main
 from pcp_mla.demo import ranks
@@ -54,6 +55,18 @@ def test_chunks_and_cached_prefixes(tmp_path: Path) -> None:
     code, runs = evaluate(tmp_path, "--pcp", "2", "--limit", "12", "--chunk", "1500", "--prefix-cache")
     assert code == 0
     assert (runs[1]["same_text"], runs[1]["unexplained"]) == (12, 0)
+
+
+def test_a_model_of_another_geometry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As bench/train_tiny.py builds and saves it, here untrained: it is loaded, and says the same at any number of ranks."""
+    torch.manual_seed(0)
+    model = train_tiny.build_model("glm")
+    assert 3.5e6 < sum(p.numel() for p in model.parameters()) < 4.5e6
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    code, runs = evaluate(tmp_path, "--model", str(tmp_path), "--pcp", "2", "--limit", "2")
+    assert code == 1
+    assert "the stock model solves no problem" in capsys.readouterr().out
+    assert [(run["same_text"], run["unexplained"]) for run in runs] == [(2, 0)] * 2
 
 
 @pytest.fixture(scope="module")

@@ -54,12 +54,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def load_model(folder: Path, device: torch.device) -> Any:
     """The model, in bfloat16 on a GPU, in float32 on a CPU. ValueError if its vocabulary is not that of the problems."""
-    from transformers import DeepseekV2ForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model: Any = DeepseekV2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     if model.config.vocab_size != len(VOCABULARY):
         raise ValueError(f"eval: --model must have a vocabulary of {len(VOCABULARY)} tokens, got {model.config.vocab_size}")
     return model.to(device)
