@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 from unittest import mock
@@ -37,9 +38,10 @@ def model(request: pytest.FixtureRequest) -> Any:
     return model
 
 
+@torch.no_grad()
 def behind(model: Any, text: list[int], new: list[int]) -> torch.Tensor:
-    """Logits of the stock model of ``new`` tokens behind ``text``."""
-    return stock_logits(model, [text + new])[len(text) :]
+    """Logits of the stock model of ``new`` tokens behind ``text``, wherever it is."""
+    return model(torch.tensor([text + new], device=model.device), use_cache=False).logits[0, len(text) :]
 
 
 class Serving:
@@ -193,7 +195,7 @@ def drafted(model: Any, mine: Any) -> int:
     cache, text = DynamicCache(config=mine.config), prompts([60])
     for first, last, crop in ((0, 21, 0), (21, 26, 3), (23, 30, 6), (24, 25, 0), (25, 33, 8), (25, 40, 0)):
         logits = mine(torch.tensor([text[0][first:last]], device=mine.device), **{CACHE_WORD: cache}).logits[0]
-        check_close(logits, stock_logits(model, [text[0][:last]])[first:].to(logits.device))
+        check_close(logits, behind(model, text[0][:first], text[0][first:last]))
         cache.crop(-crop)
     return 11
 
@@ -235,13 +237,12 @@ def test_padded_steps_call_by_call(model: Any, world_size: int, layout: str, rec
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_replays_of_drafts(world_size: int, layout: str) -> None:
     """Graphs go on over a cache that was cropped."""
-    whole = build("v3", first_k_dense_replace=3)
-    model = copy_sharing_weights(whole).cuda()
+    model = build("v3", first_k_dense_replace=3).cuda()
 
     def rank(group: Any) -> tuple[int, int]:
         mine = copy_sharing_weights(model)
         context = enable_pcp(mine, group, layout)
-        drafted(whole, mine)  # kernels compile
+        drafted(model, mine)  # kernels compile
         capture_graphs(mine, prefill_sizes=PREFILLS, decode_sizes=DECODES, max_requests=16)
         replays = 0
         for steps in (context.captured, context.captured_decodes):
@@ -253,7 +254,7 @@ def test_replays_of_drafts(world_size: int, layout: str) -> None:
                     replay()
 
                 capture.graph.replay = counted
-        return drafted(whole, mine), replays
+        return drafted(model, mine), replays
 
     for steps, replays in play(world_size, rank):
         assert replays == steps
@@ -286,13 +287,13 @@ def test_assisted_generation_by_graphs(helper: str, world_size: int) -> None:
                 replay()
 
             capture.graph.replay = counted
-        with mock.patch.object(PCPCache, "crop", autospec=True, side_effect=PCPCache.crop) as crops:
-            assert torch.equal(mine.generate(ids, **options, **chosen, eos_token_id=never), wanted)
-        assert crops.call_count
+        assert torch.equal(mine.generate(ids, **options, **chosen, eos_token_id=never), wanted)
         assert replays
         assert torch.equal(mine.generate(ids, **options), wanted)
 
-    play(world_size, rank)
+    with mock.patch.object(PCPCache, "crop", autospec=True, side_effect=PCPCache.crop) as crops:
+        play(world_size, rank)
+    assert crops.call_count
 
 
 # Assisted generation.
@@ -326,6 +327,34 @@ def test_drafts_of_a_batch(model: Any, world_size: int) -> None:
 
     for got in play(world_size, call):
         assert got == [answer.tolist() for answer in wanted]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_slots_of_cropped_drafts_are_taken_again(model: Any, world_size: int) -> None:
+    """Beside a copy that shares the beginning, and stays: no more blocks than the tokens need, on every rank."""
+    text = prompts([60])[0]
+    wanted = stock_logits(model, [text])
+
+    def call(mine: Any) -> tuple[list[list[int]], int]:
+        blocks, cache = mine.__dict__["_pcp"].blocks, DynamicCache(config=mine.config)
+        mine(torch.tensor([text[:21]]), **{CACHE_WORD: cache})
+        other, tables = copy.copy(cache), []
+        for start in range(21, 52, 2):
+            wrong = [(token + 1) % 50 for token in text[start + 2 : start + 8]]
+            logits = mine(torch.tensor([text[start : start + 2] + wrong]), **{CACHE_WORD: cache}).logits[0, :2]
+            check_close(logits, wanted[start : start + 2])
+            cache.crop(-6)
+            assert cache.requests.lengths == [start + 2]
+            used = {block for requests in (cache.requests, other.requests) for row in requests.blocks for block in row}
+            assert len(blocks._free) == blocks.cache.shape[1] - len(used)
+            tables.append(list(cache.requests.blocks[0]))
+        check_close(mine(torch.tensor([text[21:30]]), **{CACHE_WORD: other}).logits[0], wanted[21:30])
+        return tables, blocks.cache.shape[1]
+
+    results = on_ranks(model, world_size, call)
+    for tables, size in results:
+        assert all(len(table) == -(-(23 + 2 * i) // 16) for i, table in enumerate(tables))
+        assert size == results[0][1]
 
 
 @pytest.mark.parametrize("tokens", [0, 32])
