@@ -8,28 +8,30 @@ namespace {
 
 constexpr uint32_t kMaxChosenRank = 512;  // wider ones leave too few stages: Triton's kernel is chosen then
 
-CUtensorMap weight_map(const UpProject& u, uint32_t box_rows) {
+CUtensorMap weight_map(const UpProject& u) {
   return encode("the weight of kv_up_project", u.kind, u.weight, {u.rank, uint64_t{u.heads} * (u.nope + u.v_dim)},
-                {static_cast<uint64_t>(u.weight_stride)}, {kSlab, box_rows});
+                {static_cast<uint64_t>(u.weight_stride)}, {kSlab, kColumns});
 }
 
-// Heads of an item: the fewest rounds of all blocks, each with the time of its heads and some for the first latents.
-uint32_t heads_an_item(uint32_t row_tiles, uint32_t heads, uint32_t blocks) {
-  constexpr double load = 0.7;  // in times of a head
+// In how many shares to take the tiles of columns: the fewest rounds of all blocks, each with the time of its tiles and some for
+// the first latents.
+uint32_t shares_of(uint32_t row_tiles, uint32_t column_tiles, uint32_t blocks) {
+  constexpr double load = 1.4;  // in times of a tile
   uint32_t best = 1;
   double least = 1e30;
-  for (uint32_t n = 1; n <= heads; ++n) {
-    const uint64_t items = uint64_t{row_tiles} * ((heads + n - 1) / n);
-    const double time = static_cast<double>((items + blocks - 1) / blocks) * (n + load);
+  for (uint32_t shares = 1; shares <= column_tiles / 2; ++shares) {
+    const double rounds = static_cast<double>((uint64_t{row_tiles} * shares + blocks - 1) / blocks);
+    if (rounds * (2 + load) >= least) break;  // more shares take no fewer rounds
+    const double time = rounds * ((column_tiles + shares - 1) / shares + load);
     if (time < least) {
       least = time;
-      best = n;
+      best = shares;
     }
   }
   return best;
 }
 
-template <typename T, int kN>
+template <typename T>
 void launch(const UpProject& u) {
   const DeviceGuard guard(u.kind);
   const int device = u.kind.device_index;
@@ -37,25 +39,23 @@ void launch(const UpProject& u) {
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_cast<int>(sizeof(Barriers));
   Schedule s{};
   s.slabs = u.rank / kSlab;
-  const int fixed = static_cast<int>(kAtomBytes + (s.slabs + 1) * kSlabBytes), stage = kN * kRowBytes;
+  s.all_slabs = s.slabs + (u.rope > 0);
+  const int fixed = static_cast<int>(kAtomBytes + s.all_slabs * kSlabBytes), stage = kStageBytes;
   s.stages = std::clamp((limit - fixed) / stage, 0, kMaxStages);
-  check(s.slabs < kMaxSlabs && s.stages >= 3, "kv_up_project: kv_lora_rank ", u.rank, " needs more shared memory than there is");
+  check(s.all_slabs <= kMaxSlabs && s.stages >= 3, "kv_up_project: kv_lora_rank ", u.rank,
+        " needs more shared memory than there is");
   s.row_tiles = (u.written + kRows - 1) / kRows;
-  s.heads_an_item = heads_an_item(s.row_tiles, u.heads, processors);
-  const uint64_t items = uint64_t{s.row_tiles} * ((u.heads + s.heads_an_item - 1) / s.heads_an_item);
+  s.column_tiles = std::max(2u, (u.heads * (u.nope + u.v_dim) + kColumns - 1) / kColumns);
+  s.shares = shares_of(s.row_tiles, s.column_tiles, processors);
+  const uint64_t items = uint64_t{s.row_tiles} * s.shares;
   check(items <= INT32_MAX, "kv_up_project: rows * heads must make less than 2**31 tiles, got ", items);
   s.items = static_cast<uint32_t>(items);
-  constexpr auto kernel = kv_up_project_kernel<T, kN>;
+  constexpr auto kernel = kv_up_project_kernel<T>;
   const int bytes = fixed + static_cast<int>(s.stages) * stage;
   allow_shared_memory<kernel>("kv_up_project", device, limit);  // whatever the rank
-  const CUtensorMap map = weight_map(u, kN);
+  const CUtensorMap map = weight_map(u);
   kernel<<<std::min(s.items, processors), kBlockThreads, bytes, current_stream(u.kind)>>>(u, s, map);
   check_cuda(cudaGetLastError());
-}
-
-template <typename T>
-void launch_columns(const UpProject& u) {
-  u.nope % 128 == 0 && u.v_dim % 128 == 0 ? launch<T, 128>(u) : launch<T, 64>(u);
 }
 
 bool has_dtype(const UpProject& u) { return u.kind.dtype == kBFloat16 || u.kind.dtype == kFloat16; }
@@ -76,7 +76,7 @@ bool is_aligned(const UpProject& u) {
 
 void run(const UpProject& u) {
   if (u.written == 0) return;
-  u.kind.dtype == kFloat16 ? launch_columns<__half>(u) : launch_columns<__nv_bfloat16>(u);
+  u.kind.dtype == kFloat16 ? launch<__half>(u) : launch<__nv_bfloat16>(u);
 }
 
 void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& k_out,

@@ -1,10 +1,10 @@
 // kv_up_project on sm_90: gather, product with the weight and K concat in one launch.
 //
-// A block keeps the latents of 128 rows in shared memory, kv_c in slabs of 64 columns and k_pe, and multiplies them with the
-// weights of several heads, which stream through a ring of stages. One warp issues these loads, two gather latents, each slab of
-// the next rows as soon as the last product has read the old one, and two warpgroups take the output tiles (kN columns of a head's
-// K or V) in turn: one multiplies while the other stores. A thread's results are exchanged with its neighbours so that 64 bytes of
-// a row leave together.
+// A block keeps the latents of 128 rows in shared memory, kv_c in slabs of 64 columns and k_pe, and multiplies them with weights,
+// which stream through a ring of stages. One warp issues these loads, two gather latents, each slab of the next rows as soon as
+// the last product has read the old one, and two warpgroups take the output tiles in turn: one multiplies while the other stores.
+// A tile is 128 of the weight's rows, wherever heads and their K and V end: each half of it has a place of its own to go to. A
+// thread's results are exchanged with its neighbours so that 64 bytes of a row leave together.
 #pragma once
 #include "../kv_up_project.h"
 #include "hopper.cuh"
@@ -14,16 +14,18 @@ namespace pcp_mla::cuda {
 namespace {
 
 constexpr int kRows = kUpProjectTile;
+constexpr int kColumns = 128;  // of a tile, two halves
+constexpr uint32_t kStageBytes = kColumns * kRowBytes;
 constexpr int kBlockThreads = 3 * kGroupThreads;
 constexpr uint32_t kSlabBytes = kRows * kRowBytes;
 constexpr int kMaxStages = 10;
 constexpr int kMaxSlabs = 12;  // with that of k_pe
 
+// Items are a tile of rows and a share of the tiles of columns, two at least, so that both warpgroups have a tile of each. Columns
+// change slowest: blocks that run together share their weights in L2.
 struct Schedule {
-  uint32_t row_tiles;
-  uint32_t heads_an_item;  // that a tile of rows is multiplied with before the next one is loaded
-  uint32_t items;          // heads change slowest: blocks that run together share their weights in L2
-  uint32_t slabs, stages;
+  uint32_t row_tiles, column_tiles, shares, items;
+  uint32_t slabs, all_slabs, stages;  // of kv_c, and with that of k_pe, where there is one
 };
 
 struct Barriers {
@@ -48,27 +50,40 @@ struct Ring {
 };
 
 struct Item {
-  uint32_t first_row, first_head, heads;
+  uint32_t first_row, first_tile, end_tile;
 };
 
-inline __device__ Item item_at(const UpProject& u, const Schedule& s, uint32_t number) {
-  const uint32_t group = number / s.row_tiles, tile = number - group * s.row_tiles, head = group * s.heads_an_item;
-  return {tile * kRows, head, min(s.heads_an_item, u.heads - head)};
+inline __device__ Item item_at(const Schedule& s, uint32_t number) {
+  const uint32_t share = number / s.row_tiles, tile = number - share * s.row_tiles;
+  const uint32_t even = s.column_tiles / s.shares, larger = s.column_tiles % s.shares;  // the first shares have a tile more
+  const uint32_t first = share * even + min(share, larger);
+  return {tile * kRows, first, first + even + (share < larger)};
 }
 
-template <int kN>
-__device__ void load_weights(const UpProject& u, const Schedule& s, const CUtensorMap* map, uint32_t stages, const Barriers& b) {
-  constexpr uint32_t bytes = kN * kRowBytes;
+// Where 64 columns of a tile go.
+struct Half {
+  char* to;  // of row 0; null behind the last head
+  int64_t row_stride;
+};
+
+inline __device__ Half half_at(const UpProject& u, uint32_t column) {
+  const uint32_t width = u.nope + u.v_dim, head = column / width, in_head = column - head * width;
+  if (head >= u.heads) return {};
+  if (in_head >= u.nope) return {u.v + head * u.v_head + (in_head - u.nope) * 2, u.v_row};
+  return {u.k + head * u.k_head + in_head * 2, u.k_row};
+}
+
+// The last tile may reach behind the weight: zeros come from there.
+inline __device__ void load_weights(const Schedule& s, const CUtensorMap* map, uint32_t stages, const Barriers& b) {
   Ring ring;
   for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x) {
-    const Item item = item_at(u, s, number);
-    const uint32_t first = item.first_head * (u.nope + u.v_dim), last = first + item.heads * (u.nope + u.v_dim);
-    for (uint32_t row = first; row < last; row += kN) {
+    const Item item = item_at(s, number);
+    for (uint32_t tile = item.first_tile; tile < item.end_tile; ++tile) {
       for (uint32_t slab = 0; slab < s.slabs; ++slab) {
         const uint32_t full = shared_address(&b.stage_full[ring.stage]);
         barrier_wait(shared_address(&b.stage_empty[ring.stage]), ring.parity ^ 1);
-        barrier_arrive_expect(full, bytes);
-        tensor_load_2d(stages + ring.stage * bytes, map, full, slab * kSlab, row);
+        barrier_arrive_expect(full, kStageBytes);
+        tensor_load_2d(stages + ring.stage * kStageBytes, map, full, slab * kSlab, tile * kColumns);
         ring.advance(1, s.stages);
       }
     }
@@ -83,7 +98,7 @@ inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint3
   const uint32_t to = slabs + row_in_step * kRowBytes + ((piece ^ row_in_step) << 4);
   uint32_t parity = 0;
   for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
-    const Item item = item_at(u, s, number);
+    const Item item = item_at(s, number);
     int64_t looked_up[rows_a_warp / 32];
 #pragma unroll
     for (uint32_t h = 0; h < rows_a_warp / 32; ++h) {
@@ -95,7 +110,7 @@ inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint3
     for (uint32_t i = 0; i < turns; ++i) {
       from[i] = __shfl_sync(~0u, looked_up[i * in_warp / 32], i * in_warp % 32 + lane / 8);
     }
-    for (uint32_t slab = 0; slab <= s.slabs; ++slab) {
+    for (uint32_t slab = 0; slab < s.all_slabs; ++slab) {
       barrier_wait(shared_address(&b.slab_empty[slab]), parity ^ 1);
       const bool wanted = slab < s.slabs || piece < u.rope / 8;
 #pragma unroll
@@ -112,24 +127,23 @@ inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint3
     }
     copy_async_wait<0>();
     proxy_fence();
-    barrier_arrive(shared_address(&b.slab_full[s.slabs - 1]));
-    barrier_arrive(shared_address(&b.slab_full[s.slabs]));
+    for (uint32_t slab = s.all_slabs < 2 ? 0 : s.all_slabs - 2; slab < s.all_slabs; ++slab) {
+      barrier_arrive(shared_address(&b.slab_full[slab]));
+    }
   }
 }
 
 // One warpgroup's share of the products, and their way out.
-template <typename T, int kN>
+template <typename T>
 __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, uint32_t stages, const Barriers& b,
                          uint32_t group) {
   const uint32_t thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
-  const uint32_t k_tiles = u.nope / kN, tiles_a_head = k_tiles + u.v_dim / kN;
   Ring ring;
   uint32_t turn = 0, parity = 0;      // whose tile the next one is
   uint32_t turn_parity = group == 0;  // the first turn is free
   for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
-    const Item item = item_at(u, s, number);
-    const uint32_t tiles = item.heads * tiles_a_head;
-    for (uint32_t tile = 0; tile < tiles; ++tile, turn ^= 1) {
+    const Item item = item_at(s, number);
+    for (uint32_t tile = item.first_tile; tile < item.end_tile; ++tile, turn ^= 1) {
       if (turn != group) {
         ring.advance(s.slabs, s.stages);
         continue;
@@ -138,14 +152,14 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
       // filled for an earlier tile. One multiplies at a time anyway.
       barrier_wait(shared_address(&b.turn[group]), turn_parity);
       turn_parity ^= 1;
-      const bool is_last = tile + 2 >= tiles;  // of this warpgroup in this item: a head has two tiles at least
-      float sum[2][kN / 2];
+      const bool is_last = tile + 2 >= item.end_tile;  // of this warpgroup in this item
+      float sum[2][kColumns / 2];
       uint32_t before = 0;
       for (uint32_t slab = 0; slab < s.slabs; ++slab) {
         barrier_wait(shared_address(&b.slab_full[slab]), parity);
         barrier_wait(shared_address(&b.stage_full[ring.stage]), ring.parity);
         const uint64_t x = matrix_descriptor(slabs + slab * kSlabBytes);
-        const uint64_t w = matrix_descriptor(stages + ring.stage * kN * kRowBytes);
+        const uint64_t w = matrix_descriptor(stages + ring.stage * kStageBytes);
         product_fence();
 #pragma unroll
         for (int k = 0; k < kSlab / 16; ++k) {  // a descriptor counts in 16 bytes
@@ -167,27 +181,33 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
       barrier_release(b.stage_empty[before], lane);
       if (is_last) barrier_release(b.slab_empty[s.slabs - 1], lane);
 
-      const uint32_t in_item = tile / tiles_a_head, part = tile - in_item * tiles_a_head, head = item.first_head + in_item;
-      const bool is_k = part < k_tiles;
-      const int64_t row_stride = is_k ? u.k_row : u.v_row;
-      char* out = is_k ? u.k + head * u.k_head + part * kN * 2 : u.v + head * u.v_head + (part - k_tiles) * kN * 2;
+      const Half halves[2] = {half_at(u, tile * kColumns), half_at(u, tile * kColumns + kSlab)};
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t row = item.first_row + m * (kRows / 2) + warp * 16 + half * 8 + lane / 4;
-          char* to = out + row * row_stride + lane % 4 * 16;
+        for (int below = 0; below < 2; ++below) {
+          const uint32_t row = item.first_row + m * (kRows / 2) + warp * 16 + below * 8 + lane / 4;
 #pragma unroll
-          for (int c = 0; c < kN / 32; ++c) {
-            uint32_t v[4];
+          for (int h = 0; h < 2; ++h) {
+            char* to = halves[h].to + row * halves[h].row_stride + lane % 4 * 16;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] = pack<T>(sum[m][(c * 4 + i) * 4 + half * 2], sum[m][(c * 4 + i) * 4 + half * 2 + 1]);
-            const uint4 value = gather_block(v, lane);
-            if (row < u.written) *reinterpret_cast<uint4*>(to + c * 64) = value;
+            for (int c = 0; c < 2; ++c) {
+              uint32_t v[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const float* pair = &sum[m][((2 * h + c) * 4 + i) * 4 + below * 2];
+                v[i] = pack<T>(pair[0], pair[1]);
+              }
+              const uint4 value = gather_block(v, lane);
+              if (row < u.written && halves[h].to != nullptr) *reinterpret_cast<uint4*>(to + c * 64) = value;
+            }
           }
         }
       }
-      const bool with_rope = part == k_tiles - 1 && head < u.pe_heads;
+      if (u.rope == 0) continue;
+      // The head whose K ends in this tile, of which there is one at most: a head has as many columns as a tile at least.
+      const uint32_t width = u.nope + u.v_dim, end = (tile + 1) * kColumns, head = (end - u.nope) / width;
+      const bool with_rope = end >= u.nope && end - u.nope - head * width < kColumns && head < u.pe_heads;
       if (with_rope || is_last) barrier_wait(shared_address(&b.slab_full[s.slabs]), parity);
       if (with_rope) {
         const uint32_t piece = thread % 8, from = slabs + s.slabs * kSlabBytes;
@@ -212,7 +232,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
 
 #endif
 
-template <typename T, int kN>
+template <typename T>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     kv_up_project_kernel(const __grid_constant__ UpProject u, const __grid_constant__ Schedule s,
                          const __grid_constant__ CUtensorMap weight) {
@@ -220,7 +240,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   __shared__ Barriers b;
   extern __shared__ char memory[];
   const uint32_t slabs = (shared_address(memory) + kAtomBytes - 1) / kAtomBytes * kAtomBytes;
-  const uint32_t stages = slabs + (s.slabs + 1) * kSlabBytes;
+  const uint32_t stages = slabs + s.all_slabs * kSlabBytes;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxSlabs; ++i) {
@@ -236,11 +256,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();
   if (warp >= kGroupWarps) {
-    multiply<T, kN>(u, s, slabs, stages, b, threadIdx.x / kGroupThreads - 1);
-  } else if (warp == 0) {
-    if (lane == 0) load_weights<kN>(u, s, &weight, stages, b);
-  } else if (warp <= kGatherWarps) {
-    load_latents(u, s, slabs, b, warp - 1, lane);
+    take_registers<192>();
+    multiply<T>(u, s, slabs, stages, b, threadIdx.x / kGroupThreads - 1);
+  } else {
+    give_registers<120>();
+    if (warp == 0 && lane == 0) load_weights(s, &weight, stages, b);
+    if (warp > 0 && warp <= kGatherWarps) load_latents(u, s, slabs, b, warp - 1, lane);
   }
 #endif
 }
