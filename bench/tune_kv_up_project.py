@@ -47,7 +47,7 @@ def make_call(tokens: int, dtype: torch.dtype, device: str) -> Callable[[dict[st
 
     def call_by(config: dict[str, int]) -> Callable[[], None]:
         def call() -> None:
-            kv_up_project(latents, rows, weight, k, v, None, config)
+            kv_up_project(latents, rows, weight, None, k, v, None, config)
 
         for out in (k, v):
             out.fill_(torch.nan)

@@ -23,8 +23,8 @@ struct DirectOps {
   const char* (*concat_k)(const View& k_nope, const View& k_pe, const View& out);
   const char* (*write_latent_cache)(const View& latents, const View& cache, const View& slot_mapping, const View* scale);
   // Only what the wgmma kernel is chosen for.
-  const char* (*kv_up_project)(const View& latents, const View* rows, const View& weight, const View& k_out, const View& v_out,
-                               const View* k_pe_out);
+  const char* (*kv_up_project)(const View& latents, const View* rows, const View& weight, const View* scale, const View& k_out,
+                               const View& v_out, const View* k_pe_out);
   // Only what the wgmma kernel takes.
   const char* (*attention)(const AttentionArguments& arguments);
   const char* (*publish_latents)(Mailbox& mailbox, const PublishCall& call, Published& where);

@@ -12,7 +12,8 @@ namespace pcp_mla {
 constexpr int kUpProjectTile = 128;  // rows behind the last one are zeroed up to a multiple of this
 
 struct UpProject {
-  const char* latents;
+  const char* latents;    // of the weight's type, or with a scale float8
+  const float* scale;     // of float8 latents, which it gives when they are multiplied by it; null: there is none
   int64_t block_stride, row_stride;  // bytes
   uint32_t block_size, num_slots;
   bool listed;          // else every slot
@@ -26,7 +27,8 @@ struct UpProject {
   uint32_t heads, rank, nope, rope, v_dim;
   Kind kind;
 
-  UpProject(const View& l, const View* listed_rows, const View& w, const View& ko, const View& vo, const View* po) {
+  UpProject(const View& l, const View* listed_rows, const View& w, const View* scale_view, const View& ko, const View& vo,
+            const View* po) {
     constexpr const char* op = "kv_up_project";
     const bool apart = po != nullptr;
     const Output all[] = {{"k_out", &ko}, {"v_out", &vo}, {"k_pe_out", po}};
@@ -35,12 +37,22 @@ struct UpProject {
     check(l.dims == 2 || l.dims == 3, op, ": latents must be [rows, width] or [num_blocks, block_size, width]");
     check(w.dims == 2 && ko.dims == 3 && vo.dims == 3, op, ": weight must have 2 dimensions, k_out and v_out 3");
     check(!apart || po->dims == 2, op, ": k_pe_out must have 2 dimensions");
+    check(scale_view == nullptr || (l.kind.dtype == kFloat8E4M3 &&
+                                    (kind.dtype == kBFloat16 || kind.dtype == kFloat16 || kind.dtype == kFloat32)),
+          op, ": with a scale latents must be float8_e4m3fn and weight bfloat16, float16 or float32");
     for (const View* x : {&l, &ko, &vo, po}) {
-      check(x == nullptr || (x->kind.same_device(kind) && x->kind.dtype == kind.dtype && x->strides[x->dims - 1] == 1), op,
+      const int32_t dtype = x == &l && scale_view != nullptr ? kFloat8E4M3 : kind.dtype;
+      check(x == nullptr || (x->kind.same_device(kind) && x->kind.dtype == dtype && x->strides[x->dims - 1] == 1), op,
             ": all tensors must have one dtype and device, and a contiguous last dimension");
     }
+    scale = nullptr;
+    if (scale_view != nullptr) {
+      check(scale_view->kind.same_device(kind) && scale_view->kind.dtype == kFloat32 && scale_view->numel() == 1, op,
+            ": scale must be one float32 on the device of the latents");
+      scale = reinterpret_cast<const float*>(scale_view->data);
+    }
     check(w.strides[1] == 1, op, ": weight must have a contiguous last dimension");
-    const int64_t width = l.sizes[l.dims - 1], item = l.item;
+    const int64_t width = l.sizes[l.dims - 1], item = w.item;
     const int64_t slots = l.sizes[0] * (l.dims == 3 ? l.sizes[1] : 1);
     int64_t entries = slots;
     listed = listed_rows != nullptr;
@@ -59,7 +71,7 @@ struct UpProject {
       check(view->sizes[0] >= entries, op, ": ", name, " must have at least as many rows as there are");
       check(std::min(view->sizes[0], most) == std::min(ko.sizes[0], most), op, ": ", name, " must have as many rows as k_out");
       const Span written_to = span_of(*view);
-      for (const View* input : {&l, listed_rows, &w}) {
+      for (const View* input : {&l, listed_rows, &w, scale_view}) {
         if (input != nullptr) check_apart(op, name, written_to, "the inputs", span_of(*input));
       }
       for (const Output& other : outputs.first(i)) check_apart(op, name, written_to, other.name, span_of(*other.view));
@@ -78,8 +90,8 @@ struct UpProject {
     latents = l.data;
     block_size = static_cast<uint32_t>(l.dims == 3 ? l.sizes[1] : 1);
     num_slots = static_cast<uint32_t>(slots);
-    block_stride = l.strides[0] * item;
-    row_stride = l.dims == 3 ? l.strides[1] * item : 0;
+    block_stride = l.strides[0] * l.item;
+    row_stride = l.dims == 3 ? l.strides[1] * l.item : 0;
     weight = w.data;
     weight_stride = w.strides[0] * item;
     k = ko.data;

@@ -31,7 +31,7 @@ POINTERS = {
     },
     plan_rank_rows_kernel: {"*i32": "table out"},
     concat_k_kernel: {"data": "k_nope k_pe out"},
-    kv_up_project_kernel: {"data": "latents weight k_out v_out k_pe_out", "*i32": "rows"},
+    kv_up_project_kernel: {"data": "latents weight k_out v_out k_pe_out", "*i32": "rows", "*fp32": "scale"},
     latent_cache_kernel: {"data": "cache outside", "*i64": "slots", "*i32": "block_table cu_seqlens starts"},
     merge_states_kernel: {
         "data": "a b out",
@@ -45,7 +45,7 @@ CONSTANTS = {
     plan_expand_kernel: {"HAS_BLOCKS": True, "SPLIT": True, "BLOCK": 256},
     plan_rank_rows_kernel: {"BLOCK": 256},
     concat_k_kernel: {"ROWS": 8, "BLOCK": 256},
-    kv_up_project_kernel: {"LISTED": True, "ROPE": 64, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8},
+    kv_up_project_kernel: {"LISTED": True, "SCALED": False, "ROPE": 64, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8},
     latent_cache_kernel: {"WRITE": False, "TABLE": True, "STARTS": True, "ROWS": 8, "BLOCK": 1024},
     merge_states_kernel: {"BASE2": False, "HEADS": 16, "BLOCK": 128},
 }
@@ -67,18 +67,19 @@ def numbers_of(kernel, pointers):
     return dict.fromkeys((name for name in names if name not in pointers), 1)
 
 
-def compile_for(capability, kernel, types, ones=False):
-    """Size of the binary, of a kernel whose pointers have these types; ``ones``: all sizes and strides are 1.
+def compile_for(capability, kernel, types, ones=False, changes=None):
+    """Size of the binary, of a kernel whose pointers have these types; ``ones``: all sizes and strides are 1; ``changes`` of its
+    constants.
 
     It must be for this GPU, and multiply matrices by its tensor cores if the kernel is there for that.
     """
     names = list(inspect.signature(kernel.fn).parameters)
-    constants = (numbers_of(kernel, types) if ones else {}) | CONSTANTS[kernel]
+    constants = (numbers_of(kernel, types) if ones else {}) | CONSTANTS[kernel] | (changes or {})
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, constexprs={(names.index(n),): value for n, value in constants.items()})
     output = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
     assert f".target sm_{capability}" in output["ptx"]
-    if kernel is kv_up_project_kernel and types["latents"] == "*bf16":
+    if kernel is kv_up_project_kernel and types["weight"] == "*bf16":
         assert ("wgmma.mma_async" if capability >= 90 else "mma.sync") in output["ptx"]
     return len(output["cubin"])
 
@@ -140,6 +141,10 @@ def main():
             print(kernel.__name__, data, "ones sm_90", compile_for(90, kernel, types, ones=True))
             if kernel is merge_states_kernel:  # sm_80 has no float8
                 print(kernel.__name__, data, "float8 sm_90", compile_for(90, kernel, types | {"out": "*fp8e4nv"}))
+            if kernel is kv_up_project_kernel:
+                for capability in (80, 90):
+                    size = compile_for(capability, kernel, types | {"latents": "*u8"}, changes={"SCALED": True})
+                    print(kernel.__name__, data, "float8", f"sm_{capability}", size)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ with torch.inference_mode():
     write_latent_cache(out.flatten(1), torch.zeros(2, 4, 32, device="cuda:1"), torch.arange(4, device="cuda:1"))
     if native.direct is not None:  # on Hopper it is done
         latents, weight = (torch.ones(n, w, dtype=torch.bfloat16, device="cuda:1") for n, w in ((8, 128), (128, 64)))
-        native.direct.kv_up_project(latents, None, weight, *(latents.new_empty(8, 1, n) for n in (128, 64)), None)
+        native.direct.kv_up_project(latents, None, weight, None, *(latents.new_empty(8, 1, n) for n in (128, 64)), None)
 merge_attn_states(out, lse, out.clone(), lse, backend="cuda")
 cache, slots = torch.zeros(4, 4, 24, device="cuda:1"), torch.arange(4, device="cuda:1")
 write_latent_cache(concat_k(out[:, :1], lse[:, :1], backend="cuda").flatten(1)[:, :1].expand(4, 24).contiguous(), cache, slots)

@@ -203,7 +203,7 @@ class TestRefusals:
             pass
 
         latents, rows, weight, k, v = projection()
-        assert not native.direct.kv_up_project(latents, rows, torch.Tensor._make_subclass(Quantised, weight), k, v, None)
+        assert not native.direct.kv_up_project(latents, rows, torch.Tensor._make_subclass(Quantised, weight), None, k, v, None)
         assert k.isnan().all()
         assert v.isnan().all()
         assert refused.calls == refused.count == 1

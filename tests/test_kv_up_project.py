@@ -290,9 +290,9 @@ def test_opcheck_and_compile(device):
     latents, weight = make(dims, 40, torch.bfloat16, device)
     rows = random_rows(30, 40, device, 3)
     outs = outputs(dims, 30, torch.bfloat16, device)
-    torch.library.opcheck(torch.ops.pcp_mla.kv_up_project.default, (latents, rows, weight, *outs, None))
+    torch.library.opcheck(torch.ops.pcp_mla.kv_up_project.default, (latents, rows, weight, None, *outs, None))
     three = outputs(dims, 30, torch.bfloat16, device, True)
-    torch.library.opcheck(torch.ops.pcp_mla.kv_up_project.default, (latents, rows, weight, *three))
+    torch.library.opcheck(torch.ops.pcp_mla.kv_up_project.default, (latents, rows, weight, None, *three))
     k_nope, k_pe = outs[0][..., :64].clone(), latents[:30, 64:]
     torch.library.opcheck(torch.ops.pcp_mla.concat_k.default, (k_nope, k_pe, torch.empty_like(outs[0])))
 

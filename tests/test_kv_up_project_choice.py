@@ -13,7 +13,7 @@ from pcp_mla.plan.dims import MLADims
 
 PLAIN = MLADims(2, 64, 64, 64, 128)
 ROWS, BLOCK = 70, 5
-NAMES = ("latents", "rows", "weight", "k", "v", "k_pe")
+NAMES = ("latents", "rows", "weight", "scale", "k", "v", "k_pe")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 on_hopper = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="the CUDA kernel is for Hopper")
@@ -104,12 +104,13 @@ def made(case, device):
     v = placed((ROWS, dims.num_heads, dims.v_head_dim), odd.get("v", none), dtype, device)
     k_pe = placed((ROWS, dims.qk_rope_head_dim), odd["k_pe"], dtype, device) if apart else None
     latents = paged(values, odd.get("latents", none), dtype, device)
-    return dims, values, rows, factors, (latents, rows.to(device), weight, k, v, k_pe)
+    return dims, values, rows, factors, (latents, rows.to(device), weight, None, k, v, k_pe)
 
 
-def project(latents, listed, weight, k, v, k_pe, dims, **options):
+def project(latents, listed, weight, scale, k, v, k_pe, dims, **options):
     """kv_up_project into these results."""
-    return kv_up_project(latents, listed, weight, dims, k_out=k, v_out=v, k_pe_apart=k_pe is not None, k_pe_out=k_pe, **options)
+    options = {"scale": scale, "k_out": k, "v_out": v, "k_pe_apart": k_pe is not None, "k_pe_out": k_pe, **options}
+    return kv_up_project(latents, listed, weight, dims, **options)
 
 
 def check(dims, values, rows, factors, k, v, k_pe=None):
@@ -159,10 +160,10 @@ def test_auto_takes(device, case, monkeypatch):
     dims, values, rows, factors, tensors = made(case, device)
     module._on_cuda(*tensors)
     assert taken == [wanted]
-    check(dims, values, rows, factors, *tensors[3:])
+    check(dims, values, rows, factors, *tensors[4:])
     if device == "cuda":  # the function, results allocated and given
         taken.clear()
-        latents, listed, weight, *outs = tensors
+        latents, listed, weight, _, *outs = tensors
         for out in outs:
             if out is not None:
                 out.fill_(math.nan)
@@ -176,8 +177,8 @@ def test_auto_takes(device, case, monkeypatch):
 @with_direct
 @pytest.mark.parametrize("case", CASES)
 def test_the_direct_call_takes_the_same(case, inference):
-    dims, values, rows, factors, (latents, listed, weight, *outs) = made(case, "cuda")
-    taken = native.direct.kv_up_project(latents, listed, torch.nn.Parameter(weight, requires_grad=False), *outs)
+    dims, values, rows, factors, (latents, listed, weight, scale, *outs) = made(case, "cuda")
+    taken = native.direct.kv_up_project(latents, listed, torch.nn.Parameter(weight, requires_grad=False), scale, *outs)
     assert taken == (HOPPER and CASES[case][3] == "cuda")
     if taken:
         check(dims, values, rows, factors, *outs)
@@ -219,7 +220,7 @@ def test_the_kernel_refuses(case):
     with pytest.raises(RuntimeError, match=f"kv_up_project: {REFUSED[case]}"):
         project(*tensors, dims, backend="cuda")
     torch.cuda.synchronize()
-    assert all(out.isnan().all() for out in tensors[3:] if out is not None)
+    assert all(out.isnan().all() for out in tensors[4:] if out is not None)
 
 
 @pytest.mark.gpu
@@ -232,7 +233,7 @@ def test_a_rank_that_needs_too_much_shared_memory(rank, wide, monkeypatch):
     dims, *_, tensors = made("large", "cuda")
     with pytest.raises(RuntimeError, match=f"kv_up_project: kv_lora_rank {rank} needs more shared memory than there is"):
         project(*tensors, dims, backend="cuda")
-    assert tensors[3].isnan().all()
+    assert tensors[4].isnan().all()
 
 
 @pytest.mark.gpu
@@ -273,7 +274,7 @@ def test_the_native_op_refuses_what_does_not_fit(change, words):
     with torch.inference_mode():
         assert native.direct is None or not native.direct.kv_up_project(*given.values())
     torch.cuda.synchronize()
-    assert all(given[name].isnan().all() for name in NAMES[3:] if given[name] is not None)
+    assert all(given[name].isnan().all() for name in NAMES[4:] if given[name] is not None)
 
 
 def test_every_reason_stands_alone(monkeypatch):

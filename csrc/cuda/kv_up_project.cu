@@ -79,9 +79,12 @@ void run(const UpProject& u) {
   u.kind.dtype == kFloat16 ? launch<__half>(u) : launch<__nv_bfloat16>(u);
 }
 
-void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& k_out,
-                         const Tensor& v_out, const std::optional<Tensor>& k_pe_out) {
-  const UpProject u(view_of(latents), OptionalView(rows), view_of(weight), view_of(k_out), view_of(v_out), OptionalView(k_pe_out));
+void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& rows, const Tensor& weight,
+                         const std::optional<Tensor>& scale, const Tensor& k_out, const Tensor& v_out,
+                         const std::optional<Tensor>& k_pe_out) {
+  const UpProject u(view_of(latents), OptionalView(rows), view_of(weight), OptionalView(scale), view_of(k_out), view_of(v_out),
+                    OptionalView(k_pe_out));
+  check(u.scale == nullptr, "kv_up_project: the CUDA kernel takes no float8 latents");
   check(has_dtype(u), "kv_up_project: the CUDA kernel needs bfloat16 or float16");
   check(has_widths(u),
         "kv_up_project: the CUDA kernel needs kv_lora_rank, nope and v in multiples of 64 and rope of 8, at most 64; got ", u.rank,
@@ -92,11 +95,11 @@ void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& row
 }
 
 // The choice of _fits_wgmma in python/pcp_mla/ops/kv_up_project.py. What does not fit is no error: nothing is thrown for it.
-const char* chosen(const View& latents, const View* rows, const View& weight, const View& k_out, const View& v_out,
-                   const View* k_pe_out) {
+const char* chosen(const View& latents, const View* rows, const View& weight, const View* scale, const View& k_out,
+                   const View& v_out, const View* k_pe_out) {
   constexpr const char* refusal = "kv_up_project: not for the CUDA kernel";
-  if (!is_hopper(weight.kind)) return refusal;
-  const UpProject u(latents, rows, weight, k_out, v_out, k_pe_out);
+  if (!is_hopper(weight.kind) || scale != nullptr) return refusal;
+  const UpProject u(latents, rows, weight, scale, k_out, v_out, k_pe_out);
   if (!has_dtype(u) || !has_widths(u) || u.rank > kMaxChosenRank || !is_aligned(u)) return refusal;
   run(u);
   return nullptr;

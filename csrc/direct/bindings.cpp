@@ -119,12 +119,12 @@ bool write_latent_cache(py::handle latents, py::handle cache, py::handle slot_ma
   return a.ok() && ops->write_latent_cache(vl, vc, vm, vs) == nullptr;
 }
 
-bool kv_up_project(py::handle latents, py::handle rows, py::handle weight, py::handle k_out, py::handle v_out,
+bool kv_up_project(py::handle latents, py::handle rows, py::handle weight, py::handle scale, py::handle k_out, py::handle v_out,
                    py::handle k_pe_out) {
   Arguments a;
   const View &vl = a.need(latents), &vw = a.need(weight), &vk = a.need(k_out), &vv = a.need(v_out);
-  const View *vr = a.take(rows), *vp = a.take(k_pe_out);
-  return a.ok() && ops->kv_up_project(vl, vr, vw, vk, vv, vp) == nullptr;
+  const View *vr = a.take(rows), *vs = a.take(scale), *vp = a.take(k_pe_out);
+  return a.ok() && ops->kv_up_project(vl, vr, vw, vs, vk, vv, vp) == nullptr;
 }
 
 bool attention(py::handle q, py::handle k, py::handle v, py::handle k_pe, py::handle kv_rows, py::handle cu_seqlens_q,

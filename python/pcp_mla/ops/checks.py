@@ -14,6 +14,8 @@ import torch
 from ..checks import check_last_dim, check_no_gradients, check_not_expanded, check_tensor, dtype_name
 from ..plan.metadata import PCPMetadata
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what kernels compute with
+
 
 def check_ragged(op: str, name: str, x: Any, meta: PCPMetadata, dtype: torch.dtype | None) -> None:
     """Raise unless ``x`` is [tokens, heads, dim] as kernels take it, of ``dtype`` if given."""
@@ -37,6 +39,16 @@ def check_input(op: str, name: str, x: torch.Tensor) -> None:
     """Raise unless ``x`` can be read as it is."""
     check_last_dim(op, name, x)
     check_no_gradients(op, name, x)
+
+
+def check_scaled(op: str, name: str, x: torch.Tensor, scale: Any) -> None:
+    """Raise unless ``x`` is float8_e4m3fn, and ``scale`` one float32 beside it."""
+    check_tensor(op, "scale", scale.reshape(-1) if isinstance(scale, torch.Tensor) else scale, (1,), "[1]", x.device)
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{op}: scale must be float32, got {dtype_name(scale.dtype)}")
+    check_no_gradients(op, "scale", scale)
+    if x.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"{op}: {name} must be float8_e4m3fn with a scale, got {dtype_name(x.dtype)}")
 
 
 def check_out(

@@ -13,15 +13,13 @@ from ..checks import check_apart, check_list, check_no_gradients, check_tensor, 
 from ..plan.dims import MLADims
 from ..reference.kv_up_project import UP_PROJECT_TILE, zero_tail
 from . import native
-from .checks import check_input, check_out
+from .checks import FLOATS, check_input, check_out, check_scaled
 from .concat_k import concat_k
 from .kv_up_project_checks import check_expanded
 from .latent_cache import gather_latents
 from .registry import HAS_TRITON, direct, fake_in_place, register_composed, select
 
 __all__ = ["UP_PROJECT_TILE", "kv_up_project"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @functools.cache
@@ -30,14 +28,21 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _fits_wgmma(
-    latents: torch.Tensor, weight: torch.Tensor, k_out: torch.Tensor, v_out: torch.Tensor, k_pe_out: torch.Tensor | None
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    k_pe_out: torch.Tensor | None,
 ) -> bool:
     """Whether csrc/cuda/kv_up_project.cu takes these tensors; its own checks say why not. Its direct call chooses by itself, the
     same."""
+    if scale is not None:
+        return False
     rank, rope = weight.shape[1], latents.shape[-1] - weight.shape[1]
     nope = weight.shape[0] // k_out.shape[1] - v_out.shape[2]
     widths = rank % 64 == 0 and rank <= 512 and nope % 64 == 0 and v_out.shape[2] % 64 == 0
-    if not (widths and rope % 8 == 0 and rope <= 64 and weight.dtype in _DTYPES[:2] and _is_hopper(weight.device)):
+    if not (widths and rope % 8 == 0 and rope <= 64 and weight.dtype in FLOATS[:2] and _is_hopper(weight.device)):
         return False
     strides, addresses = latents.stride(0) | latents.stride(-2) | weight.stride(0), latents.data_ptr() | weight.data_ptr()
     for out in (k_out, v_out):
@@ -53,17 +58,18 @@ def _on_cuda(
     latents: torch.Tensor,
     rows: torch.Tensor | None,
     weight: torch.Tensor,
+    scale: torch.Tensor | None,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     k_pe_out: torch.Tensor | None,
 ) -> None:
     """The CUDA kernel if it takes these tensors, else Triton's (at a few hundred rows some 3 us faster, which is not looked at)."""
-    if not native.status["_native_cuda"] and _fits_wgmma(latents, weight, k_out, v_out, k_pe_out):
-        _wgmma(latents, rows, weight, k_out, v_out, k_pe_out)
-    elif HAS_TRITON and weight.dtype in _DTYPES:
-        select("kv_up_project", "triton", "cuda")(latents, rows, weight, k_out, v_out, k_pe_out)
+    if not native.status["_native_cuda"] and _fits_wgmma(latents, weight, scale, k_out, v_out, k_pe_out):
+        _wgmma(latents, rows, weight, scale, k_out, v_out, k_pe_out)
+    elif HAS_TRITON and weight.dtype in FLOATS:
+        select("kv_up_project", "triton", "cuda")(latents, rows, weight, scale, k_out, v_out, k_pe_out)
     else:
-        reference.kv_up_project(latents, rows, weight, k_out, v_out, k_pe_out)
+        reference.kv_up_project(latents, rows, weight, scale, k_out, v_out, k_pe_out)
 
 
 _up_project = register_composed("kv_up_project", fake_in_place, cpu=reference.kv_up_project, cuda=_on_cuda)
@@ -89,10 +95,12 @@ def _check_latents(op: str, latents: Any, rows: Any, dims: MLADims) -> int:
 def _check_weight(op: str, weight: Any, latents: torch.Tensor, dims: MLADims, scale: Any) -> None:
     shape = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
     check_tensor(op, "weight", weight, shape, "[heads * (nope + v), kv_lora_rank]", latents.device)
-    if weight.dtype not in _DTYPES and weight.dtype != torch.float64:
+    if weight.dtype not in FLOATS and weight.dtype != torch.float64:
         raise NotImplementedError(
             f"{op}: weight must be bfloat16, float16 or float32, got {dtype_name(weight.dtype)}; pass linear="
         )
+    if scale is not None and weight.dtype == torch.float64:
+        raise TypeError(f"{op}: weight must be bfloat16, float16 or float32 with a scale, got float64")
     if scale is None and latents.dtype != weight.dtype:
         raise TypeError(
             f"{op}: latents must be {dtype_name(weight.dtype)} as weight, or come with a scale, got {dtype_name(latents.dtype)}"
@@ -171,23 +179,29 @@ def expand_into(
     k: torch.Tensor,
     v: torch.Tensor,
     k_pe: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> None:
     """:func:`kv_up_project` into given tensors, for arguments that are known to fit."""
     calls = direct()
-    if calls is not None and calls.kv_up_project(latents, rows, weight, k, v, k_pe):
+    if calls is not None and calls.kv_up_project(latents, rows, weight, scale, k, v, k_pe):
         return
     if latents.is_cuda and not torch.compiler.is_compiling():  # past the dispatcher, which costs more than the launch
-        _on_cuda(latents, rows, weight, k, v, k_pe)
+        _on_cuda(latents, rows, weight, scale, k, v, k_pe)
     else:
-        _up_project(latents, rows, weight, k, v, k_pe)
+        _up_project(latents, rows, weight, scale, k, v, k_pe)
 
 
 def expand(
-    latents: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, dims: MLADims, apart: bool = False
+    latents: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    dims: MLADims,
+    apart: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """:func:`kv_up_project` with ``k_pe_apart`` or without, for arguments that are known to fit."""
-    results = [latents.new_empty(rows.shape[0], *shape) for shape in result_shapes(dims, apart).values()]
-    expand_into(latents, rows, weight, *results)
+    results = [weight.new_empty(rows.shape[0], *shape) for shape in result_shapes(dims, apart).values()]
+    expand_into(latents, rows, weight, *results, scale=scale)
     return tuple(results)
 
 
@@ -216,7 +230,9 @@ def kv_up_project(
         dims: of the layer.
         linear: in place of ``weight``, the module itself (one that is quantised, or has adapters): gather, module and
             :func:`concat_k` (or the copy of ``k_pe``) are then launches of their own.
-        scale: float32 of one element: ``latents`` are float8_e4m3fn, and are gathered with it in a launch of its own.
+        scale: float32 of one element, on the device: ``latents`` are float8_e4m3fn, and are multiplied by it and rounded once, to
+            the dtype of the weight, as :func:`gather_latents` does. With ``linear`` to that of the results which are given, or
+            bf16, in a launch of its own.
         k_out, v_out: [M, H, nope + rope] and [M, H, v] with M >= N, to write and return; any strides with a contiguous last
             dimension. Rows from N to the next multiple of :data:`UP_PROJECT_TILE` (128) are zeroed, further ones are not touched.
             One that is not given has the rows of those that are. They must share no memory with the inputs or each other.
@@ -226,7 +242,8 @@ def kv_up_project(
         backend: ``auto`` (on Hopper the CUDA kernel if widths are multiples of 64, else Triton), ``cuda``, ``triton`` or
             ``reference``.
 
-    All of bf16, fp16 or fp32 (``reference``: also fp64), one dtype; products are summed in float32 and rounded once.
+    All of bf16, fp16 or fp32 (``reference``: also fp64, without a scale), one dtype but for latents with a scale; products are
+    summed in float32 and rounded once.
 
     Returns:
         K [N, H, nope + rope] and V [N, H, v], or ``k_out`` and ``v_out``; with ``k_pe_apart`` K [N, H, nope], V and k_pe [N, rope],
@@ -251,20 +268,22 @@ def kv_up_project(
     given = {name: x for name, x in (("k_out", k_out), ("v_out", v_out), ("k_pe_out", k_pe_out)) if x is not None}
     dtype = latents.dtype
     if scale is not None:
+        check_scaled(op, "latents", latents, scale)
         dtype = next((x.dtype for x in (weight, *given.values()) if isinstance(x, torch.Tensor)), torch.bfloat16)
     shapes = result_shapes(dims, k_pe_apart)
     if given:
         inputs = {"latents": latents, "rows": rows, "weight": weight, "scale": scale}
         _check_outs(op, given, shapes, count, inputs, latents, dtype)
-    if linear is not None or scale is not None:
+    if linear is not None:
         if rows is None:
             rows = torch.arange(count, dtype=torch.int32, device=latents.device)
-        latents, rows = gather_latents(latents, rows, scale=scale, dtype=dtype if scale is not None else None), None
-    if linear is not None:
+        latents = gather_latents(latents, rows, scale=scale, dtype=dtype if scale is not None else None)
         return _through_module(latents, linear, dims, k_pe_apart, given)
     assert weight is not None
     room = next((len(out) for out in given.values()), count)
-    k, v, *pe = [given[name] if name in given else latents.new_empty(room, *shape) for name, shape in shapes.items()]
-    call = expand_into if backend == "auto" else select(op, backend, latents.device.type)
-    call(latents, rows, weight, k, v, pe[0] if pe else None)
+    k, v, *pe = [given[name] if name in given else weight.new_empty(room, *shape) for name, shape in shapes.items()]
+    if backend == "auto":
+        expand_into(latents, rows, weight, k, v, *pe, scale=scale)
+    else:
+        select(op, backend, latents.device.type)(latents, rows, weight, scale, k, v, pe[0] if pe else None)
     return k, v, *pe

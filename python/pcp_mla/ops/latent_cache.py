@@ -16,10 +16,8 @@ from ..checks import (
     check_tensor,
     dtype_name,
 )
+from .checks import FLOATS, check_scaled
 from .registry import ALL_NATIVE, direct, fake_in_place, register, select
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
 
 _write = register("write_latent_cache", fake_in_place)
 _gather = register("gather_latents", fake_in_place)
@@ -50,13 +48,8 @@ def check_cache(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
                 f"{op}: cache must be {dtype_name(rows.dtype)} as {name}, or come with a scale, got {dtype_name(cache.dtype)}"
             )
         return
-    check_tensor(op, "scale", scale.reshape(-1) if isinstance(scale, torch.Tensor) else scale, (1,), "[1]", cache.device)
-    if scale.dtype != torch.float32:
-        raise TypeError(f"{op}: scale must be float32, got {dtype_name(scale.dtype)}")
-    check_no_gradients(op, "scale", scale)
-    if cache.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"{op}: cache must be float8_e4m3fn with a scale, got {dtype_name(cache.dtype)}")
-    if rows.dtype not in _FLOATS:
+    check_scaled(op, "cache", cache, scale)
+    if rows.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be bfloat16, float16 or float32 with a scale, got {dtype_name(rows.dtype)}")
 
 

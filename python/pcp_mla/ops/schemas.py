@@ -44,10 +44,12 @@ SCHEMAS = {
     ),
     "concat_k": "(Tensor k_nope, Tensor k_pe, Tensor(a!) out) -> ()",
     "kv_up_project": (
-        "(Tensor latents, Tensor? rows, Tensor weight, Tensor(a!) k_out, Tensor(b!) v_out, Tensor(c!)? k_pe_out) -> ()"
+        "(Tensor latents, Tensor? rows, Tensor weight, Tensor? scale, Tensor(a!) k_out, Tensor(b!) v_out, "
+        "Tensor(c!)? k_pe_out) -> ()"
     ),
     "kv_up_project_wgmma": (
-        "(Tensor latents, Tensor? rows, Tensor weight, Tensor(a!) k_out, Tensor(b!) v_out, Tensor(c!)? k_pe_out) -> ()"
+        "(Tensor latents, Tensor? rows, Tensor weight, Tensor? scale, Tensor(a!) k_out, Tensor(b!) v_out, "
+        "Tensor(c!)? k_pe_out) -> ()"
     ),
     "cp_correct_out": (
         "(Tensor out, Tensor lses, Tensor? seqused_k, SymInt rank, bool base2, Tensor(a!) corrected, Tensor(b!)? lse_out) -> ()"

@@ -30,11 +30,23 @@ def latent_offset(rows, n, count, num_slots, block_size, block_stride, row_strid
     return slot // block_size * block_stride + slot % block_size * row_stride, found
 
 
+@triton.jit
+def load_latents(at, mask, factor, dtype: tl.constexpr, SCALED: tl.constexpr):
+    """Latents as they are, or with a scale bytes of float8_e4m3fn, by integers: GPUs before sm_89 have no conversion of it."""
+    value = tl.load(at, mask=mask, other=0)
+    if SCALED:
+        bits = value.to(tl.uint16)
+        wide = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)  # float16's sign, exponent and mantissa, its exponent 8 too small
+        wide = tl.where((bits & 0x7F) == 0x7F, 0x7E00, wide).to(tl.uint16)  # NaN
+        value = (wide.to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * factor).to(dtype)
+    return value
+
+
 @triton.jit(do_not_specialize=["count", "written", "num_slots"])
 def kv_up_project_kernel(
-    latents, rows, weight, k_out, v_out, k_pe_out, count, written, num_slots, block_size, block_stride, row_stride, weight_stride,
+    latents, rows, weight, scale, k_out, v_out, k_pe_out, count, written, num_slots, block_size, block_stride, row_stride, weight_stride,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, pe_stride_t, pe_stride_h, pe_heads, heads, rank, nope, rope, v_dim,
-    LISTED: tl.constexpr, ROPE: tl.constexpr,
+    LISTED: tl.constexpr, SCALED: tl.constexpr, ROPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together take GROUP row tiles by all columns: both operands come from L2.
@@ -55,10 +67,13 @@ def kv_up_project_kernel(
     offset, found = latent_offset(rows, n, count, num_slots, block_size, block_stride, row_stride, LISTED)
     latent = latents + offset[:, None]
     columns = weight + (head * (nope + v_dim) + tl.where(is_k, 0, nope) + d).to(tl.int64)[None, :] * weight_stride
+    factor = 1.0
+    if SCALED:
+        factor = tl.load(scale)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, rank, DEPTH):
         c = start + tl.arange(0, DEPTH)
-        x = tl.load(latent + c[None, :], mask=found[:, None] & (c < rank)[None, :], other=0)
+        x = load_latents(latent + c[None, :], found[:, None] & (c < rank)[None, :], factor, weight.dtype.element_ty, SCALED)
         w = tl.load(columns + c[:, None], mask=(c < rank)[:, None] & in_width[None, :], other=0)
         total = tl.dot(x, w, total, input_precision="ieee")
 
@@ -70,7 +85,7 @@ def kv_up_project_kernel(
         tl.store(to + d[None, :], value, mask=exists & in_width[None, :])
         if (part == 0) & (head < pe_heads):
             r = tl.arange(0, ROPE)[None, :]
-            k_pe = tl.load(latent + rank + r, mask=found[:, None] & (r < rope), other=0)
+            k_pe = load_latents(latent + rank + r, found[:, None] & (r < rope), factor, weight.dtype.element_ty, SCALED)
             pe_to = k_pe_out + t * pe_stride_t + head.to(tl.int64) * pe_stride_h
             tl.store(pe_to + r, k_pe, mask=exists & (r < rope))
     else:
@@ -104,6 +119,7 @@ def kv_up_project(
     latents: torch.Tensor,
     rows: torch.Tensor | None,
     weight: torch.Tensor,
+    scale: torch.Tensor | None,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     k_pe_out: torch.Tensor | None,
@@ -118,16 +134,17 @@ def kv_up_project(
     nope = k_out.shape[2] if k_pe_out is not None else k_out.shape[2] - rope
     if written == 0:
         return
-    if not latents.is_cuda and latents.dtype == torch.bfloat16:  # the interpreter multiplies it wrong and rounds it down
+    if not latents.is_cuda and weight.dtype == torch.bfloat16:  # the interpreter multiplies it wrong and rounds it down
         outs = [x for x in (k_out, v_out, k_pe_out) if x is not None]
         k, v, *pe = [torch.empty_like(x[:written], dtype=torch.float32) for x in outs]
-        kv_up_project(latents.float(), rows, weight.float(), k, v, pe[0] if pe else None)
-        for out, wide in zip(outs, (k, v, *pe), strict=True):
-            out[:written] = wide
+        wide = latents.float() if scale is None else (latents.float() * scale).to(weight.dtype).float()
+        kv_up_project(wide, rows, weight.float(), None, k, v, pe[0] if pe else None)
+        for out, result in zip(outs, (k, v, *pe), strict=True):
+            out[:written] = result
         return
     if config is None:
         gpu = torch.cuda.get_device_name(latents.device) if latents.is_cuda else "interpreter"
-        config = configuration(gpu, shape_class(count, heads, latents.dtype))
+        config = configuration(gpu, shape_class(count, heads, weight.dtype))
     per_head = triton.cdiv(nope, config["COLUMNS"]) + triton.cdiv(v_dim, config["COLUMNS"])
     block_size = latents.shape[1] if latents.dim() == 3 else 1
     programs = triton.cdiv(written, config["ROWS"]) * heads * per_head
@@ -135,9 +152,10 @@ def kv_up_project(
     # Where k_pe goes, and the first heads, which write it: all, or one where it stands apart.
     rope_to, pe_heads = (k_out[..., nope:], heads) if k_pe_out is None else (k_pe_out[:, None], 1)
     kv_up_project_kernel[(programs,)](
-        latents,
+        latents if scale is None else latents.view(torch.uint8),
         rows,
         weight,
+        scale,
         k_out,
         v_out,
         rope_to,
@@ -161,6 +179,7 @@ def kv_up_project(
         rope,
         v_dim,
         rows is not None,
+        scale is not None,
         triton.next_power_of_2(max(rope, 1)),
         **config,
     )
