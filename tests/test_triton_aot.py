@@ -24,6 +24,8 @@ TYPES = {
 def expected(kernel):
     forms = [f"{data} {gpu}" for data in TYPES[kernel] for gpu in ("sm_80", "sm_90")]
     forms += ["ones sm_90"] if kernel == "attention_kernel" else [f"{data} ones sm_90" for data in TYPES[kernel]]
+    if kernel == "kv_up_project_kernel":
+        forms += ["*bf16 float8 sm_80", "*bf16 float8 sm_90"]
     return forms + [f"{data} float8 sm_90" for data in TYPES[kernel] if kernel == "merge_states_kernel"]
 
 
