@@ -12,8 +12,8 @@ namespace pcp_mla {
 constexpr int kUpProjectTile = 128;  // rows behind the last one are zeroed up to a multiple of this
 
 struct UpProject {
-  const char* latents;    // of the weight's type, or with a scale float8
-  const float* scale;     // of float8 latents, which it gives when they are multiplied by it; null: there is none
+  const char* latents;               // of the weight's type, or with a scale float8
+  const float* scale;                // of float8 latents, which it gives when they are multiplied by it; null: there is none
   int64_t block_stride, row_stride;  // bytes
   uint32_t block_size, num_slots;
   bool listed;          // else every slot
@@ -37,8 +37,8 @@ struct UpProject {
     check(l.dims == 2 || l.dims == 3, op, ": latents must be [rows, width] or [num_blocks, block_size, width]");
     check(w.dims == 2 && ko.dims == 3 && vo.dims == 3, op, ": weight must have 2 dimensions, k_out and v_out 3");
     check(!apart || po->dims == 2, op, ": k_pe_out must have 2 dimensions");
-    check(scale_view == nullptr || (l.kind.dtype == kFloat8E4M3 &&
-                                    (kind.dtype == kBFloat16 || kind.dtype == kFloat16 || kind.dtype == kFloat32)),
+    check(scale_view == nullptr ||
+              (l.kind.dtype == kFloat8E4M3 && (kind.dtype == kBFloat16 || kind.dtype == kFloat16 || kind.dtype == kFloat32)),
           op, ": with a scale latents must be float8_e4m3fn and weight bfloat16, float16 or float32");
     for (const View* x : {&l, &ko, &vo, po}) {
       const int32_t dtype = x == &l && scale_view != nullptr ? kFloat8E4M3 : kind.dtype;

@@ -179,6 +179,7 @@ def expand_into(
     k: torch.Tensor,
     v: torch.Tensor,
     k_pe: torch.Tensor | None = None,
+    *,
     scale: torch.Tensor | None = None,
 ) -> None:
     """:func:`kv_up_project` into given tensors, for arguments that are known to fit."""

@@ -45,8 +45,8 @@ def load_latents(at, mask, factor, dtype: tl.constexpr, SCALED: tl.constexpr):
 @triton.jit(do_not_specialize=["count", "written", "num_slots"])
 def kv_up_project_kernel(
     latents, rows, weight, scale, k_out, v_out, k_pe_out, count, written, num_slots, block_size, block_stride, row_stride,
-    weight_stride, k_stride_t, k_stride_h, v_stride_t, v_stride_h, pe_stride_t, pe_stride_h, pe_heads, heads, rank, nope, rope, v_dim,
-    LISTED: tl.constexpr, SCALED: tl.constexpr, ROPE: tl.constexpr,
+    weight_stride, k_stride_t, k_stride_h, v_stride_t, v_stride_h, pe_stride_t, pe_stride_h, pe_heads, heads, rank, nope, rope,
+    v_dim, LISTED: tl.constexpr, SCALED: tl.constexpr, ROPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together take GROUP row tiles by all columns: both operands come from L2.
