@@ -12,7 +12,7 @@ from pcp_mla.plan.dims import MLADims
 PROJECTIONS = [p for p in IMPLEMENTATIONS if p.id != "cpu-native"]
 projects = pytest.mark.parametrize(("device", "backend"), PROJECTIONS)
 
-# Widths that the CUDA kernel takes: DeepSeek's, GLM's in part (64 columns at a time), one slab of the rank, no rope.
+# Widths that the CUDA kernel takes: DeepSeek's, GLM's, one slab of the rank, no rope.
 WIDE = [
     MLADims(3, 128, 64, 128, 512),
     MLADims(5, 192, 64, 256, 512),
@@ -21,6 +21,12 @@ WIDE = [
     MLADims(17, 64, 64, 128, 128),
     MLADims(3, 128, 64, 128, 320),
     MLADims(1, 192, 64, 64, 448),
+]
+# What models have, with numbers of heads that leave half a tile of the CUDA kernel at the end, and others. On a GPU.
+GEOMETRIES = [
+    MLADims(heads, *widths)
+    for widths in ((128, 64, 128, 512), (192, 64, 256, 512), (64, 64, 128, 512), (256, 0, 256, 512), (64, 32, 64, 256))
+    for heads in (5, 12, 20, 24, 40, 96)
 ]
 # Widths for Triton and the reference only.
 ODD = [MLADims(3, 24, 8, 40, 48), MLADims(2, 5, 3, 7, 9), MLADims(1, 100, 64, 72, 80)]
@@ -101,6 +107,27 @@ def test_products_are_rounded_once(device, backend, dims, dtype):
             k_nope, v_again, k_pe = kv_up_project(latents, rows, weight, dims, k_pe_apart=True, backend=backend)
             check(dims, latents, rows, weight, k_nope, v_again, k_pe)
             assert all(x.is_contiguous() for x in (k_nope, v_again, k_pe))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [None, 0.02], ids=["", "float8"])
+@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
+@pytest.mark.parametrize("dims", GEOMETRIES, ids=lambda d: "{}x{}+{}_{}_{}".format(*vars(d).values()))
+def test_geometries_of_models(dims, apart, scale):
+    """As the kernel that is chosen takes them, in strided results; also more tiles than a GPU has blocks for."""
+    for dtype, count in ((torch.bfloat16, 200), (torch.float16, 17500 if dims.num_heads == 5 else 300)):
+        given, weight = make(dims, 2 * count, dtype, "cuda", count)
+        latents, by = given, None
+        if scale is not None:
+            by, latents = torch.tensor([scale], device="cuda"), (given.float() / scale).to(torch.float8_e4m3fn)
+            given = (latents.float() * by).to(dtype)
+        rows = random_rows(count, 2 * count, "cuda", count)
+        wide = outputs(dims, count, dtype, "cuda", apart)
+        outs = [torch.nn.functional.pad(x, (0, 8), value=torch.nan)[..., :-8] for x in wide]
+        names = dict(zip(("k_out", "v_out", "k_pe_out"), outs, strict=False))
+        results = kv_up_project(latents, rows, weight, dims, scale=by, k_pe_apart=apart, **names)
+        check(dims, given, rows, weight, *results)
+        assert all(x._base[..., -8:].isnan().all() for x in results)
 
 
 @projects

@@ -21,7 +21,7 @@ on_hopper = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason=
 with_direct = pytest.mark.skipif(native.direct is None, reason="no calls past the dispatcher here")
 
 # Widths, dtype and what is odd about a tensor: numbers between its rows, between its heads (or blocks), before its first. Where
-# there is something of k_pe it goes apart.
+# there is something of k_pe it goes apart; where there is something of a scale latents are float8.
 CASES = {
     "plain": ({}, torch.bfloat16, {}, "cuda"),
     "float16": ({}, torch.float16, {}, "cuda"),
@@ -60,6 +60,13 @@ CASES = {
     "row stride of k_pe": ({}, torch.bfloat16, {"k_pe": (4, 0, 0)}, "triton"),
     "address of k_pe": ({}, torch.bfloat16, {"k_pe": (0, 0, 4)}, "triton"),
     "head stride of K apart": ({}, torch.bfloat16, {"k": (0, 4, 0), "k_pe": (0, 0, 0)}, "triton"),
+    "float8 latents": ({}, torch.bfloat16, {"scale": 0.02}, "cuda"),
+    "float8 latents, float16": ({"qk_rope_head_dim": 8}, torch.float16, {"scale": 0.3, "k_pe": (0, 0, 0)}, "cuda"),
+    "float8 latents at multiples of 8 bytes": ({}, torch.bfloat16, {"latents": (8, 8, 8), "scale": 0.02}, "cuda"),
+    "row stride of float8 latents": ({}, torch.bfloat16, {"latents": (4, 4, 0), "scale": 0.02}, "triton"),
+    "block stride of float8 latents": ({}, torch.bfloat16, {"latents": (0, 4, 0), "scale": 0.02}, "triton"),
+    "address of float8 latents": ({}, torch.bfloat16, {"latents": (0, 0, 4), "scale": 0.02}, "triton"),
+    "float8 latents, float32": ({}, torch.float32, {"scale": 0.02}, "triton"),
 }
 
 
@@ -82,7 +89,7 @@ def paged(slots, odd, dtype, device):
     count, width = slots.shape
     row = width + rows
     block = BLOCK * row + blocks
-    memory = torch.full((first + count // BLOCK * block,), math.nan, dtype=dtype, device=device)
+    memory = torch.full((first + count // BLOCK * block,), math.nan, device=device).to(dtype)
     cache = memory.as_strided((count // BLOCK, BLOCK, width), (block, row, 1), first)
     cache.copy_(slots.view(count // BLOCK, BLOCK, width))
     return cache
@@ -103,8 +110,12 @@ def made(case, device):
     k = placed((ROWS, dims.num_heads, k_dim), odd.get("k", none), dtype, device)
     v = placed((ROWS, dims.num_heads, dims.v_head_dim), odd.get("v", none), dtype, device)
     k_pe = placed((ROWS, dims.qk_rope_head_dim), odd["k_pe"], dtype, device) if apart else None
-    latents = paged(values, odd.get("latents", none), dtype, device)
-    return dims, values, rows, factors, (latents, rows.to(device), weight, None, k, v, k_pe)
+    scale, held = None, values
+    if "scale" in odd:
+        scale, held = torch.tensor([odd["scale"]], device=device), (values.float() / odd["scale"]).to(torch.float8_e4m3fn)
+        values = (held.float() * scale.cpu()).to(dtype)
+    latents = paged(held, odd.get("latents", none), held.dtype, device)
+    return dims, values, rows, factors, (latents, rows.to(device), weight, scale, k, v, k_pe)
 
 
 def project(latents, listed, weight, scale, k, v, k_pe, dims, **options):
@@ -163,12 +174,14 @@ def test_auto_takes(device, case, monkeypatch):
     check(dims, values, rows, factors, *tensors[4:])
     if device == "cuda":  # the function, results allocated and given
         taken.clear()
-        latents, listed, weight, _, *outs = tensors
+        latents, listed, weight, scale, *outs = tensors
         for out in outs:
             if out is not None:
                 out.fill_(math.nan)
         check(dims, values, rows, factors, *project(*tensors, dims))
-        check(dims, values, rows, factors, *kv_up_project(latents, listed, weight, dims, k_pe_apart=outs[2] is not None))
+        check(
+            dims, values, rows, factors, *kv_up_project(latents, listed, weight, dims, scale=scale, k_pe_apart=outs[2] is not None)
+        )
         assert taken[0] == wanted
         assert len(taken) == 2
 
@@ -208,8 +221,13 @@ REFUSED = {
     "odd nope apart": WIDTHS + "128, 96, 64, 32",
     "odd rope apart": WIDTHS + "128, 64, 64, 60",
     "float32": "the CUDA kernel needs bfloat16 or float16",
+    "float8 latents, float32": "the CUDA kernel needs bfloat16 or float16",
     "float64": "the CUDA kernel needs bfloat16 or float16",
-    **{case: "the CUDA kernel needs rows at multiples of 16 bytes" for case in CASES if " of " in case and "multiples" not in case},
+    **{
+        case: "the CUDA kernel needs rows at multiples of 16 bytes, float8 latents of 8"
+        for case in CASES
+        if " of " in case and "multiples" not in case
+    },
 }
 
 
@@ -281,7 +299,7 @@ def test_every_reason_stands_alone(monkeypatch):
     """What makes a case odd is all that is odd about it: with it left out the kernel takes it."""
     monkeypatch.setattr(module, "_is_hopper", lambda device: True)
     for case, (changes, _, odd, wanted) in CASES.items():
-        if wanted != "triton" or not odd or changes:
+        if wanted != "triton" or not odd or changes or "float32" in case:
             continue
         name = next(iter(odd))
         *_, tensors = made(case, "cpu")

@@ -31,7 +31,7 @@ uint32_t shares_of(uint32_t row_tiles, uint32_t column_tiles, uint32_t blocks) {
   return best;
 }
 
-template <typename T>
+template <typename T, bool kFloat8Latents>
 void launch(const UpProject& u) {
   const DeviceGuard guard(u.kind);
   const int device = u.kind.device_index;
@@ -50,12 +50,17 @@ void launch(const UpProject& u) {
   const uint64_t items = uint64_t{s.row_tiles} * s.shares;
   check(items <= INT32_MAX, "kv_up_project: rows * heads must make less than 2**31 tiles, got ", items);
   s.items = static_cast<uint32_t>(items);
-  constexpr auto kernel = kv_up_project_kernel<T>;
+  constexpr auto kernel = kv_up_project_kernel<T, kFloat8Latents>;
   const int bytes = fixed + static_cast<int>(s.stages) * stage;
   allow_shared_memory<kernel>("kv_up_project", device, limit);  // whatever the rank
   const CUtensorMap map = weight_map(u);
   kernel<<<std::min(s.items, processors), kBlockThreads, bytes, current_stream(u.kind)>>>(u, s, map);
   check_cuda(cudaGetLastError());
+}
+
+template <typename T>
+void launch_for(const UpProject& u) {
+  u.scale == nullptr ? launch<T, false>(u) : launch<T, true>(u);
 }
 
 bool has_dtype(const UpProject& u) { return u.kind.dtype == kBFloat16 || u.kind.dtype == kFloat16; }
@@ -66,17 +71,18 @@ bool has_widths(const UpProject& u) {
 }
 
 bool is_aligned(const UpProject& u) {
-  uint64_t bits = u.block_stride | u.row_stride | u.weight_stride | u.k_row | u.k_head | u.v_row | u.v_head;
-  for (const char* at : {u.latents, u.weight, static_cast<const char*>(u.k), static_cast<const char*>(u.v)}) {
+  uint64_t bits = u.weight_stride | u.k_row | u.k_head | u.v_row | u.v_head;
+  for (const char* at : {u.weight, static_cast<const char*>(u.k), static_cast<const char*>(u.v)}) {
     bits |= reinterpret_cast<uintptr_t>(at);
   }
   if (u.rope > 0) bits |= u.pe_row | u.pe_head | reinterpret_cast<uintptr_t>(u.pe);  // a tensor of no width has odd strides
-  return bits % 16 == 0;
+  const uint64_t latents = u.block_stride | u.row_stride | reinterpret_cast<uintptr_t>(u.latents);
+  return bits % 16 == 0 && latents % (u.scale == nullptr ? 16 : 8) == 0;
 }
 
 void run(const UpProject& u) {
   if (u.written == 0) return;
-  u.kind.dtype == kFloat16 ? launch<__half>(u) : launch<__nv_bfloat16>(u);
+  u.kind.dtype == kFloat16 ? launch_for<__half>(u) : launch_for<__nv_bfloat16>(u);
 }
 
 void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& rows, const Tensor& weight,
@@ -84,12 +90,11 @@ void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& row
                          const std::optional<Tensor>& k_pe_out) {
   const UpProject u(view_of(latents), OptionalView(rows), view_of(weight), OptionalView(scale), view_of(k_out), view_of(v_out),
                     OptionalView(k_pe_out));
-  check(u.scale == nullptr, "kv_up_project: the CUDA kernel takes no float8 latents");
   check(has_dtype(u), "kv_up_project: the CUDA kernel needs bfloat16 or float16");
   check(has_widths(u),
         "kv_up_project: the CUDA kernel needs kv_lora_rank, nope and v in multiples of 64 and rope of 8, at most 64; got ", u.rank,
         ", ", u.nope, ", ", u.v_dim, ", ", u.rope);
-  check(is_aligned(u), "kv_up_project: the CUDA kernel needs rows at multiples of 16 bytes");
+  check(is_aligned(u), "kv_up_project: the CUDA kernel needs rows at multiples of 16 bytes, float8 latents of 8");
   check(is_hopper(u.kind), "kv_up_project: the CUDA kernel needs a GPU of compute capability 9.0");
   run(u);
 }
@@ -98,7 +103,7 @@ void kv_up_project_wgmma(const Tensor& latents, const std::optional<Tensor>& row
 const char* chosen(const View& latents, const View* rows, const View& weight, const View* scale, const View& k_out,
                    const View& v_out, const View* k_pe_out) {
   constexpr const char* refusal = "kv_up_project: not for the CUDA kernel";
-  if (!is_hopper(weight.kind) || scale != nullptr) return refusal;
+  if (!is_hopper(weight.kind)) return refusal;
   const UpProject u(latents, rows, weight, scale, k_out, v_out, k_pe_out);
   if (!has_dtype(u) || !has_widths(u) || u.rank > kMaxChosenRank || !is_aligned(u)) return refusal;
   run(u);

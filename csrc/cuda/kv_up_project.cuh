@@ -6,6 +6,8 @@
 // A tile is 128 of the weight's rows, wherever heads and their K and V end: each half of it has a place of its own to go to. A
 // thread's results are exchanged with its neighbours so that 64 bytes of a row leave together.
 #pragma once
+#include <cuda_fp8.h>
+
 #include "../kv_up_project.h"
 #include "hopper.cuh"
 #include "vec.cuh"
@@ -90,33 +92,47 @@ inline __device__ void load_weights(const Schedule& s, const CUtensorMap* map, u
   }
 }
 
-// Eight lanes a row of a slab; `warp` counts the gathering warps.
-inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t warp,
-                                    uint32_t lane) {
-  constexpr uint32_t rows_a_warp = kRows / kGatherWarps, step = 8, in_warp = step / kGatherWarps, turns = kRows / step;
-  const uint32_t row_in_step = warp * in_warp + lane / 8, piece = lane % 8;
-  const uint32_t to = slabs + row_in_step * kRowBytes + ((piece ^ row_in_step) << 4);
-  uint32_t parity = 0;
-  for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
-    const Item item = item_at(s, number);
+// A lane's part of the latents: 16 bytes of a slab's rows, as they lie in shared memory. Eight lanes a row; `warp` counts the
+// gathering warps.
+struct Gather {
+  static constexpr uint32_t rows_a_warp = kRows / kGatherWarps, step = 8, in_warp = step / kGatherWarps, turns = kRows / step;
+  uint32_t warp, lane, piece, to;
+  int64_t from[turns];  // of the lane's rows; -1 for zeros
+
+  __device__ Gather(uint32_t slabs, uint32_t warp, uint32_t lane) : warp(warp), lane(lane), piece(lane % 8) {
+    const uint32_t row_in_step = warp * in_warp + lane / 8;
+    to = slabs + row_in_step * kRowBytes + ((piece ^ row_in_step) << 4);
+  }
+  __device__ void look_up(const UpProject& u, uint32_t first_row) {
     int64_t looked_up[rows_a_warp / 32];
 #pragma unroll
     for (uint32_t h = 0; h < rows_a_warp / 32; ++h) {
       const uint32_t n = h * 32 + lane;
-      looked_up[h] = u.offset(item.first_row + n / in_warp * step + warp * in_warp + n % in_warp);
+      looked_up[h] = u.offset(first_row + n / in_warp * step + warp * in_warp + n % in_warp);
     }
-    int64_t from[turns];
 #pragma unroll
     for (uint32_t i = 0; i < turns; ++i) {
       from[i] = __shfl_sync(~0u, looked_up[i * in_warp / 32], i * in_warp % 32 + lane / 8);
     }
+  }
+  __device__ bool has(const UpProject& u, const Schedule& s, uint32_t slab) const { return slab < s.slabs || piece < u.rope / 8; }
+  __device__ uint32_t place(uint32_t slab, uint32_t turn) const { return to + slab * kSlabBytes + turn * step * kRowBytes; }
+};
+
+inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t warp,
+                                    uint32_t lane) {
+  Gather gather(slabs, warp, lane);
+  uint32_t parity = 0;
+  for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
+    gather.look_up(u, item_at(s, number).first_row);
     for (uint32_t slab = 0; slab < s.all_slabs; ++slab) {
       barrier_wait(shared_address(&b.slab_empty[slab]), parity ^ 1);
-      const bool wanted = slab < s.slabs || piece < u.rope / 8;
+      const bool wanted = gather.has(u, s, slab);
 #pragma unroll
-      for (uint32_t i = 0; i < turns; ++i) {
-        const char* at = u.latents + (from[i] < 0 ? 0 : from[i] + slab * kRowBytes + piece * 16);
-        if (wanted) copy_async_16(to + slab * kSlabBytes + i * step * kRowBytes, at, from[i] < 0);
+      for (uint32_t i = 0; i < Gather::turns; ++i) {
+        const int64_t from = gather.from[i];
+        const char* at = u.latents + (from < 0 ? 0 : from + slab * kRowBytes + gather.piece * 16);
+        if (wanted) copy_async_16(gather.place(slab, i), at, from < 0);
       }
       copy_async_commit();
       if (slab >= 2) {
@@ -128,6 +144,48 @@ inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint3
     copy_async_wait<0>();
     proxy_fence();
     for (uint32_t slab = s.all_slabs < 2 ? 0 : s.all_slabs - 2; slab < s.all_slabs; ++slab) {
+      barrier_arrive(shared_address(&b.slab_full[slab]));
+    }
+  }
+}
+
+// Two float8 numbers of a latent, multiplied and rounded once.
+template <typename T>
+__device__ uint32_t scaled(uint32_t both, float scale) {
+  const __half2 exact = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(both), __NV_E4M3);
+  const float2 x = __half22float2(exact);
+  return pack<T>(x.x * scale, x.y * scale);
+}
+
+// The same of float8 latents: eight bytes become sixteen on their way, so they pass through registers, where those of the next slab
+// arrive meanwhile.
+template <typename T>
+__device__ void load_float8_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t warp,
+                                    uint32_t lane) {
+  const float scale = *u.scale;
+  Gather gather(slabs, warp, lane);
+  uint2 held[Gather::turns];
+  const auto load = [&](uint32_t i, uint32_t slab) {
+    const bool wanted = gather.from[i] >= 0 && gather.has(u, s, slab);
+    const char* at = u.latents + gather.from[i] + slab * kSlab + gather.piece * 8;
+    held[i] = wanted ? __ldg(reinterpret_cast<const uint2*>(at)) : uint2{};
+  };
+  uint32_t parity = 0;
+  for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
+    gather.look_up(u, item_at(s, number).first_row);
+#pragma unroll
+    for (uint32_t i = 0; i < Gather::turns; ++i) load(i, 0);
+    for (uint32_t slab = 0; slab < s.all_slabs; ++slab) {
+      barrier_wait(shared_address(&b.slab_empty[slab]), parity ^ 1);
+#pragma unroll
+      for (uint32_t i = 0; i < Gather::turns; ++i) {
+        const uint2 x = held[i];
+        if (slab + 1 < s.all_slabs) load(i, slab + 1);
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(gather.place(slab, i)), "r"(scaled<T>(x.x & 0xFFFF, scale)),
+                     "r"(scaled<T>(x.x >> 16, scale)), "r"(scaled<T>(x.y & 0xFFFF, scale)), "r"(scaled<T>(x.y >> 16, scale))
+                     : "memory");
+      }
+      proxy_fence();
       barrier_arrive(shared_address(&b.slab_full[slab]));
     }
   }
@@ -232,7 +290,7 @@ __device__ void multiply(const UpProject& u, const Schedule& s, uint32_t slabs, 
 
 #endif
 
-template <typename T>
+template <typename T, bool kFloat8Latents>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     kv_up_project_kernel(const __grid_constant__ UpProject u, const __grid_constant__ Schedule s,
                          const __grid_constant__ CUtensorMap weight) {
@@ -261,7 +319,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   } else {
     give_registers<120>();
     if (warp == 0 && lane == 0) load_weights(s, &weight, stages, b);
-    if (warp > 0 && warp <= kGatherWarps) load_latents(u, s, slabs, b, warp - 1, lane);
+    if (warp > 0 && warp <= kGatherWarps) {
+      if constexpr (kFloat8Latents) {
+        load_float8_latents<T>(u, s, slabs, b, warp - 1, lane);
+      } else {
+        load_latents(u, s, slabs, b, warp - 1, lane);
+      }
+    }
   }
 #endif
 }

@@ -37,14 +37,14 @@ def _fits_wgmma(
 ) -> bool:
     """Whether csrc/cuda/kv_up_project.cu takes these tensors; its own checks say why not. Its direct call chooses by itself, the
     same."""
-    if scale is not None:
-        return False
     rank, rope = weight.shape[1], latents.shape[-1] - weight.shape[1]
     nope = weight.shape[0] // k_out.shape[1] - v_out.shape[2]
-    widths = rank % 64 == 0 and rank <= 512 and nope % 64 == 0 and v_out.shape[2] % 64 == 0
+    widths = rank % 64 == 0 and rank <= 512 and nope > 0 and nope % 64 == 0 and v_out.shape[2] % 64 == 0
     if not (widths and rope % 8 == 0 and rope <= 64 and weight.dtype in FLOATS[:2] and _is_hopper(weight.device)):
         return False
-    strides, addresses = latents.stride(0) | latents.stride(-2) | weight.stride(0), latents.data_ptr() | weight.data_ptr()
+    if latents.data_ptr() % (8 * latents.element_size()) != 0:
+        return False
+    strides, addresses = latents.stride(0) | latents.stride(-2) | weight.stride(0), weight.data_ptr()
     for out in (k_out, v_out):
         strides |= out.stride(0) | out.stride(1)
         addresses |= out.data_ptr()
