@@ -158,6 +158,20 @@ CHANGES = (
         "tests/test_kv_up_project.py::test_products_are_rounded_once",
     ),
     Change(
+        "Triton takes eight bits that are NaN for a number",
+        "python/pcp_mla/triton/kv_up_project.py",
+        "(bits & 0x7F) == 0x7F",
+        "(bits & 0x7F) == 0x80",
+        "tests/test_kv_up_project_float8.py::test_every_number_of_eight_bits",
+    ),
+    Change(
+        "all rows of float8 latents are taken without their scale",
+        "python/pcp_mla/reference/kv_up_project.py",
+        "(flat.float() * scale).to(weight.dtype)",
+        "flat.to(weight.dtype)",
+        "tests/test_kv_up_project_float8.py::test_the_bits_of_a_gather_and_the_product",
+    ),
+    Change(
         "Triton counts rows of latents in 32 bits",
         "python/pcp_mla/triton/latent_cache.py",
         "n = (tl.program_id(0) // blocks).to(tl.int64) * ROWS",
