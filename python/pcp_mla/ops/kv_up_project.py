@@ -214,6 +214,7 @@ def kv_up_project(
     *,
     linear: Callable[[torch.Tensor], torch.Tensor] | None = None,
     scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
     k_out: torch.Tensor | None = None,
     v_out: torch.Tensor | None = None,
     k_pe_apart: bool = False,
@@ -232,8 +233,8 @@ def kv_up_project(
         linear: in place of ``weight``, the module itself (one that is quantised, or has adapters): gather, module and
             :func:`concat_k` (or the copy of ``k_pe``) are then launches of their own.
         scale: float32 of one element, on the device: ``latents`` are float8_e4m3fn, and are multiplied by it and rounded once, to
-            the dtype of the weight, as :func:`gather_latents` does. With ``linear`` to that of the results which are given, or
-            bf16, in a launch of its own.
+            the dtype of the weight, as :func:`gather_latents` does; with ``linear`` in a launch of its own.
+        dtype: of what ``linear`` is given, with ``scale``: by default that of a result that is given, else bf16.
         k_out, v_out: [M, H, nope + rope] and [M, H, v] with M >= N, to write and return; any strides with a contiguous last
             dimension. Rows from N to the next multiple of :data:`UP_PROJECT_TILE` (128) are zeroed, further ones are not touched.
             One that is not given has the rows of those that are. They must share no memory with the inputs or each other.
@@ -267,18 +268,19 @@ def kv_up_project(
     if k_pe_out is not None and not k_pe_apart:
         raise ValueError(f"{op}: k_pe_out must come with k_pe_apart=True, got {k_pe_apart!r}")
     given = {name: x for name, x in (("k_out", k_out), ("v_out", v_out), ("k_pe_out", k_pe_out)) if x is not None}
-    dtype = latents.dtype
+    kind = latents.dtype
     if scale is not None:
         check_scaled(op, "latents", latents, scale)
-        dtype = next((x.dtype for x in (weight, *given.values()) if isinstance(x, torch.Tensor)), torch.bfloat16)
+        named = [x.dtype for x in (weight, *given.values()) if isinstance(x, torch.Tensor)]
+        kind = named[0] if weight is not None else dtype or next(iter(named), torch.bfloat16)
     shapes = result_shapes(dims, k_pe_apart)
     if given:
         inputs = {"latents": latents, "rows": rows, "weight": weight, "scale": scale}
-        _check_outs(op, given, shapes, count, inputs, latents, dtype)
+        _check_outs(op, given, shapes, count, inputs, latents, kind)
     if linear is not None:
         if rows is None:
             rows = torch.arange(count, dtype=torch.int32, device=latents.device)
-        latents = gather_latents(latents, rows, scale=scale, dtype=dtype if scale is not None else None)
+        latents = gather_latents(latents, rows, scale=scale, dtype=kind)
         return _through_module(latents, linear, dims, k_pe_apart, given)
     assert weight is not None
     room = next((len(out) for out in given.values()), count)

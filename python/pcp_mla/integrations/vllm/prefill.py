@@ -244,9 +244,8 @@ class LayerPrefill:
         """K and V of the keys in these rows of the cache, and k_pe if it is to be ``apart``."""
         dims = heads.dims
         if not is_plain(self._linear):
-            # latents of a quantised cache are of the dtype of K, if it is given
-            k = None if scale is None else q.new_empty(rows.shape[0], *result_shapes(dims, apart)["k_out"])
-            return kv_up_project(cache, rows, None, dims, linear=self._through_module, scale=scale, k_out=k, k_pe_apart=apart)
+            module = self._through_module
+            return kv_up_project(cache, rows, None, dims, linear=module, scale=scale, dtype=q.dtype, k_pe_apart=apart)
         weight = self._linear.weight.data  # looked up at every call: engines swap weights
         if heads.weight_rows is not None:
             weight = weight[heads.weight_rows]
