@@ -72,10 +72,10 @@ class Copied:
     def __init__(self, exchange: LatentExchange, gathered: torch.Tensor) -> None:
         self._exchange, self._others, self._buffer = exchange, gathered, torch.empty_like(gathered)
 
-    def publish(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: Any, cache: torch.Tensor) -> torch.Tensor:
+    def publish(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: Any, cache: torch.Tensor, scale: Any = None) -> torch.Tensor:
         self._buffer.copy_(self._others)
         pack_latents(kv_c, k_pe, self._buffer[: meta.num_tokens])
-        write_rows(self._buffer, cache, meta.slot_mapping, None)
+        write_rows(self._buffer, cache, meta.slot_mapping, scale)
         return cache
 
 

@@ -307,7 +307,7 @@ def test_a_layer_asks_its_library_before_the_exchange(library, chunked):
     """Key chunks need a library with lengths of its own; one without must not exchange, write or attend."""
 
     class NoExchange:
-        def publish(self, *_):
+        def publish(self, *_, **__):
             raise InterruptedError
 
     library("old")

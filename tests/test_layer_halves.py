@@ -49,9 +49,9 @@ def test_nothing_is_published_again() -> None:
     calls: list[str] = []
 
     class Counted(LatentExchange):
-        def publish(self, *given: Any) -> torch.Tensor:
+        def publish(self, *given: Any, **how: Any) -> torch.Tensor:
             calls.append("publish")
-            return super().publish(*given)
+            return super().publish(*given, **how)
 
     x, meta = Inputs(18, 0), plan()
     layer = MLAPrefill(DIMS, SCALE, Counted(None, 20, DIMS, torch.float32))
@@ -71,7 +71,7 @@ def test_heads_are_the_second_half_s() -> None:
 
 
 class NoExchange:
-    def publish(self, *_: Any) -> None:
+    def publish(self, *_: Any, **__: Any) -> None:
         pytest.fail("exchanged")
 
 

@@ -22,7 +22,7 @@ class Untouched:
         for name in ("form", "heads", "max_tokens", "group"):
             setattr(self, name, getattr(heads, name))
 
-    def publish(self, *_: Any) -> None:
+    def publish(self, *_: Any, **__: Any) -> None:
         pytest.fail("exchanged")
 
     to_heads = to_tokens = publish

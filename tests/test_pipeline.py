@@ -568,14 +568,14 @@ CACHE = torch.zeros(2, BLOCK, 11)
             ValueError,
             r"cache must have a contiguous last dimension, got strides \(44, 1, 4\)",
         ),
-        ({"cache": CACHE.half()}, TypeError, "cache must be torch.float32, as kv_c, got torch.float16"),
+        ({"cache": CACHE.half()}, TypeError, "cache must be torch.float32, as kv_c, or come with a scale, got torch.float16"),
         ({"cache": torch.zeros(2, BLOCK, 11, device="meta")}, ValueError, "cache must be on cpu, as kv_c, got meta"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False], ids=["first layer", "second layer"])
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str, first: bool) -> None:
     class NoExchange:
-        def publish(self, *_: Any) -> None:
+        def publish(self, *_: Any, **__: Any) -> None:
             pytest.fail("exchanged")
 
     arguments = {

@@ -26,15 +26,16 @@ def attend_step(
     projection: Projection,
     weight: torch.Tensor | None,
     meta: PCPMetadata,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, heads, v] of this rank's tokens, for inputs that are known to fit; ``weight`` if it is all of ``projection``, which is
-    that of the step's heads."""
+    that of the step's heads; ``scale`` if the latents are float8."""
     heads = step.heads
     if heads is None:
-        return _attend_all(step, q, latents, projection, weight, meta)
+        return _attend_all(step, q, latents, projection, weight, meta, scale)
     with stage("exchange", q):
         queries = heads.to_heads(q, meta)
-    out = _attend_all(step, queries, latents, projection, weight, meta)
+    out = _attend_all(step, queries, latents, projection, weight, meta, scale)
     with stage("exchange", q):
         if isinstance(heads, PeerHeadExchange):  # whose next outputs come to lie there; given a result it would copy, too
             return heads.to_tokens(out, meta).clone()
@@ -48,25 +49,31 @@ def _attend_all(
     projection: Projection,
     weight: torch.Tensor | None,
     meta: PCPMetadata,
+    scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """Over all keys, or over one chunk of them after another: that of the new tokens first."""
     if weight is not None and step.call is not None and q.shape[0] and not apart(q):
-        return _attend_at_once(step, step.call, q, latents, weight)
+        return _attend_at_once(step, step.call, q, latents, weight, scale)
     *context, new = step.chunks or (None,)
     if not context:
-        return _attend(step, q, latents, projection, meta, None, None)[0]
-    state = _attend(step, q, latents, projection, meta, new, None)
+        return _attend(step, q, latents, projection, meta, scale, None, None)[0]
+    state = _attend(step, q, latents, projection, meta, scale, new, None)
     for chunk in context:
-        _attend(step, q, latents, projection, meta, chunk, state)
+        _attend(step, q, latents, projection, meta, scale, chunk, state)
     return state[0]
 
 
 def _attend_at_once(
-    step: LayerStep, call: Callable[..., None], q: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor
+    step: LayerStep,
+    call: Callable[..., None],
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """What :func:`_attend` does without a chunk, by the call that the layers of the step share."""
     with stage("up_project", q):
-        k, v, *k_pe = expand(latents, step.rows, weight, step.dims, step.apart)
+        k, v, *k_pe = expand(latents, step.rows, weight, step.dims, step.apart, scale)
     with stage("attention", q):
         out = q.new_empty(q.shape[0], step.dims.num_heads, step.dims.v_head_dim)
         call(q, k, v, out, *k_pe)
@@ -79,13 +86,14 @@ def _attend(
     latents: torch.Tensor,
     projection: Projection,
     meta: PCPMetadata,
+    scale: torch.Tensor | None,
     chunk: KeyChunk | None,
     prev: State | None,
 ) -> State:
     """Output and LSE over the keys of a chunk, merged into ``prev`` in place; without a chunk over all keys, and no LSE."""
     rows = step.rows if chunk is None else step.rows[chunk.first_row : chunk.first_row + chunk.num_rows]
     with stage("up_project", q):
-        k, v, *apart = expand_rows(latents, rows, projection, step.dims, step.apart)
+        k, v, *apart = expand_rows(latents, rows, projection, step.dims, step.apart, scale, q.dtype)
         k_pe = apart[0] if apart else None
     with stage("attention", q):
         # Everything was checked, or made here.

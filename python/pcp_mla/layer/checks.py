@@ -11,6 +11,7 @@ from ..checks import check_last_dim, check_no_gradients, check_not_expanded
 from ..exchange.heads import HeadExchange
 from ..exchange.inputs import check_step
 from ..exchange.peer_heads import PeerHeadExchange
+from ..ops.checks import FLOATS, check_scaled
 from ..ops.kv_up_project_checks import check_projection
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata, check_meta
@@ -49,6 +50,7 @@ def check_layer_inputs(
     meta: PCPMetadata,
     dims: MLADims,
     cache: torch.Tensor | None,
+    scale: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError, TypeError or NotImplementedError unless shapes and dtypes are those of ``dims`` and ``meta``."""
     check_meta(op, meta)
@@ -58,12 +60,18 @@ def check_layer_inputs(
     _check_rows(op, zip(("q", "kv_c", "k_pe"), (q, kv_c, k_pe), shapes, strict=True), dtype, "q", meta)
     _check_weight(op, kv_b_proj, dims, q.dtype, "q", meta)
     _check_gradients(op, (q, kv_c, k_pe), kv_b_proj)
-    _check_cache(op, kv_c, meta, dims, cache)
+    _check_cache(op, kv_c, meta, dims, cache, scale)
     _check_module(op, kv_b_proj, dims, q)
 
 
 def check_published(
-    op: str, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, dims: MLADims, cache: torch.Tensor | None
+    op: str,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    meta: PCPMetadata,
+    dims: MLADims,
+    cache: torch.Tensor | None,
+    scale: torch.Tensor | None,
 ) -> None:
     """As :func:`check_layer_inputs`, for what is known before q is."""
     check_meta(op, meta)
@@ -71,7 +79,7 @@ def check_published(
     tensors = (("kv_c", kv_c, (rows, dims.kv_lora_rank)), ("k_pe", k_pe, (rows, dims.qk_rope_head_dim)))
     _check_rows(op, tensors, getattr(kv_c, "dtype", None), "kv_c", meta)
     _check_gradients(op, (kv_c, k_pe), None)
-    _check_cache(op, kv_c, meta, dims, cache)
+    _check_cache(op, kv_c, meta, dims, cache, scale)
 
 
 def check_rest(
@@ -124,12 +132,21 @@ def _check_module(op: str, kv_b_proj: KVProjection, dims: MLADims, like: torch.T
         check_projection(op, kv_b_proj, dims, like)
 
 
-def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, cache: torch.Tensor | None) -> None:
+def _check_cache(
+    op: str,
+    kv_c: torch.Tensor,
+    meta: PCPMetadata,
+    dims: MLADims,
+    cache: torch.Tensor | None,
+    scale: torch.Tensor | None,
+) -> None:
     if cache is not None and not isinstance(cache, torch.Tensor):
         raise TypeError(f"{op}: cache must be a torch.Tensor or None, got {type(cache).__name__}")
     if cache is None:
         if meta.num_context_tokens:
             raise ValueError(f"{op}: cache must be given, as meta has {meta.num_context_tokens} tokens of context, got None")
+        if scale is not None:
+            raise ValueError(f"{op}: scale must come with a cache, got a {type(scale).__name__} and cache None")
         return
     paged = meta.paged_cache
     if paged is None:
@@ -142,8 +159,12 @@ def _check_cache(op: str, kv_c: torch.Tensor, meta: PCPMetadata, dims: MLADims, 
             f"{op}: cache must be [num_blocks, block_size, width] = (any, {shape[0]}, {shape[1]}), got {tuple(cache.shape)}"
         )
     check_last_dim(op, "cache", cache)
-    if cache.dtype != kv_c.dtype:
-        raise TypeError(f"{op}: cache must be {kv_c.dtype}, as kv_c, got {cache.dtype}")
+    if scale is not None:
+        check_scaled(op, "cache", cache, scale)
+        if kv_c.dtype not in FLOATS:
+            raise TypeError(f"{op}: kv_c must be bfloat16, float16 or float32 with a scale, got {kv_c.dtype}")
+    elif cache.dtype != kv_c.dtype:
+        raise TypeError(f"{op}: cache must be {kv_c.dtype}, as kv_c, or come with a scale, got {cache.dtype}")
     if cache.device != kv_c.device:
         raise ValueError(f"{op}: cache must be on {kv_c.device}, as kv_c, got {cache.device}")
     check_no_gradients(op, "cache", cache)

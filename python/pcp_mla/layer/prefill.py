@@ -31,6 +31,7 @@ class Started(NamedTuple):
     Attributes:
         meta: the step.
         latents: that keys are expanded from: the cache if it is ``cached``, else [P * Np, W].
+        scale: of a float8 cache.
         dtype, num_rows, widths: of this rank's latents and rotated keys.
         published: when that is done, if it is on a stream of its own.
     """
@@ -38,6 +39,7 @@ class Started(NamedTuple):
     meta: PCPMetadata
     latents: torch.Tensor
     cached: bool
+    scale: torch.Tensor | None
     dtype: torch.dtype
     num_rows: int
     widths: tuple[int, int]
@@ -95,6 +97,8 @@ class MLAPrefill:
         kv_b_proj: KVProjection,
         meta: PCPMetadata,
         cache: torch.Tensor | None = None,
+        *,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One layer of a step.
 
@@ -105,8 +109,11 @@ class MLAPrefill:
             k_pe: [T, rope] rotated keys in local order, same dtype.
             kv_b_proj: linear module, or its weight [heads * (nope + v), kv_lora_rank].
             meta: the step, for this rank of the exchange's group; with a cache, from :meth:`PCPPlanner.plan` with block tables.
-            cache: [num_blocks, block_size, kv_lora_rank + rope] this layer's paged latent cache, same dtype; the new tokens'
-                latents are written to it. Not needed if no request has context.
+            cache: [num_blocks, block_size, kv_lora_rank + rope] this layer's paged latent cache, same dtype without ``scale``; the
+                new tokens' latents are written to it. Not needed if no request has context.
+            scale: float32 of one element, on the device, of this layer: the cache is float8_e4m3fn, as :func:`write_latent_cache`
+                fills it. New tokens are attended to as the cache holds them, so that it makes no difference in how many steps a
+                prompt comes.
 
         Returns:
             [T, heads, v] in local order.
@@ -119,13 +126,13 @@ class MLAPrefill:
 
             All before anything is exchanged or written.
         """
-        kind = self._kind(q, cache is not None)
+        kind = self._kind(q, cache is not None, scale is not None)
         step = known_step(kind, meta)
         weight = plain_weight(kv_b_proj)
-        if step is None or not (step.fits_latents(kv_c, k_pe, cache) and step.fits_rest(q, weight, kv_c.shape[0])):
-            check_layer_inputs("MLAPrefill", q, kv_c, k_pe, kv_b_proj, meta, self.dims, cache)
+        if step is None or not (step.fits_latents(kv_c, k_pe, cache, scale) and step.fits_rest(q, weight, kv_c.shape[0])):
+            check_layer_inputs("MLAPrefill", q, kv_c, k_pe, kv_b_proj, meta, self.dims, cache, scale)
         step, part, weight = self._part("MLAPrefill", step or new_step(kind, meta), kv_b_proj, weight, meta)
-        return attend_step(step, q, self._publish(kv_c, k_pe, meta, cache), part, weight, meta)
+        return attend_step(step, q, self._publish(kv_c, k_pe, meta, cache, scale), part, weight, meta, scale)
 
     def start(
         self,
@@ -134,14 +141,15 @@ class MLAPrefill:
         meta: PCPMetadata,
         cache: torch.Tensor | None = None,
         *,
+        scale: torch.Tensor | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> Started:
         """The first half of a call, for which q need not be there yet: the latents of all ranks, published.
 
         Args:
-            kv_c, k_pe, meta, cache: as of a call. They must stay as they are until :meth:`finish`, and so must the plan. Without a
-                cache the result lies in the exchange's buffer: finish before the exchange is used again. With caches, any number
-                of layers can be started before the first is finished, on all ranks in the same order.
+            kv_c, k_pe, meta, cache, scale: as of a call. They must stay as they are until :meth:`finish`, and so must the plan.
+                Without a cache the result lies in the exchange's buffer: finish before the exchange is used again. With caches,
+                any number of layers can be started before the first is finished, on all ranks in the same order.
             stream: to publish on beside what the current stream goes on with, behind what it has so far; the stream that is
                 current in :meth:`finish` waits for it. Not while a :class:`PiecewiseGraph` is captured.
 
@@ -149,26 +157,27 @@ class MLAPrefill:
             As a call, as far as the arguments are the same; ValueError or TypeError if ``stream`` is no CUDA stream of the
             metadata's device. All before anything is exchanged or written.
         """
-        kind = self._kind(kv_c, cache is not None)
+        kind = self._kind(kv_c, cache is not None, scale is not None)
         step = known_step(kind, meta)
-        if step is None or not step.fits_latents(kv_c, k_pe, cache):
-            check_published("MLAPrefill.start", kv_c, k_pe, meta, self.dims, cache)
+        if step is None or not step.fits_latents(kv_c, k_pe, cache, scale):
+            check_published("MLAPrefill.start", kv_c, k_pe, meta, self.dims, cache, scale)
         if stream is not None:
             check_stream("MLAPrefill.start", stream, meta)
         if step is None:
             new_step(kind, meta)
         published = None
         if stream is None:
-            latents = self._publish(kv_c, k_pe, meta, cache)
+            latents = self._publish(kv_c, k_pe, meta, cache, scale)
         else:
             stream.wait_stream(torch.cuda.current_stream(meta.device))
-            for tensor in (kv_c, k_pe, cache):
+            for tensor in (kv_c, k_pe, cache, scale):
                 if tensor is not None:  # whose memory must not go to somebody else before the stream has read it
                     tensor.record_stream(stream)
             with torch.cuda.stream(stream):
-                latents = self._publish(kv_c, k_pe, meta, cache)
+                latents = self._publish(kv_c, k_pe, meta, cache, scale)
                 published = stream.record_event()
-        return Started(meta, latents, cache is not None, kv_c.dtype, kv_c.shape[0], (kv_c.shape[1], k_pe.shape[1]), published)
+        widths = kv_c.shape[1], k_pe.shape[1]
+        return Started(meta, latents, cache is not None, scale, kv_c.dtype, kv_c.shape[0], widths, published)
 
     def finish(self, q: torch.Tensor, kv_b_proj: KVProjection, started: Started) -> torch.Tensor:
         """The second half: attention over what :meth:`start` published. Arguments and result as of a call, q with as many rows as
@@ -184,7 +193,7 @@ class MLAPrefill:
         if started.widths != widths:
             raise ValueError(f"{op}: started must have latents of widths {widths}, as this layer's, got {started.widths}")
         meta, weight = started.meta, plain_weight(kv_b_proj)
-        kind = self._kind(started, started.cached)
+        kind = self._kind(started, started.cached, started.scale is not None)
         step = known_step(kind, meta)
         if step is None or not step.fits_rest(q, weight, started.num_rows):
             check_rest(op, q, kv_b_proj, started.num_rows, started.dtype, meta, self.dims)
@@ -193,11 +202,11 @@ class MLAPrefill:
             stream = torch.cuda.current_stream(meta.device)
             stream.wait_event(started.published)
             started.latents.record_stream(stream)
-        return attend_step(step, q, started.latents, part, weight, meta)
+        return attend_step(step, q, started.latents, part, weight, meta, started.scale)
 
-    def _kind(self, like: Any, cached: bool) -> Kind:
+    def _kind(self, like: Any, cached: bool, scaled: bool) -> Kind:
         dtype = like.dtype if isinstance(like, torch.Tensor | Started) else None
-        return Kind(self.dims, self.softmax_scale, self.backend, dtype, cached, self.heads, self.split)
+        return Kind(self.dims, self.softmax_scale, self.backend, dtype, cached, self.heads, self.split, scaled)
 
     def _part(
         self, op: str, step: LayerStep, kv_b_proj: KVProjection, weight: torch.Tensor | None, meta: PCPMetadata
@@ -220,6 +229,8 @@ class MLAPrefill:
         by_tokens = step.kind._replace(split="tokens")
         return known_step(by_tokens, meta) or new_step(by_tokens, meta), kv_b_proj, None
 
-    def _publish(self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, cache: torch.Tensor | None) -> torch.Tensor:
+    def _publish(
+        self, kv_c: torch.Tensor, k_pe: torch.Tensor, meta: PCPMetadata, cache: torch.Tensor | None, scale: torch.Tensor | None
+    ) -> torch.Tensor:
         with stage("exchange", kv_c):
-            return self.exchange.publish(kv_c, k_pe, meta, cache)
+            return self.exchange.publish(kv_c, k_pe, meta, cache, scale=scale)

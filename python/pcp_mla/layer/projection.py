@@ -73,12 +73,18 @@ def rows_of(kv_b_proj: KVProjection, rows: slice) -> Callable[[torch.Tensor], to
 
 
 def expand_rows(
-    latents: torch.Tensor, rows: torch.Tensor, kv_b_proj: Projection, dims: MLADims, apart: bool
+    latents: torch.Tensor,
+    rows: torch.Tensor,
+    kv_b_proj: Projection,
+    dims: MLADims,
+    apart: bool,
+    scale: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
     """K [n, heads, nope + rope] and V [n, heads, v] of the latents at ``rows`` (int32 [n]), by a weight, a module or a function;
-    with ``apart`` K [n, heads, nope], and last k_pe [n, rope]."""
+    with ``apart`` K [n, heads, nope], and last k_pe [n, rope]. Of ``dtype``, as the latents if these have no ``scale``."""
     weight = plain_weight(kv_b_proj) if isinstance(kv_b_proj, torch.Tensor | torch.nn.Module) else None
     if weight is not None:
-        return expand(latents, rows, weight, dims, apart)
+        return expand(latents, rows, weight, dims, apart, scale)
     linear = partial(_linear, kv_b_proj) if isinstance(kv_b_proj, torch.Tensor) else kv_b_proj
-    return kv_up_project(latents, rows, None, dims, linear=linear, k_pe_apart=apart)
+    return kv_up_project(latents, rows, None, dims, linear=linear, scale=scale, dtype=dtype, k_pe_apart=apart)

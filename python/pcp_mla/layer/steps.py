@@ -30,6 +30,7 @@ class Kind(NamedTuple):
     cached: bool
     heads: HeadExchange | PeerHeadExchange | None = None
     split: str = "tokens"
+    scaled: bool = False  # the cache is float8, with a scale of each layer
 
 
 class LayerStep:
@@ -102,12 +103,12 @@ class LayerStep:
         self._latents = [((n, dims.kv_lora_rank), (n, dims.qk_rope_head_dim)) for n in counts]
         self._query = (dims.num_heads, dims.qk_head_dim)
         self._weight = (dims.num_heads * dims.expanded_dim, dims.kv_lora_rank)
-        self._types, self._places = (dtype,) * 3, (meta.device,) * 3
+        self._types, self._places = (dtype, dtype, torch.float8_e4m3fn if self.kind.scaled else dtype), (meta.device,) * 3
         paged = meta.paged_cache
         self._block = None if paged is None else (paged.block_size, dims.latent_dim)
         self._strides = [dims.latent_dim, 1]  # within a block of the cache
 
-    def fits_latents(self, kv_c: Any, k_pe: Any, cache: Any) -> bool:
+    def fits_latents(self, kv_c: Any, k_pe: Any, cache: Any, scale: Any) -> bool:
         """Whether the checks of these would find nothing, at a glance: they are as usual. Others may be right, too."""
         if not (isinstance(kv_c, torch.Tensor) and isinstance(k_pe, torch.Tensor)):
             return False
@@ -125,6 +126,16 @@ class LayerStep:
             and (kv_c.device, k_pe.device, room.device) == self._places
             and kv_c.stride()[1] == k_pe.stride()[1] == 1
             and not (torch.is_grad_enabled() and (kv_c.requires_grad or k_pe.requires_grad or room.requires_grad))
+            and (scale is None or self._fits_scale(scale))
+        )
+
+    def _fits_scale(self, scale: Any) -> bool:
+        return (
+            isinstance(scale, torch.Tensor)
+            and scale.shape in ((), (1,))
+            and scale.dtype == torch.float32
+            and scale.device == self._places[0]
+            and not (torch.is_grad_enabled() and scale.requires_grad)
         )
 
     def fits_rest(self, q: Any, weight: torch.Tensor | None, count: int) -> bool:
@@ -134,7 +145,7 @@ class LayerStep:
             and isinstance(q, torch.Tensor)
             and q.shape == (count, *self._query)
             and weight.shape == self._weight
-            and (q.dtype, weight.dtype) == self._types[1:]
+            and (q.dtype, weight.dtype) == self._types[:2]
             and (q.device, weight.device) == self._places[1:]
             and q.stride()[2] == weight.stride()[1] == 1
             and not (torch.is_grad_enabled() and (q.requires_grad or weight.requires_grad))
