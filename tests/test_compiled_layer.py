@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from batches import same_bits
 from bench.graphs import Echo
 from pcp_mla import LatentExchange, MLADims, MLAPrefill, PCPPlanner
 from test_layer import attend_last, size
@@ -33,7 +34,8 @@ def written_out(
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("group", [None, Echo(rank=1)], ids=["alone", "of two"])
-def test_the_layer_compiles_whole(device: str, group: Any) -> None:
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "float8"])
+def test_the_layer_compiles_whole(device: str, group: Any, scaled: bool) -> None:
     """One graph, and padded plans of a size share it from the third at the latest: numbers that vary have become symbols."""
     dims = MLADims(2, 128, 64, 128, 512)
     world, rank = (1, 0) if group is None else (2, 1)
@@ -46,12 +48,15 @@ def test_the_layer_compiles_whole(device: str, group: Any) -> None:
         return torch.randn(*shape, generator=generator).bfloat16().to(device)
 
     cache, weight = values(160, 16, 576), values(2 * 256, 512) * 512**-0.5
+    scale = torch.full((1,), 0.02, device=device) if scaled else None
+    cache = cache.to(torch.float8_e4m3fn) if scaled else cache
     counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
 
-    @torch.compile(fullgraph=True, backend=counter)
-    def compiled(*arguments: Any) -> torch.Tensor:
-        return layer(*arguments)
+    def eager(*arguments: Any) -> torch.Tensor:
+        return layer(*arguments, scale=scale)
+
+    compiled = torch.compile(eager, fullgraph=True, backend=counter)
 
     batches = [([100, 1], [20, 5]), ([37, 60, 1], [0, 8, 3]), ([200], [100]), ([50, 50], [1, 1]), ([9, 9, 9, 9], [0, 0, 3, 7])]
     with torch.no_grad():
@@ -60,9 +65,10 @@ def test_the_layer_compiles_whole(device: str, group: Any) -> None:
             meta = planner.plan(lengths, contexts, [length > 1 for length in lengths], tables, **sizes)
             inputs = values(256, 2, 192), values(256, 512), values(256, 64), weight, meta
             theirs, mine = cache.clone(), cache.clone()
-            wanted, got = layer(*inputs, theirs)[: meta.num_tokens], compiled(*inputs, mine)[: meta.num_tokens]
-            assert torch.equal(mine, theirs)
-            right, own = written_out(inputs[0], weight, meta, mine), written_out(inputs[0], weight, meta, mine, torch.bfloat16)
+            wanted, got = eager(*inputs, theirs)[: meta.num_tokens], compiled(*inputs, mine)[: meta.num_tokens]
+            assert same_bits(mine, theirs)
+            held = mine if scale is None else (mine.float() * scale).bfloat16()
+            right, own = written_out(inputs[0], weight, meta, held), written_out(inputs[0], weight, meta, held, torch.bfloat16)
             for result in (wanted, got):
                 assert size(result.double().cpu() - right) <= 1.5 * size(own - right)
             assert counter.frame_count <= min(number + 1, 3)

@@ -159,14 +159,14 @@ def _check_cache(
             f"{op}: cache must be [num_blocks, block_size, width] = (any, {shape[0]}, {shape[1]}), got {tuple(cache.shape)}"
         )
     check_last_dim(op, "cache", cache)
+    if cache.device != kv_c.device:
+        raise ValueError(f"{op}: cache must be on {kv_c.device}, as kv_c, got {cache.device}")
     if scale is not None:
         check_scaled(op, "cache", cache, scale)
         if kv_c.dtype not in FLOATS:
             raise TypeError(f"{op}: kv_c must be bfloat16, float16 or float32 with a scale, got {kv_c.dtype}")
     elif cache.dtype != kv_c.dtype:
         raise TypeError(f"{op}: cache must be {kv_c.dtype}, as kv_c, or come with a scale, got {cache.dtype}")
-    if cache.device != kv_c.device:
-        raise ValueError(f"{op}: cache must be on {kv_c.device}, as kv_c, got {cache.device}")
     check_no_gradients(op, "cache", cache)
     check_not_expanded(op, "cache", cache)
 
