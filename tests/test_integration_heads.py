@@ -154,7 +154,7 @@ def test_disabled_and_enabled_by_tokens(stock: Any, exchanged: list[int]) -> Non
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads can be taken by cost, which says that they pay from ten tokens on."""
-    monkeypatch.setattr(enable, "agree_on_heads", lambda model, group, split, dims, device: None if split == "tokens" else dims)
+    monkeypatch.setattr(enable, "agree_on_heads", lambda model, group, split, dims, *_: None if split == "tokens" else dims)
     monkeypatch.setattr(steps, "heads_pay", lambda heads, dims, dtype, meta: meta.lengths[0].sum() >= 10)
 
 

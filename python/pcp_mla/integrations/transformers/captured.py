@@ -53,7 +53,7 @@ class CapturedSteps:
     def __init__(self, model: Any, context: PCPContext, decode: bool, sizes: Sequence[tuple[int, int]], max_requests: int) -> None:
         self._model, self._context, self._decode, self._max_requests = model, context, decode, max_requests
         group = None if decode else context.group
-        world, cache = group_world_size(group), context.blocks.cache
+        world, cache, dtype = group_world_size(group), context.blocks.cache, context.blocks.dtype
         tokens, keys = (max(column) for column in zip(*sizes, strict=True))
         self._planner = PCPPlanner(
             max_requests,
@@ -67,9 +67,9 @@ class CapturedSteps:
             group=group,
         )
         self._cache = weakref.ref(cache)  # a graph that is outdated must not keep the cache that it was bound to
-        self._exchange = LatentExchange(group, tokens, context.dims, cache.dtype, cache.device)
+        self._exchange = LatentExchange(group, tokens, context.dims, dtype, cache.device)
         heads = None if decode else context.heads
-        self._heads = None if heads is None else HeadExchange(group, tokens, heads, cache.dtype, cache.device)
+        self._heads = None if heads is None else HeadExchange(group, tokens, heads, dtype, cache.device)
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others find its memory in the pool.
         self._captures = [self._capture(pool, *size) for size in sorted(sizes, reverse=True)][::-1]
@@ -101,7 +101,7 @@ class CapturedSteps:
         table = np.arange(-(-keys // BLOCK_SIZE), dtype=np.int32)[None]
         meta = self._plan(tokens, keys, Batch([new], [max(0, keys - pads - new)], [True], table))
         scale = context.dims.qk_head_dim**-0.5  # which costs nothing, whatever it is
-        kind = Kind(context.heads, scale, "auto", context.blocks.cache.dtype, True, heads, "auto")
+        kind = Kind(context.heads, scale, "auto", context.blocks.dtype, True, heads, "auto")
         return "tokens" if LayerStep(kind, meta).heads is None else "heads"
 
     def _call(self, meta: PCPMetadata, split: str, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

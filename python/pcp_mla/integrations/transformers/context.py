@@ -117,8 +117,8 @@ def context_of(op: str, model: Any) -> PCPContext:
 def context_at_place(op: str, model: Any) -> PCPContext:
     """As :func:`context_of`, for what computes: also ValueError for a model that was converted or moved since."""
     context, weight = context_of(op, model), model.model.embed_tokens.weight
-    cache = context.blocks.cache
-    if weight.dtype != cache.dtype or (weight.device != cache.device and not (weight.is_meta and context.offloaded)):
-        was, now = (f"{tensor.dtype} on {tensor.device}" for tensor in (cache, weight))
+    dtype, device = context.blocks.dtype, context.blocks.cache.device
+    if weight.dtype != dtype or (weight.device != device and not (weight.is_meta and context.offloaded)):
+        was, now = f"{dtype} on {device}", f"{weight.dtype} on {weight.device}"
         raise ValueError(f"{op}: model must be {was}, as it was put under PCP, got {now}: convert or move it, then call enable_pcp")
     return context

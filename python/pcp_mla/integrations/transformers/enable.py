@@ -13,6 +13,7 @@ from ...groups import Group, group_rank, group_world_size
 from ...layer.split import check_known
 from ...plan.partition import check_layout
 from ...planner.consistency import Comparison
+from .cache_scale import cache_scales
 from .calls import in_turn
 from .captured import CapturedSteps
 from .context import PCPContext, context_at_place, context_of
@@ -28,7 +29,15 @@ from .turns import Turns
 from .weights import model_place
 
 
-def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split: str = "auto") -> PCPContext:
+def enable_pcp(
+    model: Any,
+    group: Group = None,
+    layout: str = "unpadded",
+    split: str = "auto",
+    *,
+    cache_dtype: torch.dtype | None = None,
+    cache_scale: float | Sequence[float] | None = None,
+) -> PCPContext:
     """Make ``model`` compute its attention by prefill context parallelism, until :func:`disable_pcp`.
 
     Args:
@@ -39,11 +48,15 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split:
         layout: as :func:`pcp_mla.partition`.
         split: of prefill steps, as :class:`pcp_mla.MLAPrefill`: ``tokens``; ``heads``, by an exchange of queries and outputs beside
             that of latents; or ``auto``, which is ``tokens`` on a CPU, and where ``heads`` is refused. The same on all ranks.
+        cache_dtype: of the latent cache: None for the model's, or ``torch.float8_e4m3fn``. Every token is attended to as the cache
+            holds it. The same on all ranks, as the next.
+        cache_scale: that the numbers of a float8 cache are multiplied by: one for all layers (by default 1), or one for each.
 
     Raises:
         TypeError: a model without MLA in every layer, or for ``heads`` a group that has no all-to-all.
-        ValueError: unknown layout or split, the model is under PCP already, has no weights, or has other widths in other layers; on
-            every rank, if their splits differ or, for ``heads``, there are fewer heads than ranks. It is as it was after any error.
+        ValueError: unknown layout, split or ``cache_dtype``, a scale that is not positive, the model is under PCP already, has no
+            weights, or has other widths in other layers; on every rank, if their splits or caches differ or, for ``heads``, there
+            are fewer heads than ranks. It is as it was after any error.
         NotImplementedError: what the model has besides and PCP cannot take, by name: rope frequencies that depend on the length of
             the input, sliding windows, layers of other types, modules or parameters that are not known (indexers, attention
             sinks), attention that is not causal, or whose K and V are not what ``kv_b_proj`` gives; on every rank, for ``heads``,
@@ -56,10 +69,12 @@ def enable_pcp(model: Any, group: Group = None, layout: str = "unpadded", split:
         raise ValueError("enable_pcp: model must not be under PCP already, call disable_pcp first")
     check_structure(model)
     dims, place = model_dims(model), model_place(model)
+    layers = model.config.num_hidden_layers
+    scales = cache_scales("enable_pcp", cache_dtype, cache_scale, layers, place[0])
     follow_attention(model, place[1])
     world, rank = group_world_size(group, "enable_pcp"), group_rank(group)
-    blocks = LatentBlocks(model.config.num_hidden_layers, dims.latent_dim, *place)
-    heads = agree_on_heads(model, group, split, dims, place[1])
+    blocks = LatentBlocks(layers, dims.latent_dim, *place, scales)
+    heads = agree_on_heads(model, group, split, dims, place[1], scales)
     split = "tokens" if heads is None else split
     planner = StepPlanner(group, layout, dims, *place, heads, split)
     decode_planner = StepPlanner(None, layout, dims, *place)

@@ -143,7 +143,7 @@ def model_forward(
         if total:
             hidden = run_step(model, context, extended, tokens, decodes, positions=positions[real], rows=rows)
         else:  # nothing but pads
-            hidden = context.blocks.cache.new_zeros(0, model.config.hidden_size)
+            hidden = context.blocks.cache.new_zeros(0, model.config.hidden_size, dtype=context.blocks.dtype)
         placed = hidden.new_zeros(*kept.shape, hidden.shape[1])
         placed[wanted.to(hidden.device)] = hidden
         logits = own_logits(model, placed)

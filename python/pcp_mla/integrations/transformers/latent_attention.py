@@ -14,6 +14,7 @@ import torch
 from ...ops.attention.call import run_rows
 from ...ops.attention.libraries import Rows
 from ...ops.attention.support import choose
+from ...ops.latent_cache import gather_latents
 from ...plan.dims import MLADims
 from ...plan.metadata import PCPMetadata
 
@@ -44,6 +45,7 @@ def latent_attention(
     meta: PCPMetadata,
     rows: TokenRows,
     cache: torch.Tensor,
+    cache_scale: torch.Tensor | None,
     dims: MLADims,
     softmax_scale: float,
 ) -> torch.Tensor:
@@ -55,6 +57,7 @@ def latent_attention(
         meta: a world of one rank, of decodes alone, planned with block tables.
         rows: its tokens.
         cache: [num_blocks, block_size, W] contiguous.
+        cache_scale: of a float8 cache, whose keys are brought together in q's dtype first.
 
     Returns:
         [T, heads, v].
@@ -64,10 +67,14 @@ def latent_attention(
     nope = dims.qk_nope_head_dim
     q_c = torch.bmm(q[..., :nope].transpose(0, 1), by_head[:, :nope]).transpose(0, 1)
     queries = torch.cat([q_c, q[..., nope:]], dim=-1).view(tokens * heads, 1, dims.latent_dim)
-    keys, kv_rows = cache.view(-1, 1, dims.latent_dim), meta.kv_rows
+    kv_rows = meta.kv_rows
     assert kv_rows is not None
+    if cache_scale is None:
+        keys = cache.view(-1, 1, dims.latent_dim)
+    else:
+        keys, kv_rows = gather_latents(cache, kv_rows, scale=cache_scale, dtype=q.dtype)[:, None], None
     backend = choose("auto", q.device, q.dtype, dims.latent_dim, rank, True)
-    if backend == "torch":  # which is faster over keys that lie together
+    if backend == "torch" and kv_rows is not None:  # which is faster over keys that lie together
         keys, kv_rows = keys.index_select(0, kv_rows.clamp(min=0)), None
     cu_seqlens_q = torch.arange(0, (tokens + 1) * heads, heads, dtype=torch.int32, device=q.device)
     all_rows = Rows(cu_seqlens_q, *rows, heads, meta.max_seqlen_k, causal=False)

@@ -23,7 +23,7 @@ from .steps import Batch, PCPStep
 
 
 def _exact(device_type: str) -> AbstractContextManager[None]:
-    """Without autocast, where everything has the cache's dtype already."""
+    """Without autocast, where everything has the latents' dtype already."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
@@ -42,9 +42,9 @@ def _attend(
     As many heads as the module has: tensor parallelism leaves it some of those of the configuration.
     """
     dims, rows, tokens = context.dims, step.meta.num_local_rows, q.shape[2]
-    cache = context.blocks.cache[attention.layer_idx]
+    cache, cache_scale = context.blocks.layer(attention.layer_idx)
     # Under autocast some of the three have another dtype than the weights.
-    q, kv_c, k_pe = (x[:rows].to(cache.dtype) for x in (q[0].transpose(0, 1), kv_c[0, 0], k_pe[0, 0]))
+    q, kv_c, k_pe = (x[:rows].to(context.blocks.dtype) for x in (q[0].transpose(0, 1), kv_c[0, 0], k_pe[0, 0]))
     if q.shape[1] != dims.num_heads:
         dims = replace(dims, num_heads=q.shape[1])
     projection = local_projection(attention.kv_b_proj)
@@ -52,11 +52,11 @@ def _attend(
     with _exact(cache.device.type):
         if weight is not None:
             latents = torch.cat([kv_c, k_pe], dim=1)
-            torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, None)
-            attended = latent_attention(q, weight, step.meta, step.token_rows, cache, dims, scale)
+            torch.ops.pcp_mla.write_latent_cache.default(latents, cache, step.meta.slot_mapping, cache_scale)
+            attended = latent_attention(q, weight, step.meta, step.token_rows, cache, cache_scale, dims, scale)
         else:
             layer = MLAPrefill(dims, scale, step.exchange, heads=step.heads, split=step.split)
-            attended = layer(q, kv_c, k_pe, projection, step.meta, cache)
+            attended = layer(q, kv_c, k_pe, projection, step.meta, cache, scale=cache_scale)
     if rows < tokens:  # of a rank without tokens, see run_step
         attended = torch.cat([attended, attended.new_zeros(tokens - rows, *attended.shape[1:])])
     return attended[None]

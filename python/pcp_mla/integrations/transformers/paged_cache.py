@@ -46,18 +46,31 @@ class LatentBlocks:
     Every method may be called by any thread, :meth:`release` also by the garbage collector, which may come at any point of another.
 
     Attributes:
-        cache: [layers, num_blocks, BLOCK_SIZE, W], a larger tensor after the pool has grown.
+        cache: [layers, num_blocks, BLOCK_SIZE, W], a larger tensor after the pool has grown: of the latents' dtype or, with
+            scales, float8.
+        dtype: of the latents.
         lock: held while a step reads and writes the cache, and while it is copied or grows.
     """
 
-    def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: int, width: int, dtype: torch.dtype, device: torch.device, scales: Sequence[float] | None = None
+    ) -> None:
+        held = dtype if scales is None else torch.float8_e4m3fn
+        self._scales: Sequence[torch.Tensor | None] = [None] * layers
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
-            self.cache = torch.empty(layers, 0, BLOCK_SIZE, width, dtype=dtype, device=device)
+            self.cache = torch.empty(layers, 0, BLOCK_SIZE, width, dtype=held, device=device)
+            if scales is not None:
+                self._scales = torch.tensor(scales, dtype=torch.float32, device=device).split(1)
+        self.dtype = dtype
         self.lock = threading.RLock()
         self._users: list[int] = []
         self._free: list[int] = []
         self._counting = threading.Lock()  # of the two lists; never held while anything is waited for
         self._released: deque[CachedRequests] = deque()
+
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Its cache, and the scale of one of float8."""
+        return self.cache[number], self._scales[number]
 
     @contextmanager
     def _counts(self) -> Iterator[None]:

@@ -47,9 +47,11 @@ def _refusal(told: list[dict[str, Any]], group: Group) -> Exception | None:
     return None
 
 
-def agree_on_heads(model: Any, group: Group, split: str, dims: MLADims, device: torch.device) -> MLADims | None:
+def agree_on_heads(
+    model: Any, group: Group, split: str, dims: MLADims, device: torch.device, scales: list[float] | None = None
+) -> MLADims | None:
     """Widths of what an exchange of heads exchanges, with as many heads as this rank's modules have; None where no step can be
-    shared out by heads, or none would be. All ranks come to the same, in two small collectives.
+    shared out by heads, or none would be. All ranks come to the same, in two small collectives, and have caches of one kind.
 
     Raises:
         ValueError, TypeError, NotImplementedError: on every rank, where :func:`.enable.enable_pcp` says so.
@@ -57,10 +59,12 @@ def agree_on_heads(model: Any, group: Group, split: str, dims: MLADims, device: 
     if group_world_size(group) == 1:
         return None
     heads, module = own_heads(model, dims)
-    told = agree(group, device, {"split": split, "heads": heads, "module": module})
+    told = agree(group, device, {"split": split, "heads": heads, "module": module, "scales": scales})
     splits = [each["split"] for each in told]
     if len(set(splits)) > 1:
         raise ValueError(f"enable_pcp: split must be the same on all ranks, got {', '.join(splits)} by rank")
+    if any(each["scales"] != scales for each in told):
+        raise ValueError("enable_pcp: cache_dtype and cache_scale must be the same on all ranks")
     if split == "tokens":
         return None
     refusal = _refusal(told, group)
