@@ -148,6 +148,37 @@ def test_by_heads(judge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "error: eval: --pcp must not be more than the model's heads for --split heads, got 99 processes for " in err
 
 
+@pytest.mark.timeout(120)
+def test_float8_caches_beside_the_model_s(judge: Any, tmp_path: Path) -> None:
+    file = tmp_path / "eval.json"
+    code, out, _ = judge("--pcp", "1", "2", "--cache-dtype", "model", "fp8", "--json", str(file), count=1)
+    assert code == 0
+    assert "PASS: exact match with a float8 cache is within a standard error of the stock model's" in out
+    result = json.loads(file.read_text())
+    assert [run["run"] for run in result["runs"]] == ["stock", "1", "2", "1 fp8", "2 fp8"]
+    for run in result["runs"]:  # the quantised ones were
+        assert (run["logit_difference"] > result["tolerance"]) == ("fp8" in run["run"])
+        assert run["exact_match"] == 1
+
+
+def wrong(given: Answer) -> Answer:
+    tokens = encode("#### 0 <end>")
+    return Answer(tokens, given.logits[: len(tokens)])
+
+
+def test_a_float8_cache_is_judged_by_exact_match(judge: Any, change: Any, short: Any) -> None:
+    first, second = short[1][:2]
+    change(1, 0, lambda answers: [first, wrong(second)])
+    code, out, _ = judge("--pcp", "1", "2", "--cache-dtype", "fp8")
+    assert code == 1
+    assert "FAIL: exact match is more than a standard error from the stock model's at P = 1 fp8\n" in out
+    assert "PASS" not in out
+    # As many right answers, to other problems: a standard error says nothing against that, rounding does.
+    for kind, right in (("fp8", True), ("model", False)):
+        code, out, _ = judge("--pcp", "1", "--cache-dtype", kind, stock=[wrong(first), second])
+        assert (code == 0) == ("PASS" in out) == right
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_ranks_that_differ_fail(judge: Any, change: Any, rank: int) -> None:
     change(3, rank, last_token)

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from ..groups import Group, group_rank, group_world_size
 from ..layer.split import SPLITS
 from ..testing.launch import RankError
 from .answers import BATCH, LONGEST, Answer, pcp_answers, stock_answers
-from .compare import as_json, score, table
+from .compare import Score, as_json, score, table
 from .problems import VOCABULARY, Item, evaluation_items
 
+CACHES = ("model", "fp8")
 # Where a checkout has the weights that bench/train_tiny.py made.
 MODEL = Path(__file__).resolve().parents[3] / "tests" / "data" / "arithmetic"
 
@@ -32,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="problems to solve (default: %(default)s)")
     parser.add_argument("--chunk", type=int, metavar="N", help="tokens of a prefill step (default: all prompts of a batch)")
     parser.add_argument("--split", choices=SPLITS, default="auto", help="what ranks share out in attention (default: %(default)s)")
+    caches = "caches to solve them with: of the model's dtype, float8, or one after the other (default: model)"
+    parser.add_argument("--cache-dtype", nargs="+", choices=CACHES, default=["model"], help=caches)
     parser.add_argument("--prefix-cache", action="store_true", help="prefill the solved problems first, and share their blocks")
     parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="weights (default: those of the repository)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE as well")
@@ -73,12 +77,12 @@ def _bar(what: str, count: int, shown: bool) -> Any:
 
 
 def _answers_of_rank(
-    model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool, split: str
+    model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool, split: str, cache: str
 ) -> list[Answer]:
     """A rank's answers; their logits are rank 0's alone to bring."""
     from ..integrations.transformers import capture_graphs, enable_pcp
 
-    enable_pcp(model, group, split=split)
+    enable_pcp(model, group, split=split, cache_dtype=torch.float8_e4m3fn if cache == "fp8" else None)
     if model.lm_head.weight.is_cuda:
         count = min(BATCH, len(items))
         capture_graphs(model, decode_sizes=[(count, count * LONGEST)], max_requests=count)
@@ -89,10 +93,10 @@ def _answers_of_rank(
 
 
 def run_ranks(
-    world_size: int, folder: Path, items: list[Item], chunk: int | None, prefix_cache: bool, split: str
+    world_size: int, folder: Path, items: list[Item], chunk: int | None, prefix_cache: bool, split: str, cache: str
 ) -> tuple[str, list[Answer]]:
     """How the ranks were run, and rank 0's answers. RuntimeError if another rank says something else."""
-    backend, results = on_ranks(world_size, partial(load_model, folder), _answers_of_rank, items, chunk, prefix_cache, split)
+    backend, results = on_ranks(world_size, partial(load_model, folder), _answers_of_rank, items, chunk, prefix_cache, split, cache)
     for rank, answers in enumerate(results):
         if [answer.tokens for answer in answers] != [answer.tokens for answer in results[0]]:
             raise RuntimeError(f"eval: ranks 0 and {rank} of {world_size} gave different answers")
@@ -119,12 +123,16 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     tolerance = share * largest
     compare = partial(score, stock=stock, items=items, tolerance=tolerance)
     scores, backends = [compare("stock", stock)], []
-    for world_size in args.pcp:
-        backend, answers = run_ranks(world_size, args.model, items, args.chunk, args.prefix_cache, args.split)
-        scores.append(compare(str(world_size), answers))
+    quantised: list[Score] = []
+    for cache, world_size in product(args.cache_dtype, args.pcp):
+        backend, answers = run_ranks(world_size, args.model, items, args.chunk, args.prefix_cache, args.split, cache)
+        if cache == "fp8":
+            quantised.append(compare(f"{world_size} fp8", answers))
+        else:
+            scores.append(compare(str(world_size), answers))
         backends.append(backend)
-    print(f"\n{table(scores, len(items))}\n")
-    print(f"ranks    {', '.join(f'P = {p}: {b}' for p, b in zip(args.pcp, backends, strict=True))}")
+    print(f"\n{table(scores + quantised, len(items))}\n")
+    print(f"ranks    {', '.join(f'P = {p}: {b}' for p, b in zip(args.pcp, backends, strict=False))}")
     overturned = max(s.largest_margin for s in scores)
     print(f"rounding moves a logit by at most {tolerance:.2g} = {words} x largest logit {largest:.1f}; answers may part where the")
     print(f"         stock model preferred its token by less than twice that (largest preference overturned: {overturned:.2g})")
@@ -132,15 +140,27 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     failed = [f"answers differ by more: {', '.join(differ)}"] if differ else []
     if not scores[0].exact_match:
         failed.append("the stock model solves no problem: that answers are the same shows nothing")
+    # A float8 cache moves logits by more than rounding does, and answers in no direction.
+    apart = [s for s in quantised if abs(s.exact_match - scores[0].exact_match) > scores[0].stderr]
+    if apart:
+        failed.append(f"exact match is more than a standard error from the stock model's at P = {', '.join(s.run for s in apart)}")
     for reason in failed:
         print(f"FAIL: {reason}")
-    if not failed:
+    if not failed and (len(scores) > 1):
         print("PASS: no answer differs by more than rounding")
+    if not failed and quantised:
+        print("PASS: exact match with a float8 cache is within a standard error of the stock model's")
     if args.json is not None:
         facts = {"hardware": hardware, "torch": torch.__version__, "dtype": dtype_name(dtype), "problems": len(items)}
-        facts |= {"chunk": args.chunk, "prefix_cache": args.prefix_cache, "split": args.split, "tolerance": tolerance}
+        facts |= {
+            "cache_dtype": args.cache_dtype,
+            "chunk": args.chunk,
+            "prefix_cache": args.prefix_cache,
+            "split": args.split,
+            "tolerance": tolerance,
+        }
         facts["ranks"] = backends
-        args.json.write_text(json.dumps(facts | {"runs": as_json(scores)}, indent=1) + "\n")
+        args.json.write_text(json.dumps(facts | {"runs": as_json(scores + quantised)}, indent=1) + "\n")
     return 1 if failed else 0
 
 
