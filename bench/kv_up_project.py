@@ -1,12 +1,13 @@
 """kv_up_project beside the bare GEMM and beside torch's restore, kv_b_proj and K concat; concat_k beside torch's two copies.
 
-DeepSeek's widths in bf16, latents in blocks of 64 anywhere in a cache. Bytes: latents, weight, K and V once. FLOPs: of the GEMM.
+bf16, latents in blocks of 64 anywhere in a cache. Bytes: latents, weight, K and V once. FLOPs: of the GEMM.
 "apart" leaves k_pe out of K: it writes less, and has its own bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from pcp_mla.ops.registry import availability
 from pcp_mla.plan.dims import MLADims
 
 from . import plain, timing
+from .geometry import DEEPSEEK, fields
+from .geometry import name as geometry_name
 
 BLOCK = 64
-# Tokens, heads.
+# Tokens, heads, of DeepSeek's widths.
 GPU_SHAPES = [(512, 16), (4096, 16), (32768, 16), (131072, 16), (32768, 128)]
 CPU_SHAPES = [(512, 16)]
+GEOMETRY_TOKENS = {"cuda": 32768, "cpu": 128}
 Paths = dict[str, Callable[[], Any]]
 
 
@@ -53,10 +57,11 @@ def make_paths(tokens: int, dims: MLADims, device: str, backends: list[str]) -> 
         return k, projected[..., nope:]
 
     project: Paths = {"gemm": lambda: F.linear(kv_c, weight), "torch": in_torch}
-    concat: Paths = {"torch": copies}
+    concat: Paths = {"torch": copies} if dims.qk_rope_head_dim > 0 else {}  # else there is nothing to put together
     for backend in backends:
         project[backend] = lambda backend=backend: kv_up_project(cache, rows, weight, dims, k_out=k, v_out=v, backend=backend)
-        concat[backend] = lambda backend=backend: concat_k(expanded[..., :nope], k_pe, out=k, backend=backend)
+        if concat:
+            concat[backend] = lambda backend=backend: concat_k(expanded[..., :nope], k_pe, out=k, backend=backend)
     project["apart"] = lambda: kv_up_project(cache, rows, weight, dims, k_out=k_nope, v_out=v, k_pe_apart=True, k_pe_out=rope)
     whole = [x.clone() for x in in_torch()]
     wanted = {"apart": [whole[0][..., :nope], whole[1], k_pe]}
@@ -70,16 +75,17 @@ def make_paths(tokens: int, dims: MLADims, device: str, backends: list[str]) -> 
     for name, call in concat.items():
         k.fill_(torch.nan)
         plain.check_equal(f"the concat by {name}", call(), wanted_k)
-    return {"kv_up_project": project, "concat_k": concat}
+    return {"kv_up_project": project} | ({"concat_k": concat} if concat else {})
 
 
-def run(device: str) -> Iterator[dict[str, Any]]:
-    """One result a size and op; shares as in bench/fused_gather.py."""
+def run(device: str, geometries: Sequence[MLADims] = ()) -> Iterator[dict[str, Any]]:
+    """One result a size and op, or a geometry and op; shares as in bench/fused_gather.py."""
     gpu = device == "cuda"
     bandwidth = timing.copy_gbps() if gpu else 0.0
     backends = ["auto", "triton"] if gpu and not availability("kv_up_project")["triton"] else ["auto"]
-    for tokens, heads in GPU_SHAPES if gpu else CPU_SHAPES:
-        dims = MLADims(heads, 128, 64, 128, 512)
+    shapes = [(tokens, replace(DEEPSEEK, num_heads=heads)) for tokens, heads in (GPU_SHAPES if gpu else CPU_SHAPES)]
+    for tokens, dims in [(GEOMETRY_TOKENS[device], dims) for dims in geometries] or shapes:
+        heads = dims.num_heads
         outputs, weights = heads * (dims.qk_head_dim + dims.v_head_dim), heads * dims.expanded_dim * dims.kv_lora_rank
         work = {
             "kv_up_project": (2 * (tokens * (dims.latent_dim + outputs) + weights), 2 * tokens * weights),
@@ -87,7 +93,7 @@ def run(device: str) -> Iterator[dict[str, Any]]:
         }
         for op, paths in make_paths(tokens, dims, device, backends).items():
             moved, flops = work[op]
-            result: dict[str, Any] = {"op": op, "tokens": tokens, "heads": heads, "bytes": moved, "flops": flops}
+            result: dict[str, Any] = {"op": op, "tokens": tokens, **fields(dims), "bytes": moved, "flops": flops}
             if gpu:
                 result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
             own = {}
@@ -102,5 +108,7 @@ def run(device: str) -> Iterator[dict[str, Any]]:
 
 
 def line(result: dict[str, Any]) -> str:
-    what = f"{result['op']:13} T={result['tokens']:<6} H={result['heads']:<3} {result['bytes'] / 1e6:7.1f} MB"
+    what = (
+        f"{result['op']:13} T={result['tokens']:<6} H={result['heads']:<3} {geometry_name(result)} {result['bytes'] / 1e6:7.1f} MB"
+    )
     return f"{what} | {timing.columns(result)}"

@@ -46,13 +46,13 @@ def ratios(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Ratio]:
 
 
 def show(found: list[Ratio]) -> bool:
-    """Print them, the slower ones marked; whether there is none of these."""
+    """Print them, the slower ones marked; whether there is none of these, but something to compare."""
     for r in found:
         mark = "  SLOWER" if r.times > LIMIT else ""
         print(f"{r.case} | {r.path} {r.what} {r.before:.1f} -> {r.after:.1f}: {r.times:.3f}{mark}", flush=True)
     slower = sum(r.times > LIMIT for r in found)
     print(f"{len(found)} times compared, {slower} more than {LIMIT - 1:.0%} slower", flush=True)
-    return slower == 0
+    return bool(found) and slower == 0
 
 
 def build(ref: str, root: Path) -> Path:

@@ -64,13 +64,13 @@ def plans() -> None:
 
 # What makes the paths of each benchmark, all of them checked.
 MAKE: dict[str, Callable[[], Any]] = {
-    "attention": lambda: attention.make_paths(*attention.inputs(40, 1, 2, "cpu"), "cpu"),
+    "attention": lambda: attention.make_paths(*attention.inputs(40, DIMS, 2, "cpu"), "cpu"),
     "cp_merge": lambda: play(2, merges_over_ranks),
     "exchange": lambda: play(2, lambda group: exchange.paths(exchange.Step(128, group, "cpu"))),
     "gather": lambda: fused_gather.gather_paths(META, 2, ["auto"]),
     "graphs": lambda: graphs.Stack(graphs.Echo(), 32, "cpu").paths(False),
     "heads": lambda: play(2, heads_over_ranks),
-    "latent_cache": lambda: latent_cache.make_paths(128, "cpu", ["auto"]),
+    "latent_cache": lambda: latent_cache.make_paths(128, DIMS, "cpu", ["auto"]),
     "layer": lambda: layer.Layer(([9, 4], [30, 0], 1, 2), None, 0, "cpu").paths("seed", "rows", "ours"),
     "merge_n": lambda: merge_states.make_paths(*partials(3), ["auto"]),
     "merge_two": lambda: merge_states.make_paths(*partials(2), ["auto"]),

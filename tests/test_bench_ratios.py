@@ -40,6 +40,7 @@ def test_slower_ones_are_said(capsys):
     assert "x tokens=8 heads=2 | ours gpu_us 100.0 -> 111.0: 1.110  SLOWER" in capsys.readouterr().out
     assert ratios.show(list(ratios.ratios(report(gpu_us=100.0), report(gpu_us=109.0))))
     assert "2 times compared, 0 more than 10% slower" in capsys.readouterr().out
+    assert not ratios.show([])
 
 
 def test_check_against_committed_results(tmp_path, monkeypatch, capsys):
