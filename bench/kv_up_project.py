@@ -1,7 +1,7 @@
 """kv_up_project beside the bare GEMM and beside torch's restore, kv_b_proj and K concat; concat_k beside torch's two copies.
 
 bf16, latents in blocks of 64 anywhere in a cache. Bytes: latents, weight, K and V once. FLOPs: of the GEMM.
-"apart" leaves k_pe out of K: it writes less, and has its own bytes.
+"apart" leaves k_pe out of K: it writes less, and has its own bytes; so has "float8", of latents that are half as wide.
 """
 
 from __future__ import annotations
@@ -63,8 +63,14 @@ def make_paths(tokens: int, dims: MLADims, device: str, backends: list[str]) -> 
         if concat:
             concat[backend] = lambda backend=backend: concat_k(expanded[..., :nope], k_pe, out=k, backend=backend)
     project["apart"] = lambda: kv_up_project(cache, rows, weight, dims, k_out=k_nope, v_out=v, k_pe_apart=True, k_pe_out=rope)
+    scale = torch.full((1,), 0.02, device=device)
+    narrow = (cache.float() / scale).to(torch.float8_e4m3fn)
+    project["float8"] = lambda: kv_up_project(narrow, rows, weight, dims, scale=scale, k_out=k, v_out=v)
     whole = [x.clone() for x in in_torch()]
-    wanted = {"apart": [whole[0][..., :nope], whole[1], k_pe]}
+    rounded = (narrow[rows.long()].float() * scale).bfloat16()
+    of_float8 = F.linear(rounded[:, :rank], weight).view(tokens, heads, -1)
+    float8_k = torch.cat([of_float8[..., :nope], rounded[:, None, rank:].expand(-1, heads, -1)], dim=2)
+    wanted = {"apart": [whole[0][..., :nope], whole[1], k_pe], "float8": [float8_k, of_float8[..., nope:]]}
     for name, call in project.items():
         if name != "gemm":
             for out in (k, v, k_nope, rope):
@@ -96,10 +102,10 @@ def run(device: str, geometries: Sequence[MLADims] = ()) -> Iterator[dict[str, A
             result: dict[str, Any] = {"op": op, "tokens": tokens, **fields(dims), "bytes": moved, "flops": flops}
             if gpu:
                 result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
-            own = {}
-            if "apart" in paths:
-                less = moved - 2 * tokens * (heads - 1) * dims.qk_rope_head_dim
-                own["apart"] = {"bytes": less, **({"copy_us": timing.copy_us(less)} if gpu else {})}
+            less = {"apart": 2 * tokens * (heads - 1) * dims.qk_rope_head_dim, "float8": tokens * dims.latent_dim}
+            own: dict[str, dict[str, Any]] = {name: {"bytes": moved - less[name]} for name in less.keys() & paths.keys()}
+            for numbers in own.values() if gpu else ():
+                numbers["copy_us"] = timing.copy_us(numbers["bytes"])
             result |= timing.measure(paths, result, own)
             if gpu and "gemm" in paths:
                 for name in paths:
