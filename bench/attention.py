@@ -85,17 +85,16 @@ def libraries(meta: PCPMetadata, x: dict[str, torch.Tensor], options: dict[str, 
 
 
 def plain_paths(meta: PCPMetadata, x: dict[str, torch.Tensor], device: str) -> Paths:
-    """Every kernel, with K in two parts and in one: for a geometry."""
+    """Our kernel, with K in two parts and in one, and libraries: for a geometry."""
     q, k, v, k_nope, k_pe = (x[name] for name in ("q", "k", "v", "k_nope", "k_pe"))
     options: dict[str, Any] = {"softmax_scale": q.shape[2] ** -0.5, "return_lse": True}
     paths: Paths = {}
-    for name in ("cuda", "triton") if device == "cuda" else ("torch",):
-        if support.missing(name, q.device) or support.refusal(name, q.dtype, q.shape[2], v.shape[2], False):
-            continue
-        own = {**options, "backend": name}
-        if k_pe.shape[1] > 0:
-            paths[name] = lambda own=own: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, **own)
-        paths[f"{name} K"] = lambda own=own: pcp_attention(q, k, v, meta, **own)
+    able = [n for n in ("cuda", "triton") if not support.missing(n, q.device)]
+    able = [n for n in able if not support.refusal(n, q.dtype, q.shape[2], v.shape[2], False)]
+    own = able[0] if able and device == "cuda" else "torch"
+    if k_pe.shape[1] > 0:
+        paths[own] = lambda: pcp_attention(q, k_nope, v, meta, k_pe=k_pe, **options, backend=own)
+    paths[f"{own} K"] = lambda: pcp_attention(q, k, v, meta, **options, backend=own)
     paths |= libraries(meta, x, options)
     check(paths, q, k, v, meta.world_size)
     return paths

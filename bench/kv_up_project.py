@@ -88,7 +88,8 @@ def run(device: str, geometries: Sequence[MLADims] = ()) -> Iterator[dict[str, A
     """One result a size and op, or a geometry and op; shares as in bench/fused_gather.py."""
     gpu = device == "cuda"
     bandwidth = timing.copy_gbps() if gpu else 0.0
-    backends = ["auto", "triton"] if gpu and not availability("kv_up_project")["triton"] else ["auto"]
+    compared = gpu and not geometries and not availability("kv_up_project")["triton"]
+    backends = ["auto", "triton"] if compared else ["auto"]
     shapes = [(tokens, replace(DEEPSEEK, num_heads=heads)) for tokens, heads in (GPU_SHAPES if gpu else CPU_SHAPES)]
     for tokens, dims in [(GEOMETRY_TOKENS[device], dims) for dims in geometries] or shapes:
         heads = dims.num_heads

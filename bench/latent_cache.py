@@ -64,7 +64,8 @@ def run(device: str, geometries: Sequence[MLADims] = ()) -> Iterator[dict[str, A
     """One result a size and op, or a geometry and op; shares as in bench/fused_gather.py."""
     gpu = device == "cuda"
     bandwidth = timing.copy_gbps() if gpu else 0.0
-    backends = ["auto", "triton"] if gpu and not availability("gather_latents")["triton"] else ["auto"]
+    compared = gpu and not geometries and not availability("gather_latents")["triton"]
+    backends = ["auto", "triton"] if compared else ["auto"]
     shapes = [(tokens, DEEPSEEK) for tokens in (GPU_TOKENS if gpu else CPU_TOKENS)]
     for tokens, dims in [(GEOMETRY_TOKENS[device], dims) for dims in geometries] or shapes:
         moved = 2 * 2 * tokens * dims.latent_dim
