@@ -23,10 +23,10 @@ def parse(text: str) -> MLADims:
     Raises:
         ValueError: that is not what it is.
     """
-    widths, _, heads = text.partition("x")
+    widths, given, heads = text.partition("x")
     try:
         nope, rope, v, rank = map(int, widths.split(","))
-        return MLADims(int(heads or 16), nope, rope, v, rank)
+        return MLADims(int(heads) if given else 16, nope, rope, v, rank)
     except ValueError as error:
         raise ValueError(f"a geometry must be nope,rope,v,rank or nope,rope,v,rankxheads, got {text!r}: {error}") from error
 

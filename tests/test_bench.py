@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from bench import (
     timing,
     tune_kv_up_project,
 )
-from bench.__main__ import main
+from bench.__main__ import main, parse_geometries
 from bench.vllm import __main__ as vllm
 from pcp_mla import MLADims, PCPMetadata, PCPPlanner
 from pcp_mla.exchange import latents
@@ -225,6 +226,32 @@ def test_nothing_is_printed_or_written(tmp_path: Path, monkeypatch: pytest.Monke
         main(["merge_states", "--out", str(tmp_path)])
     assert "merge N=" not in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_geometries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each op that takes them, one file of all, whose numbers a row of the page is made of."""
+    main(["--geometry", "16,8,16,32x2", "32,0,32,64", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "geometry_cpu.json").read_text()) if not torch.cuda.is_available() else None
+    assert [file.stem.split("_")[0] for file in tmp_path.iterdir()] == ["geometry"]
+    if written is None:
+        return
+    assert written["benchmark"] == "--geometry 16,8,16,32x2 32,0,32,64"
+    of = [(r["op"], r["heads"], r["nope"], r["rope"], r["v"], r["rank"]) for r in written["results"]]
+    ops = ["attention", "write_latent_cache", "gather_latents", "kv_up_project", "concat_k"]
+    assert sorted(of) == sorted(
+        [(op, 2, 16, 8, 16, 32) for op in ops] + [(op, 16, 32, 0, 32, 64) for op in ops if op != "concat_k"]
+    )
+    assert "16 + 8 / 16, rank 32" in capsys.readouterr().out
+    for wrong in ("16,8,16", "16,8,16,32x", "16,8,16,0", "some"):
+        with pytest.raises(SystemExit):
+            main(["--geometry", wrong, "--out", str(tmp_path)])
+        said = capsys.readouterr().err
+        assert "a geometry must be nope,rope,v,rank" in said
+        assert repr(wrong) in said
+    with pytest.raises(SystemExit):
+        main(["planner", "--geometry", "all", "--out", str(tmp_path)])
+    assert "no geometries of 'planner'" in capsys.readouterr().err
+    assert len(parse_geometries(["all"])) == len(set(parse_geometries(["all"]))) > 5
 
 
 def test_rows_are_compared_by_their_own_length() -> None:
