@@ -113,7 +113,9 @@ void launch(const Attention& a) {
 using Launch = void (*)(const Attention&);
 
 template <typename T>
-Launch launch_for(int64_t slabs, int64_t v_width) {
+Launch launch_for(int64_t q_width, int64_t v_width) {
+  const int64_t slabs = (q_width + kSlab - 1) / kSlab;
+  if (slabs == 2 && q_width <= 96 && v_width == 64) return launch<T, AttentionShape<2, 64, 128, 96>>;
   if (slabs == 2 && v_width == 64) return launch<T, AttentionShape<2, 64, 128>>;
   if (slabs == 2 && v_width == 128) return launch<T, AttentionShape<2, 128, 128>>;
   if (slabs == 3 && v_width == 128) return launch<T, AttentionShape<3, 128, 128>>;
@@ -138,8 +140,7 @@ const char* refusal(const Attention& a, Launch* found) {
   if (a.rope > 0 && (a.k.dim % kSlab != 0 || a.rope > kSlab || a.rope % 8 != 0)) {
     return "k beside k_pe must be a multiple of 64 wide, and k_pe one of 8, at most 64";
   }
-  const int64_t slabs = (a.q.dim + kSlab - 1) / kSlab;
-  *found = a.kind.dtype == kFloat16 ? launch_for<__half>(slabs, a.v.dim) : launch_for<__nv_bfloat16>(slabs, a.v.dim);
+  *found = a.kind.dtype == kFloat16 ? launch_for<__half>(a.q.dim, a.v.dim) : launch_for<__nv_bfloat16>(a.q.dim, a.v.dim);
   if (*found == nullptr) return "its widths of q and v are 65 to 128 and 64, 65 to 192 and 128, and 193 to 256 and 256";
   if (a.q.dim % 8 != 0 || !is_aligned(a)) return "rows and heads must lie at multiples of 16 bytes";
   if (std::max({a.q.tokens, a.k.tokens, a.keys}) > INT32_MAX - 256) return "there must be less than 2**31 tokens";

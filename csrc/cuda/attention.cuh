@@ -120,7 +120,7 @@ __device__ void attend(const AttentionCall& c, const AttentionTile& t, uint32_t 
 #pragma unroll
       for (int slab = 0; slab < Shape::slabs; ++slab) {
 #pragma unroll
-        for (int i = 0; i < kSlab / 16; ++i) {
+        for (int i = 0; i < kSlab / 16 && slab * kSlab + 16 * i < Shape::q_width; ++i) {
           product<T>(s, further(q, slab * Shape::q_slab_bytes + 32 * i), further(k, slab * Shape::slab_bytes + 32 * i),
                      slab > 0 || i > 0);
         }

@@ -13,10 +13,10 @@ constexpr int kAttentionThreads = 3 * kGroupThreads;
 constexpr int kGroupQueries = 64;
 constexpr int kStages = 2;
 
-// Slabs of q and K, the width of V, and the keys of a tile.
-template <int kQSlabs, int kVWidth, int kKeyTile>
+// Slabs of q and K, the width of V, the keys of a tile, and the width of q and K up to which products go.
+template <int kQSlabs, int kVWidth, int kKeyTile, int kQWidth = kQSlabs * kSlab>
 struct AttentionShape {
-  static constexpr int slabs = kQSlabs, v_width = kVWidth, keys = kKeyTile, v_slabs = kVWidth / kSlab;
+  static constexpr int slabs = kQSlabs, q_width = kQWidth, v_width = kVWidth, keys = kKeyTile, v_slabs = kVWidth / kSlab;
   static constexpr uint32_t slab_bytes = keys * kRowBytes, q_slab_bytes = kQueries * kRowBytes;
   static constexpr uint32_t q_bytes = slabs * q_slab_bytes, k_bytes = slabs * slab_bytes, v_bytes = v_slabs * slab_bytes;
   static constexpr uint32_t bytes = kAtomBytes + q_bytes + kStages * (k_bytes + v_bytes);
@@ -214,10 +214,10 @@ __device__ void copy_listed(const AttentionCall& c, const AttentionMaps& maps, c
         const char* at = k + uint64_t{of} * static_cast<uint32_t>(l.k_row);
 #pragma unroll
         for (int slab = 0; slab < Shape::slabs - 1; ++slab) {
-          copy_async_16(to + slab * Shape::slab_bytes + in_slab, at + slab * kRowBytes, zeros);
+          copy_async<16>(to + slab * Shape::slab_bytes + in_slab, at + slab * kRowBytes, zeros);
         }
         at = apart ? k_pe + uint64_t{of} * static_cast<uint32_t>(l.k_pe_row) : at + (Shape::slabs - 1) * kRowBytes;
-        copy_async_16(to + (Shape::slabs - 1) * Shape::slab_bytes + in_slab, at, zeros || piece >= l.last_pieces);
+        copy_async<16>(to + (Shape::slabs - 1) * Shape::slab_bytes + in_slab, at, zeros || piece >= l.last_pieces);
       });
     } else if (lane == 0) {
       const uint32_t at = to + warp * kWarpRows * kRowBytes;
@@ -238,7 +238,7 @@ __device__ void copy_listed(const AttentionCall& c, const AttentionMaps& maps, c
         const char* at = v + uint64_t{of} * static_cast<uint32_t>(l.v_row);
 #pragma unroll
         for (int slab = 0; slab < Shape::v_slabs; ++slab) {
-          copy_async_16(to + slab * Shape::slab_bytes + in_slab, at + slab * kRowBytes, zeros);
+          copy_async<16>(to + slab * Shape::slab_bytes + in_slab, at + slab * kRowBytes, zeros);
         }
       });
     } else if (lane == 0) {

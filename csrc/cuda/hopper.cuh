@@ -72,9 +72,15 @@ __device__ inline void tensor_load_3d(uint32_t to, const CUtensorMap* map, uint3
       : "memory");
 }
 
-// 16 bytes, or 16 zeros.
-__device__ inline void copy_async_16(uint32_t to, const void* from, bool zeros) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16) : "memory");
+// 8 or 16 bytes, or as many zeros.
+template <int kBytes>
+__device__ void copy_async(uint32_t to, const void* from, bool zeros) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(zeros ? 0 : kBytes)
+                 : "memory");
+  }
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

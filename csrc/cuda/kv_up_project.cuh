@@ -119,8 +119,41 @@ struct Gather {
   __device__ uint32_t place(uint32_t slab, uint32_t turn) const { return to + slab * kSlabBytes + turn * step * kRowBytes; }
 };
 
-inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t warp,
-                                    uint32_t lane) {
+// Two float8 numbers of a latent, multiplied and rounded once.
+template <typename T>
+__device__ uint32_t scaled(uint32_t both, float scale) {
+  const __half2 exact = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(both), __NV_E4M3);
+  const float2 x = __half22float2(exact);
+  return pack<T>(x.x * scale, x.y * scale);
+}
+
+// What has arrived of a slab is made what products take. Float8 numbers lie in the first half of the place that they grow into,
+// which is nobody's but the lane's.
+template <typename T, bool kFloat8Latents>
+__device__ void finish(const Gather& gather, uint32_t slab, float scale, const Barriers& b) {
+  if constexpr (kFloat8Latents) {
+    uint2 x[Gather::turns];  // all of them first: one waits for none of the others
+#pragma unroll
+    for (uint32_t i = 0; i < Gather::turns; ++i) {
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x[i].x), "=r"(x[i].y) : "r"(gather.place(slab, i)) : "memory");
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < Gather::turns; ++i) {
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(gather.place(slab, i)), "r"(scaled<T>(x[i].x & 0xFFFF, scale)),
+                   "r"(scaled<T>(x[i].x >> 16, scale)), "r"(scaled<T>(x[i].y & 0xFFFF, scale)),
+                   "r"(scaled<T>(x[i].y >> 16, scale))
+                   : "memory");
+    }
+  }
+  proxy_fence();
+  barrier_arrive(shared_address(&b.slab_full[slab]));
+}
+
+template <typename T, bool kFloat8Latents>
+__device__ void load_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t warp,
+                             uint32_t lane) {
+  constexpr uint32_t bytes = kFloat8Latents ? 8 : 16;  // of a lane's piece, where it comes from
+  const float scale = kFloat8Latents ? *u.scale : 1.0f;
   Gather gather(slabs, warp, lane);
   uint32_t parity = 0;
   for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
@@ -131,62 +164,18 @@ inline __device__ void load_latents(const UpProject& u, const Schedule& s, uint3
 #pragma unroll
       for (uint32_t i = 0; i < Gather::turns; ++i) {
         const int64_t from = gather.from[i];
-        const char* at = u.latents + (from < 0 ? 0 : from + slab * kRowBytes + gather.piece * 16);
-        if (wanted) copy_async_16(gather.place(slab, i), at, from < 0);
+        const char* at = u.latents + (from < 0 ? 0 : from + (slab * 8 + gather.piece) * bytes);
+        if (wanted) copy_async<bytes>(gather.place(slab, i), at, from < 0);
       }
       copy_async_commit();
       if (slab >= 2) {
         copy_async_wait<2>();
-        proxy_fence();
-        barrier_arrive(shared_address(&b.slab_full[slab - 2]));
+        finish<T, kFloat8Latents>(gather, slab - 2, scale, b);
       }
     }
     copy_async_wait<0>();
-    proxy_fence();
     for (uint32_t slab = s.all_slabs < 2 ? 0 : s.all_slabs - 2; slab < s.all_slabs; ++slab) {
-      barrier_arrive(shared_address(&b.slab_full[slab]));
-    }
-  }
-}
-
-// Two float8 numbers of a latent, multiplied and rounded once.
-template <typename T>
-__device__ uint32_t scaled(uint32_t both, float scale) {
-  const __half2 exact = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(both), __NV_E4M3);
-  const float2 x = __half22float2(exact);
-  return pack<T>(x.x * scale, x.y * scale);
-}
-
-// The same of float8 latents: eight bytes become sixteen on their way, so they pass through registers, where those of the next slab
-// arrive meanwhile.
-template <typename T>
-__device__ void load_float8_latents(const UpProject& u, const Schedule& s, uint32_t slabs, const Barriers& b, uint32_t warp,
-                                    uint32_t lane) {
-  const float scale = *u.scale;
-  Gather gather(slabs, warp, lane);
-  uint2 held[Gather::turns];
-  const auto load = [&](uint32_t i, uint32_t slab) {
-    const bool wanted = gather.from[i] >= 0 && gather.has(u, s, slab);
-    const char* at = u.latents + gather.from[i] + slab * kSlab + gather.piece * 8;
-    held[i] = wanted ? __ldg(reinterpret_cast<const uint2*>(at)) : uint2{};
-  };
-  uint32_t parity = 0;
-  for (uint32_t number = blockIdx.x; number < s.items; number += gridDim.x, parity ^= 1) {
-    gather.look_up(u, item_at(s, number).first_row);
-#pragma unroll
-    for (uint32_t i = 0; i < Gather::turns; ++i) load(i, 0);
-    for (uint32_t slab = 0; slab < s.all_slabs; ++slab) {
-      barrier_wait(shared_address(&b.slab_empty[slab]), parity ^ 1);
-#pragma unroll
-      for (uint32_t i = 0; i < Gather::turns; ++i) {
-        const uint2 x = held[i];
-        if (slab + 1 < s.all_slabs) load(i, slab + 1);
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(gather.place(slab, i)), "r"(scaled<T>(x.x & 0xFFFF, scale)),
-                     "r"(scaled<T>(x.x >> 16, scale)), "r"(scaled<T>(x.y & 0xFFFF, scale)), "r"(scaled<T>(x.y >> 16, scale))
-                     : "memory");
-      }
-      proxy_fence();
-      barrier_arrive(shared_address(&b.slab_full[slab]));
+      finish<T, kFloat8Latents>(gather, slab, scale, b);
     }
   }
 }
@@ -319,13 +308,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   } else {
     give_registers<120>();
     if (warp == 0 && lane == 0) load_weights(s, &weight, stages, b);
-    if (warp > 0 && warp <= kGatherWarps) {
-      if constexpr (kFloat8Latents) {
-        load_float8_latents<T>(u, s, slabs, b, warp - 1, lane);
-      } else {
-        load_latents(u, s, slabs, b, warp - 1, lane);
-      }
-    }
+    if (warp > 0 && warp <= kGatherWarps) load_latents<T, kFloat8Latents>(u, s, slabs, b, warp - 1, lane);
   }
 #endif
 }
