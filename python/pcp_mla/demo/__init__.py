@@ -1,4 +1,4 @@
-"""``python -m pcp_mla demo``: transformers' DeepSeek model as it is, and the same under PCP on P ranks, on a real text."""
+"""``python -m pcp_mla demo``: a model of transformers with MLA as it is, and the same under PCP on P ranks, on a real text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from ..layer.split import SPLITS
 from ..plan.partition import partition
 from ..testing.launch import RankError
-from .models import MODELS, build_model, make_config
+from .models import NAMES, build_model, make_config
 from .outcome import Work, run_stock
 from .progress import Progress
 from .ranks import check_heads, run_ranks
@@ -29,7 +29,7 @@ CONTINUATION = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo."""
-    parser.add_argument("--model", choices=MODELS, default="tiny", help="shapes to use, weights are random (default: %(default)s)")
+    parser.add_argument("--model", choices=NAMES, default="tiny", help="shapes to use, weights are random (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: %(default)s)")
     parser.add_argument("--pcp", type=int, nargs="+", default=[1, 2, 4], metavar="P", help="numbers of ranks (default: 1 2 4)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: the Declaration of Independence)")
@@ -81,6 +81,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[str, list[int]]:
 def _describe(args: argparse.Namespace, model: Any, text: str, work: Work) -> dict[str, Any]:
     config = model.config
     gpu = torch.cuda.is_available()
+    routed = any(hasattr(layer.mlp, "gate") for layer in model.model.layers)
     return {
         "model": args.model,
         "class": type(model).__name__,
@@ -92,8 +93,8 @@ def _describe(args: argparse.Namespace, model: Any, text: str, work: Work) -> di
         "qk_nope_head_dim": config.qk_nope_head_dim,
         "qk_rope_head_dim": config.qk_rope_head_dim,
         "v_head_dim": config.v_head_dim,
-        "experts": config.n_routed_experts,
-        "experts_per_token": config.num_experts_per_tok,
+        "experts": config.n_routed_experts if routed else None,
+        "experts_per_token": config.num_experts_per_tok if routed else None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "text": text,
@@ -115,7 +116,7 @@ def _print_head(facts: dict[str, Any]) -> None:
     print(
         f"dims       hidden {f['hidden']}, {f['heads']} heads, kv_lora_rank {f['kv_lora_rank']}, q_lora_rank {f['q_lora_rank']}, "
         f"nope {f['qk_nope_head_dim']}, rope {f['qk_rope_head_dim']}, v {f['v_head_dim']}, "
-        f"{f['experts_per_token']} of {f['experts']} experts"
+        + (f"{f['experts_per_token']} of {f['experts']} experts" if f["experts"] else "no experts")
     )
     print(f"text       {f['text']}, {f['tokens']} tokens (bytes)")
     steps = "one step" if f["chunk_tokens"] == f["tokens"] else f"steps of {f['chunk_tokens']} tokens"

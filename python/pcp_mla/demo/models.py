@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,19 @@ import torch
 VOCABULARY = 256  # one token a byte
 MODELS = ("tiny", "v2-lite", "v3")
 
-# V3's classes with small widths. Value heads are narrower than query heads, as in the real models.
+# The tiny model in each class of transformers with dense MLA.
+TINY = {
+    "tiny": "DeepseekV3",
+    "tiny-v2": "DeepseekV2",
+    "tiny-glm": "Glm4MoeLite",
+    "tiny-youtu": "Youtu",
+    "tiny-axk1": "AXK1",
+    "tiny-mistral4": "Mistral4",
+    "tiny-minicpm3": "MiniCPM3",
+}
+NAMES = tuple(dict.fromkeys((*MODELS, *TINY)))
+
+# Small widths. Value heads are narrower than query heads, as in the real models.
 _TINY: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -81,6 +94,14 @@ _YARN: dict[str, Any] = {
     "beta_slow": 1.0,
     "original_max_position_embeddings": 4096,
 }
+# What a class does besides must be seen: queries scaled by their position from the 257th on, logits that are halved.
+_OF_CLASS: dict[str, dict[str, Any]] = {
+    "tiny-mistral4": {
+        "rope_parameters": _YARN
+        | {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 256, "llama_4_scaling_beta": 0.1}
+    },
+    "tiny-minicpm3": {"dim_model_base": 128},
+}
 
 # Scores [prompts, heads, tokens, tokens] that torch's SDPA may keep in memory: 1 GiB in float32.
 _MAX_SCORES = 2**28
@@ -92,27 +113,32 @@ _OUTPUT_GAIN = 3.0
 
 
 def make_config(name: str) -> Any:
-    """Configuration of one of ``MODELS``; ImportError without transformers."""
-    from transformers import DeepseekV2Config, DeepseekV3Config
+    """Configuration of one of ``MODELS`` or ``TINY``; ImportError without transformers, or without the class."""
+    import transformers
 
-    common: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
-    if name == "tiny":
-        return DeepseekV3Config(**common, **_TINY)
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if name in TINY:
+        kind = f"{TINY[name]}Config"
+        if not hasattr(transformers, kind):
+            raise ImportError(f"demo: transformers must have a {kind} for {name}, got transformers {transformers.__version__}")
+        return getattr(transformers, kind)(**copy.deepcopy(common | _TINY | _OF_CLASS.get(name, {})))
     if name == "v2-lite":
-        return DeepseekV2Config(**common, **_V2_LITE, rope_parameters=_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707})
+        return transformers.DeepseekV2Config(
+            **common, **_V2_LITE, rope_parameters=_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
+        )
     if name == "v3":
-        return DeepseekV3Config(**common, **_V3, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0})
-    raise ValueError(f"demo: model must be one of {', '.join(MODELS)}, got {name!r}")
+        return transformers.DeepseekV3Config(**common, **_V3, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0})
+    raise ValueError(f"demo: model must be one of {', '.join(NAMES)}, got {name!r}")
 
 
 def build_model(name: str) -> Any:
     """The model in float32 on the CPU, in eval mode, always with the same weights."""
-    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+    import transformers
 
     config = make_config(name)
     # Keeps the scale of what passes through a projection.
     config.initializer_range = config.hidden_size**-0.5
-    kind = DeepseekV2ForCausalLM if config.model_type == "deepseek_v2" else DeepseekV3ForCausalLM
+    kind = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1776)
         model = kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
