@@ -17,6 +17,8 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
+import transformers
+
 from pcp_mla import HeadExchange, MLADims, demo
 from pcp_mla.demo import measure, models, outcome, ranks, report
 from pcp_mla.integrations import transformers as integration
@@ -79,6 +81,21 @@ def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert [str(line["seed_launches"]), str(line["our_launches"])] == row[7:9]
     assert line["seed_launches"] > line["our_launches"] > 5
     assert line["layer_difference"] < line["layer_tolerance"] < 1e-4
+
+
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize("name", [name for name in models.TINY if name != "tiny"])
+def test_classes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not hasattr(transformers, f"{models.TINY[name]}Config"):
+        with pytest.raises(ImportError, match=f"demo: transformers must have a {models.TINY[name]}Config for {name}"):
+            models.make_config(name)
+        return
+    result = tmp_path / "result.json"
+    assert demo.run(arguments("--model", name, "--pcp", "2", "--max-tokens", "48", "--json", str(result))) == 0
+    written, out = json.loads(result.read_text()), capsys.readouterr().out
+    assert written["class"] == f"{models.TINY[name]}ForCausalLM"
+    assert (written["experts"] is None) == (name in ("tiny-youtu", "tiny-minicpm3"))
+    assert ("no experts" in out) == (written["experts"] is None)
 
 
 def put_scale_off(monkeypatch: pytest.MonkeyPatch) -> None:
