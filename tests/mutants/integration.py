@@ -174,8 +174,8 @@ CHANGES = (
     Change(
         "each rank by itself finds whether heads can be had",
         "python/pcp_mla/integrations/transformers/split.py",
-        'agree(group, device, {"split": split, "heads": heads, "module": module})',
-        '[{"split": split, "heads": heads, "module": module}] * group_world_size(group)',
+        'agree(group, device, {"split": split, "heads": heads, "module": module, "scales": scales})',
+        '[{"split": split, "heads": heads, "module": module, "scales": scales}] * group_world_size(group)',
         "tests/test_integration_heads.py::test_auto_is_the_same_on_all_ranks",
     ),
     Change(
@@ -268,5 +268,19 @@ CHANGES = (
         "pynccl.recv(into, rank)",
         "pynccl.recv(into, len(sizes) - 1 - rank)",
         "tests/test_vllm_heads.py::test_blocks_by_sends_of_vllms_communicator",
+    ),
+    Change(
+        "decodes read a float8 cache without its scale",
+        "python/pcp_mla/integrations/transformers/latent_attention.py",
+        "scale=cache_scale, dtype",
+        "scale=torch.ones_like(cache_scale), dtype",
+        "tests/test_integration_float8.py::test_every_way_to_the_logits",
+    ),
+    Change(
+        "ranks have other scales",
+        "python/pcp_mla/integrations/transformers/split.py",
+        'any(each["scales"] != scales for each in told)',
+        "False",
+        "tests/test_integration_float8.py::test_ranks_with_other_caches",
     ),
 )

@@ -220,4 +220,32 @@ CHANGES = (
         "padded, num_heads",
         "tests/test_heads.py::test_played_and_alone",
     ),
+    Change(
+        "every layer over a float8 cache gets the whole checks",
+        "python/pcp_mla/layer/steps.py",
+        "torch.float8_e4m3fn if self.kind.scaled else dtype",
+        "dtype",
+        "tests/test_layer_float8.py::test_later_layers_are_checked_at_a_glance",
+    ),
+    Change(
+        "a scale of any kind is taken by the first layer",
+        "python/pcp_mla/layer/checks.py",
+        '        check_scaled(op, "cache", cache, scale)\n',
+        "",
+        "tests/test_layer_float8.py::test_errors",
+    ),
+    Change(
+        "and by later ones",
+        "python/pcp_mla/layer/steps.py",
+        "            and scale.dtype == torch.float32\n",
+        "",
+        "tests/test_layer_float8.py::test_errors",
+    ),
+    Change(
+        "a module is given float8 latents in another dtype",
+        "python/pcp_mla/layer/projection.py",
+        "scale=scale, dtype=dtype,",
+        "scale=scale, dtype=None,",
+        "tests/test_layer_float8.py::test_the_bits_over_a_cache_of_what_float8_holds",
+    ),
 )
