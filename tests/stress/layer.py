@@ -48,6 +48,7 @@ def draw_layer(draw: Draw) -> Arguments:
         "dims": dims,
         "dtype": dtype,
         "scale": draw.choice([0.1, 0.35]),
+        "cache_scale": draw.choice([0.004, 0.3, 1.0]) if cached and dtype != "float64" and draw.chance(0.3) else None,
         "weight": weight,
         "split": split,
         "seed": draw.seed(),
@@ -79,8 +80,24 @@ def projection(kind: str, weight: torch.Tensor) -> torch.Tensor | torch.nn.Modul
 
 
 def check_MLAPrefill(
-    device, backend, step, padding, workspace, block_size, dims, dtype, scale, weight, split, seed, views, cache_view, pads
+    device,
+    backend,
+    step,
+    padding,
+    workspace,
+    block_size,
+    dims,
+    dtype,
+    scale,
+    cache_scale,
+    weight,
+    split,
+    seed,
+    views,
+    cache_view,
+    pads,
 ) -> None:
+    """``cache_scale``: of a float8 cache, as which every token is attended to."""
     sizes, kind = MLADims(*dims), dtype_of(dtype)
     heads, nope, rope, v_dim, lora = dims
     world, lengths, contexts = step["world_size"], step["query_lens"], step["context_lens"]
@@ -93,17 +110,22 @@ def check_MLAPrefill(
     columns = max([1, *(-(-(a + b) // (block_size or 1)) + 1 for a, b in zip(contexts, lengths, strict=True))])
     tables = np.random.default_rng(seed).permutation(max(1, len(lengths)) * columns).reshape(-1, columns).astype(np.int32)
     paged = Cache(block_size or 1, 1, 0, 1)
+    factor = None if cache_scale is None else torch.tensor([cache_scale])
+    cache_kind = kind if factor is None else torch.float8_e4m3fn
     exact = torch.zeros(sum(lengths), heads, v_dim, dtype=torch.float64)
     slack = torch.zeros_like(exact)
     stored: dict[int, torch.Tensor] = {}
     before: dict[int, torch.Tensor] = {}
     first = cached = 0
     for request, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
-        tokens = torch.cat([old[cached : cached + context], new[first : first + length]])
+        tokens = held = torch.cat([old[cached : cached + context], new[first : first + length]])
+        if factor is not None:
+            held = (tokens.float() / factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tokens = (held.float() * factor).to(kind)
         seen = [list(range(context + i + 1)) for i in range(length)]
         mine = slice(first, first + length)
         exact[mine], slack[mine] = expanded_attention(queries[mine], tokens, matrix, seen, dims, scale, kind, workspace is not None)
-        for position, token in enumerate(tokens):
+        for position, token in enumerate(held):
             slot = paged.slot(tables[request].tolist(), position)
             stored[slot] = token
             if position < context:
@@ -113,8 +135,8 @@ def check_MLAPrefill(
     def rank(group) -> None:
         plan = PlainPlan(**step, rank=group.rank)
         shape = (tables.size, block_size or 1, lora + rope)
-        cache = blank(shape, kind, device, cache_view)
-        flat = blank((tables.size * (block_size or 1), lora + rope), kind, "cpu").tensor
+        cache = blank(shape, cache_kind, device, cache_view)
+        flat = blank((tables.size * (block_size or 1), lora + rope), cache_kind, "cpu").tensor
         for slot, token in before.items():
             put(flat[slot], token)
         put(cache.tensor, flat.view(shape).to(device))
@@ -141,6 +163,7 @@ def check_MLAPrefill(
             projection(weight, matrix.to(device)),
             meta,
             None if block_size is None else cache.tensor,
+            scale=None if factor is None else factor.to(device),
         )
         assert len(got) == room
         real = [i for i, token in enumerate(local) if token >= 0]
