@@ -198,6 +198,18 @@ def test_ranks_with_other_caches(model: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [1, 2])
+def test_a_gpu_gives_what_a_cpu_does(world: int) -> None:
+    """On average: sums in another order may round a latent to the next number of eight bits."""
+    stock = build("v3")
+    wanted = answers(under_pcp(stock))
+    stock.cuda()
+    for got in play(world, lambda group: answers(under_pcp(stock, group))):
+        for name in ("whole", "chunks", "prefix", "decode", "extend"):
+            assert (got[name].cpu() - wanted[name]).abs().mean() < 2e-3 * wanted[name].abs().mean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [1, 2])
 def test_graphs(world: int) -> None:
     model = build("v3", first_k_dense_replace=3).cuda()
 
