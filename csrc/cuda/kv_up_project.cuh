@@ -140,8 +140,7 @@ __device__ void finish(const Gather& gather, uint32_t slab, float scale, const B
 #pragma unroll
     for (uint32_t i = 0; i < Gather::turns; ++i) {
       asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(gather.place(slab, i)), "r"(scaled<T>(x[i].x & 0xFFFF, scale)),
-                   "r"(scaled<T>(x[i].x >> 16, scale)), "r"(scaled<T>(x[i].y & 0xFFFF, scale)),
-                   "r"(scaled<T>(x[i].y >> 16, scale))
+                   "r"(scaled<T>(x[i].x >> 16, scale)), "r"(scaled<T>(x[i].y & 0xFFFF, scale)), "r"(scaled<T>(x[i].y >> 16, scale))
                    : "memory");
     }
   }
