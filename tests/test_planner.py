@@ -65,7 +65,7 @@ def test_step_buffer_is_the_specification(case):
     planner = planner_of(case)
     planner.step.fill_(-7)
     wanted = planner.step.numpy().copy()
-    fill(planner.step_layout, wanted, part, key_chunks(part, workspace))
+    fill(planner.step_layout, wanted, part, key_chunks(part, workspace), case["cache"])
     planner.plan(**plan_arguments(case), workspace_tokens=workspace)
     assert_equal(planner.step, wanted, "step")
 

@@ -51,7 +51,7 @@ def test_random_batches_agree_with_the_specification(seed):
         given = tables.copy()
         meta = planner.plan(lengths, contexts, prefill, given, workspace_tokens=workspace, prompt_lens=prompts)
         given[:] = -1
-        fill(planner.step_layout, wanted, part, key_chunks(part, workspace))
+        fill(planner.step_layout, wanted, part, key_chunks(part, workspace), planner.cache)
         assert_equal(planner.step, wanted, "step")
         for name in TOKEN_ARRAYS:
             assert_equal(getattr(meta, name), getattr(part, name), name)

@@ -300,9 +300,10 @@ PYBIND11_MODULE(_planner, m) {
         c.dcp_world_size = number("dcp_world_size");
         c.dcp_rank = number("dcp_rank");
         c.cp_interleave = number("cp_interleave");
-        c.at = {offset("row_table"),      offset("cu_seqlens_q"),         offset("cu_seqlens_k"),       offset("seqused_k"),
-                offset("logits_indices"), offset("discard_request_mask"), offset("request_table"),      offset("chunks"),
-                offset("chunk_stride"),   offset("chunk_starts"),         offset("chunk_cu_seqlens_k"), offset("chunk_seqused_k")};
+        c.at = {offset("row_table"),      offset("cu_seqlens_q"),         offset("cu_seqlens_k"), offset("seqused_k"),
+                offset("logits_indices"), offset("discard_request_mask"), offset("shard_starts"), offset("request_table"),
+                offset("chunks"),         offset("chunk_stride"),         offset("chunk_starts"), offset("chunk_cu_seqlens_k"),
+                offset("chunk_seqused_k")};
         return Bound(c, names);
       }))
       .def("attach", &Bound::attach)

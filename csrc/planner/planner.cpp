@@ -112,13 +112,16 @@ Counts Planner::measure(const Batch& batch) {
   return n;
 }
 
+// Tokens that a shard has of a sequence of so many.
+int64_t Planner::held(int64_t length, int64_t shard) const {
+  if (config_.dcp_world_size == 1) return length;
+  const int64_t round = config_.cp_interleave * config_.dcp_world_size;
+  return length / round * config_.cp_interleave + clip(length % round - shard * config_.cp_interleave, config_.cp_interleave);
+}
+
 // Blocks of this shard for a sequence of so many tokens.
 int64_t Planner::blocks_of(int64_t length) const {
-  if (config_.dcp_world_size > 1) {
-    const int64_t round = config_.cp_interleave * config_.dcp_world_size;
-    length = length / round * config_.cp_interleave +
-             clip(length % round - config_.dcp_rank * config_.cp_interleave, config_.cp_interleave);
-  }
+  length = held(length, config_.dcp_rank);
   if (length == 0) return 0;
   // Exact for less than 2**31 tokens; 256 divisions would take as long as half of the plan.
   return static_cast<int64_t>((static_cast<uint64_t>(length - 1) * per_block_) >> block_shift_) + 1;
@@ -230,9 +233,9 @@ void Planner::write(const Batch& batch, Counts& n, int32_t* step) const {
   int32_t *const natural = step + at.requests, *const contexts = natural + columns, *const keys = contexts + columns;
   int32_t *const chunk = keys + columns, *const owner = chunk + columns;
   int32_t *const cu_q = step + at.cu_seqlens_q, *const cu_k = step + at.cu_seqlens_k, *const used = step + at.seqused_k;
-  int32_t* const logits = step + at.logits_indices;
+  int32_t *const logits = step + at.logits_indices, *const shard_starts = step + at.shard_starts;
   auto* const discard = reinterpret_cast<uint8_t*>(step + at.discard_mask);
-  int32_t heads = 0, tails = 0, head_kv = 0, tail_kv = 0, key = 0, token = 0, cached = 0, longest_q = 0, longest_k = 0;
+  int32_t heads = 0, tails = 0, head_kv = 0, tail_kv = 0, key = 0, token = 0, cached = 0, sent = 0, longest_q = 0, longest_k = 0;
   int64_t decodes = 0;
   for (int64_t i = 0; i < requests; ++i) {
     const bool given = i < batch.count;  // the others are the empty ones that pad the batch
@@ -252,6 +255,7 @@ void Planner::write(const Batch& batch, Counts& n, int32_t* step) const {
     row_keys[i] = keys[i] = cu_k[2 * i] = cu_k[2 * i + 1] = key;
     natural[i] = token;
     contexts[i] = cached;
+    shard_starts[i] = sent;
     chunk[i] = static_cast<int32_t>(c.chunk);
     owner[i] = static_cast<int32_t>(c.owner);
     cu_q[2 * i] = heads + tails;
@@ -267,6 +271,7 @@ void Planner::write(const Batch& batch, Counts& n, int32_t* step) const {
     key += context + static_cast<int32_t>(c.padded);
     token += query;
     cached += context;
+    sent += static_cast<int32_t>(held(context, 0));  // the first shard never has fewer than another one
     longest_q = std::max({longest_q, in_head, in_tail});
     longest_k = std::max({longest_k, used_head, used_tail});
   }
@@ -277,6 +282,7 @@ void Planner::write(const Batch& batch, Counts& n, int32_t* step) const {
   row_keys[requests] = keys[requests] = cu_k[2 * requests] = key;
   natural[requests] = token;
   contexts[requests] = cached;
+  shard_starts[requests] = sent;
   chunk[requests] = owner[requests] = 0;
   cu_q[2 * requests] = heads + tails;
   n.heads = heads;

@@ -10,7 +10,7 @@ namespace pcp_mla::planner {
 
 // Where each array starts in the step buffer, in int32s. The chunk offsets are relative to a chunk's own start.
 struct Offsets {
-  int64_t row_table, cu_seqlens_q, cu_seqlens_k, seqused_k, logits_indices, discard_mask, requests;
+  int64_t row_table, cu_seqlens_q, cu_seqlens_k, seqused_k, logits_indices, discard_mask, shard_starts, requests;
   int64_t chunks, chunk_stride, chunk_starts, chunk_cu_seqlens_k, chunk_seqused_k;
 };
 
@@ -86,6 +86,7 @@ class Planner {
   void check_batch(const Batch& batch) const;
   Counts measure(const Batch& batch);
   void check_sizes(const Batch& batch, const Sizes& sizes, Counts& counts) const;
+  int64_t held(int64_t length, int64_t shard) const;
   int64_t blocks_of(int64_t length) const;
   void check_block_tables(const Batch& batch, const Sizes& sizes) const;
   template <typename Entry>

@@ -11,6 +11,7 @@ import torch
 
 from .partition import Partition, partition
 from .rank_rows import RankRows, rank_rows
+from .shard_rows import ShardRows
 from .slots import KeyChunk, PagedCache
 
 if TYPE_CHECKING:
@@ -180,6 +181,11 @@ class PCPMetadata:
 
     @property
     def kv_rows(self) -> torch.Tensor | None:
+        return None
+
+    @property
+    def shard_rows(self) -> ShardRows | None:
+        """The rows of an exchange with the other shards of the cache; None where the shards are not the ranks of PCP x DCP."""
         return None
 
     # cu_seqlens of two separate attention calls, one over the heads and one over the tails.

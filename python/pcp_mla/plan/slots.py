@@ -48,11 +48,14 @@ class PagedCache:
         slots = np.where(known, blocks, 0) * self.block_size + offset
         return np.where(known & (slots < 2**31), slots, -1)
 
+    def held(self, lengths: NDArray[Any], shard: int) -> NDArray[np.int64]:
+        """Tokens that a shard has of sequences of so many; the first shard never has fewer than another one."""
+        turns, rest = np.divmod(np.asarray(lengths, np.int64), self.cp_interleave * self.dcp_world_size)
+        return turns * self.cp_interleave + np.clip(rest - shard * self.cp_interleave, 0, self.cp_interleave)
+
     def blocks_of(self, lengths: NDArray[Any]) -> NDArray[np.int64]:
         """Blocks that this shard needs for sequences of so many tokens."""
-        turns, rest = np.divmod(np.asarray(lengths, np.int64), self.cp_interleave * self.dcp_world_size)
-        held = turns * self.cp_interleave + np.clip(rest - self.dcp_rank * self.cp_interleave, 0, self.cp_interleave)
-        return -(-held // self.block_size)
+        return -(-self.held(lengths, self.dcp_rank) // self.block_size)
 
 
 def slot_mapping(part: Partition, block_tables: NDArray[Any], cache: PagedCache) -> NDArray[np.int64]:

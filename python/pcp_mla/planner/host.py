@@ -192,7 +192,7 @@ class NumpyHostPlan:
                 read_entries(host_tables, (part.context_lens + part.query_lens)[:given], self._cache, kept)
 
         chunks = key_chunks(part, workspace)
-        fill(self._layout, step, part, chunks)
+        fill(self._layout, step, part, chunks, self._cache)
         prompts = np.zeros(part.num_requests, np.int32)
         if prompt_lens is not None:
             prompts[: len(prompt_lens)] = prompt_lens

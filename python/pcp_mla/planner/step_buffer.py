@@ -12,7 +12,8 @@ import numpy as np
 
 from ..plan.partition import IntArray, Partition, _prefix_sum
 from ..plan.rank_rows import num_rank_rows
-from ..plan.slots import KeyChunk
+from ..plan.shard_rows import shard_starts
+from ..plan.slots import KeyChunk, PagedCache
 
 
 def _aligned(count: int) -> int:
@@ -27,7 +28,8 @@ class StepLayout(NamedTuple):
     The *request table*, int32 [5 + P, R + 1], is all that the ``plan_expand`` op reads. Its rows are: prefix sums of
     ``query_lens``; of ``context_lens``; of the requests' rows in key order; the length of a chunk (of the decode, for a decode);
     the first rank that holds the decode, -1 for a prefill; and for each rank prefix sums of its local tokens. It is also all that
-    the ``plan_rank_rows`` op reads, whose tables, ``rank_rows_size`` int32s, are a buffer of their own.
+    the ``plan_rank_rows`` op reads, whose tables, ``rank_rows_size`` int32s, are a buffer of their own. The ``plan_shard_rows`` op
+    reads ``shard_starts`` [R + 1] besides.
     """
 
     offsets: dict[str, int]
@@ -45,6 +47,7 @@ class StepLayout(NamedTuple):
             "seqused_k": rows,
             "logits_indices": max_requests,
             "discard_request_mask": -(-max_requests // 4),  # one byte a request
+            "shard_starts": max_requests + 1,
             "request_table": (5 + world_size) * (max_requests + 1),
         }
         offsets, at = {}, 0
@@ -74,7 +77,7 @@ def request_table(part: Partition) -> IntArray:
     return np.stack([*rows, np.append(np.where(part.is_prefill, -1, owner), 0), *local]).astype(np.int32)
 
 
-def fill(layout: StepLayout, step: IntArray, part: Partition, chunks: Sequence[KeyChunk]) -> None:
+def fill(layout: StepLayout, step: IntArray, part: Partition, chunks: Sequence[KeyChunk], cache: PagedCache) -> None:
     """Write the arrays of ``part`` and the tables of its key chunks into ``step`` [layout.size] int32."""
 
     def put(start: int, array: IntArray) -> None:
@@ -84,6 +87,7 @@ def fill(layout: StepLayout, step: IntArray, part: Partition, chunks: Sequence[K
         put(layout.offsets[name], getattr(part, name))
     mask = part.discard_request_mask.view(np.uint8)
     step.view(np.uint8)[4 * layout.offsets["discard_request_mask"] :][: len(mask)] = mask
+    put(layout.offsets["shard_starts"], shard_starts(part.context_lens, cache))
     put(layout.offsets["request_table"], request_table(part))
     for number, chunk in enumerate(chunks):
         for name in ("starts", "cu_seqlens_k", "seqused_k"):
