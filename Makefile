@@ -17,7 +17,7 @@ test: build
 # The planner's tests with libraries that have the address sanitizer in them, in a copy of the package. Python itself leaks by design.
 # A report goes straight to stderr: the sanitizer ends the process before pytest could show what it captured.
 ASAN := build/asan
-ASAN_TESTS := tests/test_planner.py tests/test_planner_errors.py tests/test_planner_fuzz.py tests/test_plan_expand.py tests/test_plan_rank_rows.py
+ASAN_TESTS := tests/test_planner.py tests/test_planner_errors.py tests/test_planner_fuzz.py tests/test_plan_expand.py tests/test_plan_rank_rows.py tests/test_plan_shard_rows.py
 
 test-asan: $(VENV)/ready
 	rm -rf $(ASAN)/pcp_mla && mkdir -p $(ASAN) && cp -r python/pcp_mla $(ASAN) && rm -f $(ASAN)/pcp_mla/*.so

@@ -54,6 +54,24 @@ struct RequestTable {
   }
 };
 
+// Of row n of the keys, all of them in key order, or all cached ones before all new ones: whose it is, and which token.
+struct KeyPlace {
+  int32_t request, position;
+};
+PCP_HOST_DEVICE inline KeyPlace key_place(const RequestTable& table, int32_t n, bool split) {
+  const int32_t contexts = table.context()[table.requests];
+  if (!split) {
+    const int32_t i = table.find(n, [&](int32_t m) { return table.keys()[m]; });
+    return {i, n - table.keys()[i]};
+  }
+  if (n < contexts) {
+    const int32_t i = table.find(n, [&](int32_t m) { return table.context()[m]; });
+    return {i, n - table.context()[i]};
+  }
+  const int32_t i = table.find(n - contexts, [&](int32_t m) { return table.restored_start(m); });
+  return {i, table.context_len(i) + n - contexts - table.restored_start(i)};
+}
+
 // The paged latent cache, seen as rows of one token, and this shard's part of it.
 struct PagedCache {
   const int32_t* blocks;  // [rows, columns], null for none

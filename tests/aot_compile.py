@@ -20,6 +20,7 @@ from pcp_mla.triton.latent_cache import latent_cache_kernel
 from pcp_mla.triton.merge_states import merge_states_kernel
 from pcp_mla.triton.plan_expand import plan_expand_kernel
 from pcp_mla.triton.plan_rank_rows import plan_rank_rows_kernel
+from pcp_mla.triton.plan_shard_rows import plan_shard_rows_kernel
 
 # Arguments that point to something; all others that are no constants are sizes and strides.
 POINTERS = {
@@ -30,6 +31,7 @@ POINTERS = {
         "*i64": "slots_out",
     },
     plan_rank_rows_kernel: {"*i32": "table out"},
+    plan_shard_rows_kernel: {"*i32": "table starts blocks context_out kv_out", "*i64": "slots slots_out"},
     concat_k_kernel: {"data": "k_nope k_pe out"},
     kv_up_project_kernel: {"data": "latents weight k_out v_out k_pe_out", "*i32": "rows", "*fp32": "scale"},
     latent_cache_kernel: {"data": "cache outside", "*i64": "slots", "*i32": "block_table cu_seqlens starts"},
@@ -44,6 +46,7 @@ CONSTANTS = {
     fused_restore_kernel: {"ROWS": 8, "BLOCK": 1024, "BLOCK_LSE": 16},
     plan_expand_kernel: {"HAS_BLOCKS": True, "SPLIT": True, "BLOCK": 256},
     plan_rank_rows_kernel: {"BLOCK": 256},
+    plan_shard_rows_kernel: {"SPLIT": True, "BLOCK": 256},
     concat_k_kernel: {"ROWS": 8, "BLOCK": 256},
     kv_up_project_kernel: {"LISTED": True, "SCALED": False, "ROPE": 64, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8},
     latent_cache_kernel: {"WRITE": False, "TABLE": True, "STARTS": True, "ROWS": 8, "BLOCK": 1024},
@@ -54,6 +57,7 @@ DATA = {
     fused_restore_kernel: ("*bf16", "*fp32", "*u8"),
     plan_expand_kernel: ("indices",),
     plan_rank_rows_kernel: ("indices",),
+    plan_shard_rows_kernel: ("indices",),
     concat_k_kernel: ("*bf16", "*u8"),
     kv_up_project_kernel: ("*bf16", "*fp32"),
     latent_cache_kernel: ("*bf16", "*u8"),

@@ -82,7 +82,7 @@ PUBLIC = {
     "torch.ops.pcp_mla": (
         "attention concat_k cp_correct_out fused_gather fused_gather_out fused_restore fused_restore_out gather_latents "
         "kv_up_project kv_up_project_wgmma merge_attn_states merge_attn_states_out merge_n_attn_states merge_n_attn_states_out "
-        "plan_expand plan_rank_rows write_latent_cache"
+        "plan_expand plan_rank_rows plan_shard_rows write_latent_cache"
     ),
 }
 

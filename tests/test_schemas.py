@@ -54,7 +54,7 @@ def test_kernels_are_of_ops_that_are_there():
 
 
 # Ops that users call through an object or by another op, not by a function of their own.
-INTERNAL = {"plan_expand", "plan_rank_rows", *registry.COMPOSED.values()}
+INTERNAL = {"plan_expand", "plan_rank_rows", "plan_shard_rows", *registry.COMPOSED.values()}
 
 
 def test_one_word_an_op():

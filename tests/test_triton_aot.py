@@ -18,6 +18,7 @@ TYPES = {
     "merge_states_kernel": ["*bf16", "*fp32"],
     "plan_expand_kernel": ["indices"],
     "plan_rank_rows_kernel": ["indices"],
+    "plan_shard_rows_kernel": ["indices"],
 }
 
 

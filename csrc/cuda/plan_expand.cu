@@ -46,18 +46,7 @@ __device__ void expand_gathered(const ExpandJob& p, int32_t g) {
 __device__ int32_t kv_row(const ExpandJob& p, int32_t n) {
   const RequestTable& table = p.table;
   if (n >= table.keys()[table.requests]) return -1;
-  const int32_t contexts = table.context()[table.requests];
-  int32_t i, position;
-  if (!p.split) {
-    i = table.find(n, [&](int32_t m) { return table.keys()[m]; });
-    position = n - table.keys()[i];
-  } else if (n < contexts) {
-    i = table.find(n, [&](int32_t m) { return table.context()[m]; });
-    position = n - table.context()[i];
-  } else {
-    i = table.find(n - contexts, [&](int32_t m) { return table.restored_start(m); });
-    position = table.context_len(i) + n - contexts - table.restored_start(i);
-  }
+  const auto [i, position] = key_place(table, n, p.split);
   const bool real = position < table.context_len(i) + table.query_len(i);
   return real ? static_cast<int32_t>(p.cache.slot(i, position)) : -1;
 }

@@ -27,6 +27,12 @@ SCHEMAS = {
         "(Tensor request_table, Tensor(a!) out, SymInt num_requests, SymInt world_size, SymInt num_tokens_padded, "
         "SymInt num_chunks, SymInt workspace_tokens) -> ()"
     ),
+    "plan_shard_rows": (
+        "(Tensor request_table, Tensor shard_starts, Tensor block_tables, Tensor slot_mapping, Tensor(a!) context_slots, "
+        "Tensor(b!) shard_slots, Tensor(c!) kv_rows, SymInt num_requests, SymInt world_size, SymInt num_tokens_padded, "
+        "SymInt num_context, SymInt num_kv_rows, bool split, SymInt block_size, SymInt dcp_world_size, SymInt dcp_rank, "
+        "SymInt cp_interleave) -> ()"
+    ),
     "merge_attn_states": (
         "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor? scale, bool base2) -> (Tensor, Tensor)"
     ),

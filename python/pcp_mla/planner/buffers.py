@@ -8,6 +8,8 @@ import torch
 
 from ..ops.plan_expand import plan_expand
 from ..ops.plan_rank_rows import plan_rank_rows
+from ..ops.plan_shard_rows import plan_shard_rows
+from ..plan.shard_rows import shards_per_rank
 from ..plan.slots import PagedCache
 from .step_buffer import StepLayout
 
@@ -20,6 +22,9 @@ class PlanBuffers:
         tables: on a CPU [max_requests, blocks], the block numbers as they were when they were planned; None elsewhere, where a plan
             is expanded at once.
         rank_rows: tables of all ranks' rows; None until somebody asks for them.
+        shards_per_rank: D, where the shards of the cache are the ranks of PCP x DCP; else 0.
+        shard_rows: ``context_slots``, ``slot_mapping`` and ``kv_rows`` of :class:`pcp_mla.plan.shard_rows.ShardRows`, each in a
+            buffer that grows.
     """
 
     def __init__(
@@ -52,15 +57,17 @@ class PlanBuffers:
         self.kv_address = self.kv_rows.data_ptr()
         self.tables: torch.Tensor | None = None
         self.plan = 0
-        self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = False
+        self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = self.shard_rows_expanded = False
         self.rank_rows: torch.Tensor | None = None
+        self.shards_per_rank = shards_per_rank(cache, self.world_size, self.rank) if cache.dcp_world_size > 1 else 0
+        self.shard_rows = [self.kv_rows[:0], self.slot_mapping[:0], self.kv_rows[:0]]
         self._counts = (0, 0, 0, 0, 0)
 
     def hold(self, counts: dict[str, Any], tables: torch.Tensor | None, workspace_tokens: int | None) -> None:
         """From now on they hold the plan of these counts (:data:`pcp_mla.planner.host.COUNTS`): nothing is expanded yet."""
         self.plan += 1
         self.tables = tables
-        self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = False
+        self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = self.shard_rows_expanded = False
         chunks = len(counts["chunk_max_seqlens"])
         split = (chunks, int(workspace_tokens or 0)) if chunks > 1 else (0, 0)
         self._counts = (counts["num_requests"], counts["num_tokens_padded"], counts["num_kv_tokens"], *split)
@@ -123,3 +130,24 @@ class PlanBuffers:
         if not self.rank_rows_expanded:
             self.expand_rank_rows()
         return self.rank_rows
+
+    def expand_shard_rows(self, tables: torch.Tensor, sent: tuple[int, int]) -> None:
+        """Fill the tables of the exchange with the other shards, each of which sends so many new rows and rows of context."""
+        requests, rows, keys, chunks, _ = self._counts
+        sizes = (sent[1], self.cache.dcp_world_size * sum(sent), keys)
+        for number, (buffer, size) in enumerate(zip(self.shard_rows, sizes, strict=True)):
+            if buffer.shape[0] < size:
+                with torch.inference_mode(False):
+                    self.shard_rows[number] = torch.empty(2 * size, dtype=buffer.dtype, device=self.device)
+        starts = self.step[self.step_layout.offsets["shard_starts"] :][: requests + 1]
+        slots = self.expanded_tokens("slot_mapping")
+        lists = (self.request_table, starts, tables, slots, *self.shard_rows)
+        plan_shard_rows(*lists, requests, self.world_size, rows, sent[1], keys, chunks > 1, *self._cache_numbers)
+        self.shard_rows_expanded = True
+
+    def expanded_shard_rows(self, sent: tuple[int, int]) -> list[torch.Tensor]:
+        """``shard_rows``, filled."""
+        if not self.shard_rows_expanded:
+            assert self.tables is not None
+            self.expand_shard_rows(self.tables, sent)
+        return self.shard_rows

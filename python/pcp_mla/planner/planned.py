@@ -13,6 +13,7 @@ import torch
 from ..plan.metadata import PCPMetadata
 from ..plan.partition import Partition, partition
 from ..plan.rank_rows import RankRows, longest_rows, num_rank_rows
+from ..plan.shard_rows import ShardRows
 from ..plan.slots import KeyChunk, PagedCache
 from .buffers import PlanBuffers
 
@@ -183,6 +184,32 @@ class PlannedMetadata(PCPMetadata):
         of_chunks = zip(self.key_chunks, pairs[1:] or pairs, longest, strict=True)
         chunks = (replace(chunk, cu_seqlens_k=k, seqused_k=n, max_seqlen_k=most) for chunk, (k, n), most in of_chunks)
         return RankRows(queries, *pairs[0], longest_q, longest_k, tuple(chunks))
+
+    @cached_property
+    def shard_rows(self) -> ShardRows | None:
+        """As in PCPMetadata.
+
+        Raises:
+            ValueError: all shards together would send 2**31 rows or more.
+        """
+        buffers = self._buffers
+        if not (self._has_slots and buffers.shards_per_rank):
+            return None
+        sent, total = self.sent_rows, self.num_exchanged
+        if total >= 2**31:
+            raise ValueError(f"PCPMetadata: shard_rows must be less than 2**31 rows of all shards, got {total}")
+        context, slots, rows = self._current().expanded_shard_rows(sent)
+        return ShardRows(*sent, context[: sent[1]], slots[:total], rows[: self.num_kv_tokens])
+
+    @cached_property
+    def sent_rows(self) -> tuple[int, int]:
+        """Rows of new tokens and of context that each shard sends: of numbers that all ranks share. Only of a shared-out cache."""
+        buffers = self._buffers
+        return -(-self.num_tokens_padded // buffers.shards_per_rank), int(buffers.cache.held(self.lengths[1], 0).sum())
+
+    @property
+    def num_exchanged(self) -> int:
+        return self._buffers.cache.dcp_world_size * sum(self.sent_rows)
 
     # Arrays over tokens.
 

@@ -45,7 +45,9 @@ class PCPPlanner:
         world_size, rank: P, and this rank.
         layout, decode_policy: as :func:`pcp_mla.partition`.
         block_size: tokens of a block of the paged cache.
-        dcp_world_size, dcp_rank, cp_interleave: W, this shard and I, if decode context parallelism shares the cache out.
+        dcp_world_size, dcp_rank, cp_interleave: W, this shard and I, if decode context parallelism shares the cache out. Where W is
+            a multiple of P and the shards are the ranks of PCP x DCP (``dcp_rank // (W / P)`` is ``rank``), metadata have
+            ``shard_rows``, for a :class:`ShardedExchange`.
         device: where the tensors are; ``pin_memory`` of the host's side: by default where the device is a GPU.
         max_kv_tokens: rows of ``kv_rows``, context included. Given, they are at a fixed address; by default in a buffer that grows.
         max_context_chunks: calls that the context may be split into by ``workspace_tokens``.
@@ -243,6 +245,8 @@ class PCPPlanner:
             staging.send(len(meta.chunk_max_seqlens), self.step_layout)
             buffers.expand(tables, tokens=True, keys=tables is not None)
         buffers.expand_rank_rows()
+        if tables is not None and buffers.shards_per_rank and meta.num_exchanged < 2**31:
+            buffers.expand_shard_rows(tables, meta.sent_rows)
         return meta
 
     def largest_rank(self, query_lens: Any, is_prefill: Any = None) -> int:

@@ -12,6 +12,7 @@ from .latent_cache import gather_latents, write_latent_cache
 from .merge_states import cp_correct_out, merge_attn_states, merge_attn_states_out, merge_n_attn_states, merge_n_attn_states_out
 from .plan_expand import plan_expand
 from .plan_rank_rows import plan_rank_rows
+from .plan_shard_rows import plan_shard_rows
 
 __all__ = [
     "attention",
@@ -29,5 +30,6 @@ __all__ = [
     "merge_n_attn_states_out",
     "plan_expand",
     "plan_rank_rows",
+    "plan_shard_rows",
     "write_latent_cache",
 ]

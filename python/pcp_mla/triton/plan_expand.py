@@ -25,6 +25,25 @@ def _find(starts, less, requests, steps, n, LESS: tl.constexpr):
 
 
 @triton.jit
+def _key_place(context, keys, requests, steps, n, SPLIT: tl.constexpr):
+    """Whose row n of the keys is, and which token."""
+    if SPLIT:
+        contexts = tl.load(context + requests)
+        cached = n < contexts
+        fresh = n - contexts
+        low = tl.where(
+            cached, _find(context, context, requests, steps, n, False), _find(keys, context, requests, steps, fresh, True)
+        )
+        start = tl.load(context + low)
+        old = tl.load(context + low + 1) - start
+        position = tl.where(cached, n - start, old + fresh - (tl.load(keys + low) - start))
+    else:
+        low = _find(keys, keys, requests, steps, n, False)
+        position = n - tl.load(keys + low)
+    return low, position
+
+
+@triton.jit
 def _slot(blocks, block_stride, block_rows, columns, block_size, shards, shard, interleave, request, position, mask):
     group = position // interleave
     local = group // shards * interleave + position % interleave
@@ -83,19 +102,7 @@ def plan_expand_kernel(
             tl.store(slots_out + g, slot, mask=inside)
     else:
         n = (tl.program_id(0) - gathered_programs) * BLOCK + tl.arange(0, BLOCK)
-        contexts = tl.load(context + requests)
-        if SPLIT:
-            cached = n < contexts
-            fresh = n - contexts
-            low = tl.where(
-                cached, _find(context, context, requests, steps, n, False), _find(keys, context, requests, steps, fresh, True)
-            )
-            start = tl.load(context + low)
-            old = tl.load(context + low + 1) - start
-            position = tl.where(cached, n - start, old + fresh - (tl.load(keys + low) - start))
-        else:
-            low = _find(keys, keys, requests, steps, n, False)
-            position = n - tl.load(keys + low)
+        low, position = _key_place(context, keys, requests, steps, n, SPLIT)
         length = tl.load(context + low + 1) - tl.load(context + low) + tl.load(natural + low + 1) - tl.load(natural + low)
         real = (n < kv_count) & (n < tl.load(keys + requests)) & (position < length)
         slot = _slot(blocks, block_stride, block_rows, columns, block_size, shards, shard, interleave, low, position, real)
