@@ -1,5 +1,5 @@
-"""The rows of an exchange with a cache that is shared out: every implementation against the specification, that against plain loops,
-and a planner's tables."""
+"""The rows of an exchange with a cache that is shared out: every implementation against the specification, that against loops over
+tokens, and a planner's tables."""
 
 import dataclasses
 

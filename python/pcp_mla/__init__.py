@@ -5,6 +5,7 @@ from .exchange.heads import HeadExchange, heads_of
 from .exchange.latents import LatentExchange
 from .exchange.peer_heads import PeerHeadExchange
 from .exchange.peers import PeerExchange
+from .exchange.sharded import ShardedExchange
 from .layer.prefill import MLAPrefill
 from .ops.attention.call import pcp_attention
 from .ops.concat_k import concat_k
@@ -32,6 +33,7 @@ __all__ = [
     "PeerExchange",
     "PeerHeadExchange",
     "RowOp",
+    "ShardedExchange",
     "concat_k",
     "cp_correct_out",
     "cp_lse_a2a",

@@ -151,8 +151,6 @@ def _check_cache(
     paged = meta.paged_cache
     if paged is None:
         raise ValueError(f"{op}: meta must have cache slots, as a cache is given: plan it with block tables, got none")
-    if paged.dcp_world_size > 1:
-        raise NotImplementedError(f"{op}: meta must be for a cache that is not shared out, got {paged.dcp_world_size} DCP shards")
     shape = (paged.block_size, dims.latent_dim)
     if cache.dim() != 3 or tuple(cache.shape[1:]) != shape:
         raise ValueError(
@@ -169,6 +167,20 @@ def _check_cache(
         raise TypeError(f"{op}: cache must be {kv_c.dtype}, as kv_c, or come with a scale, got {cache.dtype}")
     check_no_gradients(op, "cache", cache)
     check_not_expanded(op, "cache", cache)
+
+
+def check_shards(op: str, sharded: bool, meta: PCPMetadata) -> None:
+    """Raise NotImplementedError unless the exchange, one with other shards or not, is for the step's cache; ValueError where the
+    shards are not the ranks."""
+    paged = meta.paged_cache
+    if paged is None or (paged.dcp_world_size == 1 and not sharded):
+        return
+    if not sharded:
+        shards = f"got {paged.dcp_world_size} DCP shards, which take a ShardedExchange"
+        raise NotImplementedError(f"{op}: meta must be for a cache that is not shared out, {shards}")
+    if meta.shard_rows is None:
+        got = f"shard {paged.dcp_rank} of {paged.dcp_world_size} on rank {meta.rank} of {meta.world_size}"
+        raise ValueError(f"{op}: meta must be for a cache whose shards are the ranks of PCP x DCP, got {got}")
 
 
 def check_split(op: str, split: Any, heads: Any, dims: MLADims) -> None:

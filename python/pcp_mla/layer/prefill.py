@@ -15,6 +15,7 @@ from ..exchange.heads import HeadExchange
 from ..exchange.latents import LatentExchange
 from ..exchange.peer_heads import PeerHeadExchange
 from ..exchange.peers import PeerExchange
+from ..exchange.sharded import ShardedExchange
 from ..ops.attention.checks import check_scale
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
@@ -30,7 +31,7 @@ class Started(NamedTuple):
 
     Attributes:
         meta: the step.
-        latents: that keys are expanded from: the cache if it is ``cached``, else [P * Np, W].
+        latents: that keys are expanded from: what the exchange published.
         scale: of a float8 cache.
         dtype, num_rows, widths: of this rank's latents and rotated keys.
         published: when that is done, if it is on a stream of its own.
@@ -67,7 +68,8 @@ class MLAPrefill:
     Attributes:
         dims: of the layers that it serves.
         softmax_scale: factor of the scores.
-        exchange: of the group, of these widths and this dtype; all layers can share one.
+        exchange: of the group, of these widths and this dtype; all layers can share one. For a cache that decode context
+            parallelism shares out, a :class:`ShardedExchange`.
         backend: of :func:`pcp_mla.pcp_attention`.
         heads: an exchange of queries and outputs, of the same group, dims and dtype.
         split: ``tokens``; ``heads``; or ``auto``: what costs less, step by step, by what a layer costs on this kind of GPU
@@ -78,7 +80,7 @@ class MLAPrefill:
 
     dims: MLADims
     softmax_scale: float
-    exchange: LatentExchange | PeerExchange
+    exchange: LatentExchange | PeerExchange | ShardedExchange
     backend: str = "auto"
     heads: HeadExchange | PeerHeadExchange | None = None
     split: str = "auto"
@@ -110,7 +112,8 @@ class MLAPrefill:
             kv_b_proj: linear module, or its weight [heads * (nope + v), kv_lora_rank].
             meta: the step, for this rank of the exchange's group; with a cache, from :meth:`PCPPlanner.plan` with block tables.
             cache: [num_blocks, block_size, kv_lora_rank + rope] this layer's paged latent cache, same dtype without ``scale``; the
-                new tokens' latents are written to it. Not needed if no request has context.
+                new tokens' latents are written to it. Not needed if no request has context and it is not shared out; else this
+                shard's.
             scale: float32 of one element, on the device, of this layer: the cache is float8_e4m3fn, as :func:`write_latent_cache`
                 fills it. New tokens are attended to as the cache holds them, so that it makes no difference in how many steps a
                 prompt comes.
@@ -120,7 +123,7 @@ class MLAPrefill:
 
         Raises:
             ValueError, TypeError: an argument does not fit ``dims``, ``meta`` or the exchange; the message has its name and value.
-            NotImplementedError: a cache that decode context parallelism shares out, an input that requires gradients, what the
+            NotImplementedError: a cache that is shared out without an exchange for that, an input that requires gradients, what the
                 attention backend does not support, or, with ``split="heads"``, a ``kv_b_proj`` whose heads cannot be had alone.
             RuntimeError: the attention backend is not available.
 
@@ -148,8 +151,9 @@ class MLAPrefill:
 
         Args:
             kv_c, k_pe, meta, cache, scale: as of a call. They must stay as they are until :meth:`finish`, and so must the plan.
-                Without a cache the result lies in the exchange's buffer: finish before the exchange is used again. With caches,
-                any number of layers can be started before the first is finished, on all ranks in the same order.
+                Without a cache, or with one that is shared out, the result lies in the exchange's buffer: finish before the
+                exchange is used again. With other caches, any number of layers can be started before the first is finished, on
+                all ranks in the same order.
             stream: to publish on beside what the current stream goes on with, behind what it has so far; the stream that is
                 current in :meth:`finish` waits for it. Not while a :class:`PiecewiseGraph` is captured.
 
@@ -206,7 +210,8 @@ class MLAPrefill:
 
     def _kind(self, like: Any, cached: bool, scaled: bool) -> Kind:
         dtype = like.dtype if isinstance(like, torch.Tensor | Started) else None
-        return Kind(self.dims, self.softmax_scale, self.backend, dtype, cached, self.heads, self.split, scaled)
+        sharded = isinstance(self.exchange, ShardedExchange)
+        return Kind(self.dims, self.softmax_scale, self.backend, dtype, cached, self.heads, self.split, scaled, sharded)
 
     def _part(
         self, op: str, step: LayerStep, kv_b_proj: KVProjection, weight: torch.Tensor | None, meta: PCPMetadata

@@ -15,7 +15,7 @@ from ..ops.attention.support import choose, wants_apart
 from ..plan.dims import MLADims
 from ..plan.metadata import PCPMetadata
 from ..plan.rank_rows import RankRows
-from .checks import check_head_exchange
+from .checks import check_head_exchange, check_shards
 from .projection import some_heads
 from .split import heads_pay
 
@@ -31,6 +31,7 @@ class Kind(NamedTuple):
     heads: HeadExchange | PeerHeadExchange | None = None
     split: str = "tokens"
     scaled: bool = False  # the cache is float8, with a scale of each layer
+    sharded: bool = False  # the exchange is one with the other shards of the cache
 
 
 class LayerStep:
@@ -53,8 +54,9 @@ class LayerStep:
     """
 
     def __init__(self, kind: Kind, meta: PCPMetadata) -> None:
-        """Errors as :func:`choose`, :func:`check_library` and :func:`check_head_exchange`, and RuntimeError for a plan that is no
-        longer the planner's."""
+        """Errors as :func:`choose`, :func:`check_library`, :func:`check_head_exchange` and :func:`check_shards`, and RuntimeError
+        for a plan that is no longer the planner's."""
+        check_shards("MLAPrefill", kind.sharded, meta)
         self.kind, dims, dtype, cached, self.scale = kind, kind.dims, kind.dtype, kind.cached, kind.scale
         self.ranks: RankRows | None = None
         self._share(meta)
@@ -63,6 +65,8 @@ class LayerStep:
         beyond = "the rows of all ranks" if self.ranks is not None else "chunk and prev" if len(self.chunks) > 1 else ""
         check_library(self.backend, beyond)
         rows = meta.kv_rows if cached else meta.allgather_restore_idx
+        if kind.sharded and meta.shard_rows is not None:
+            rows = meta.shard_rows.kv_rows
         assert rows is not None
         self.rows = rows
         self.call: Callable[..., Any] | None = None

@@ -30,6 +30,11 @@ def write_rows(latents: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.T
         _write(latents, cache, slot_mapping, scale)
 
 
+def gather_rows(cache: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """:func:`gather_latents` of slots, for arguments that are known to fit."""
+    _gather(cache, rows, None, None, None, None, out)
+
+
 def check_cache(op: str, cache: Any, name: str, rows: Any, scale: Any) -> None:
     """Raise unless ``rows`` [n, W] and ``cache`` hold latents of one width, in one dtype or in float8 with a scale."""
     if not isinstance(cache, torch.Tensor):

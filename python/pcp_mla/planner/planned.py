@@ -185,9 +185,9 @@ class PlannedMetadata(PCPMetadata):
         chunks = (replace(chunk, cu_seqlens_k=k, seqused_k=n, max_seqlen_k=most) for chunk, (k, n), most in of_chunks)
         return RankRows(queries, *pairs[0], longest_q, longest_k, tuple(chunks))
 
-    @cached_property
+    @property
     def shard_rows(self) -> ShardRows | None:
-        """As in PCPMetadata.
+        """As in PCPMetadata; looked for anew each time, so that what is there is of this plan.
 
         Raises:
             ValueError: all shards together would send 2**31 rows or more.
