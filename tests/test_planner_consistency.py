@@ -187,6 +187,30 @@ def test_each_field_is_named(name, switch):
     assert first == second == third
 
 
+def test_all_shards_of_a_cache():
+    """Two ranks of PCP, two shards on each: differences between any of the four, and one in another's place."""
+
+    def outcomes(group, changes, options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PCP_MLA_CHECK", "1")
+            places = {"world_size": 2, "rank": group.rank // 2, "dcp_world_size": 4, "dcp_rank": group.rank, "group": group}
+            made = PCPPlanner(**{**OPTIONS, **places, **options.get(group.rank, {})})
+            try:
+                made.plan(**{**GOOD, **changes.get(group.rank, {})}, block_tables=np.zeros((3, 20), np.int32))
+                return ""
+            except (RuntimeError, ValueError) as error:
+                return str(error)
+
+    assert play(4, lambda group: outcomes(group, {}, {})) == [""] * 4
+    told = play(4, lambda group: outcomes(group, {3: {"context_lens": [3, 9, 0]}}, {}))
+    assert all(words.endswith("these differ: context_lens of ranks 0, 1, 2 and of rank 3") for words in told)
+    told = play(4, lambda group: outcomes(group, {}, {1: {"cp_interleave": 4}}))
+    assert all(words.endswith("these differ: cp_interleave of ranks 0, 2, 3 and of rank 1") for words in told)
+    *others, wrong = play(4, lambda group: outcomes(group, {}, {3: {"dcp_rank": 2}}))
+    assert others == ["PCPPlanner.check_consistency: plan() failed on rank 3"] * 3
+    assert wrong.endswith("group must have this process as rank 2 of 4, as the planner, got rank 3 of 4")
+
+
 def test_equal_numbers_of_other_types_do_not_differ():
     sizes = [
         {"num_tokens_padded": 30, "workspace_tokens": 50},

@@ -51,7 +51,8 @@ class PCPPlanner:
         device: where the tensors are; ``pin_memory`` of the host's side: by default where the device is a GPU.
         max_kv_tokens: rows of ``kv_rows``, context included. Given, they are at a fixed address; by default in a buffer that grows.
         max_context_chunks: calls that the context may be split into by ``workspace_tokens``.
-        group: whose ranks ``check_consistency`` compares; with ``PCP_MLA_CHECK=1`` every plan() does so.
+        group: whose ranks ``check_consistency`` compares, of PCP, or with ``shard_rows`` of PCP x DCP; with ``PCP_MLA_CHECK=1``
+            every plan() does so.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong kind.
@@ -270,14 +271,20 @@ class PCPPlanner:
             raise
         self._compare(comparison, row)
 
+    def _place(self, size: int) -> tuple[int, int]:
+        """Rank and size that a group of ``size`` ranks should have: those of PCP, or of shards that are ranks of PCP x DCP."""
+        flat = size == self.cache.dcp_world_size and self._buffers.shards_per_rank > 0
+        return (self.cache.dcp_rank, size) if flat else (self.rank, self.world_size)
+
     def _wrong_place(self, comparison: Comparison) -> ValueError:
-        wanted = f"rank {self.rank} of {self.world_size}, as the planner"
-        got = f"rank {comparison.rank} of {comparison.size}"
+        rank, size = self._place(comparison.size)
+        wanted, got = f"rank {rank} of {size}, as the planner", f"rank {comparison.rank} of {comparison.size}"
         return ValueError(f"PCPPlanner.check_consistency: group must have this process as {wanted}, got {got}")
 
     def _digests(self, comparison: Comparison) -> list[int]:
-        same_size = comparison.size == self.world_size
-        if (same_size and comparison.rank != self.rank) or (not same_size and self._last is None):
+        rank, size = self._place(comparison.size)
+        same_size = comparison.size == size
+        if (same_size and comparison.rank != rank) or (not same_size and self._last is None):
             raise self._wrong_place(comparison)
         if self._last is None:
             raise ValueError("PCPPlanner.check_consistency: there must be a plan to compare, got none")
@@ -285,5 +292,5 @@ class PCPPlanner:
 
     def _compare(self, comparison: Comparison, row: list[int]) -> None:
         comparison.compare(row)  # names the size where some ranks have another world
-        if comparison.size != self.world_size:
+        if comparison.size != self._place(comparison.size)[1]:
             raise self._wrong_place(comparison)
