@@ -248,4 +248,32 @@ CHANGES = (
         "scale=scale, dtype=None,",
         "tests/test_layer_float8.py::test_the_bits_over_a_cache_of_what_float8_holds",
     ),
+    Change(
+        "the parts of new tokens that shards send overlap",
+        "python/pcp_mla/exchange/sharded.py",
+        "self._part = self.shard % each * rows.num_new, rows.num_new",
+        "self._part = 0, rows.num_new",
+        "tests/test_layer_sharded.py::test_played[2-2-cpu]",
+    ),
+    Change(
+        "a rank refuses to make an exchange without a word to the others",
+        "python/pcp_mla/exchange/sharded.py",
+        "        self._compare(group, torch.device(device), wrong, form)",
+        "        if wrong:\n            raise wrong\n        self._compare(group, torch.device(device), wrong, form)",
+        "tests/test_sharded_exchange.py::test_played_ranks_that_differ_all_learn_of_it",
+    ),
+    Change(
+        "a step with too much context is exchanged",
+        "python/pcp_mla/exchange/sharded.py",
+        "if rows.num_context > self.max_context:",
+        "if rows.num_context > 2 * self.max_context:",
+        "tests/test_sharded_exchange.py::test_steps_that_do_not_fit_are_refused_on_every_rank",
+    ),
+    Change(
+        "layers with the whole cache and with a shard share a step",
+        "python/pcp_mla/layer/checks.py",
+        "    if not sharded:\n        shards",
+        "    if False:\n        shards",
+        "tests/test_layer_sharded.py::test_refusals",
+    ),
 )

@@ -41,8 +41,8 @@ CHANGES = (
     Change(
         "tables of all ranks are of an earlier plan",
         "python/pcp_mla/planner/buffers.py",
-        "self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = False\n        chunks",
-        "self.tokens_expanded = self.keys_expanded = False\n        chunks",
+        "self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = self.shard_rows_expanded = False\n        chunks",
+        "self.tokens_expanded = self.keys_expanded = self.shard_rows_expanded = False\n        chunks",
         "tests/test_plan_rank_rows.py::test_tables_stay_where_they_are",
     ),
     Change(
@@ -149,5 +149,33 @@ CHANGES = (
         "block_shift_ = 31 + std",
         "block_shift_ = 20 + std",
         "tests/test_planner_tables.py::test_blocks_in_use_are_counted_exactly",
+    ),
+    Change(
+        "a shard sends as much context as it holds",
+        "python/pcp_mla/plan/shard_rows.py",
+        "return _prefix_sum(cache.held(context_lens, 0))",
+        "return _prefix_sum(cache.held(context_lens, cache.dcp_rank))",
+        "tests/test_plan_shard_rows.py::test_the_specification",
+    ),
+    Change(
+        "rows of context begin where the new ones do",
+        "csrc/plan_shard_rows.h",
+        "* sent() + fresh + starts[i] + local);",
+        "* sent() + starts[i] + local);",
+        "tests/test_plan_shard_rows.py::test_random_batches[cpu-native]",
+    ),
+    Change(
+        "the first new tokens of a tail are those of its head",
+        "csrc/plan_shard_rows.h",
+        "local = token - number * chunk + (tail ? table.head_len(i, rank) : 0);",
+        "local = token - number * chunk;",
+        "tests/test_plan_shard_rows.py::test_random_batches[cpu-native]",
+    ),
+    Change(
+        "rows of an earlier plan's shards are kept",
+        "python/pcp_mla/planner/buffers.py",
+        "self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = self.shard_rows_expanded = False\n        chunks",
+        "self.tokens_expanded = self.keys_expanded = self.rank_rows_expanded = False\n        chunks",
+        "tests/test_plan_shard_rows.py::test_planner",
     ),
 )
