@@ -14,7 +14,17 @@ import pytest
 import torch
 
 from batches import as_bytes
-from pcp_mla import HeadExchange, LatentExchange, MLADims, MLAPrefill, PCPMetadata, PCPPlanner, ShardedExchange
+from pcp_mla import (
+    HeadExchange,
+    LatentExchange,
+    MLADims,
+    MLAPrefill,
+    PCPMetadata,
+    PCPPlanner,
+    ShardedExchange,
+    gather_latents,
+    write_latent_cache,
+)
 from pcp_mla.groups import group_rank, group_world_size
 from pcp_mla.plan.slots import PagedCache
 from pcp_mla.testing.launch import run_distributed
@@ -67,13 +77,16 @@ def one_thread() -> Iterator[None]:
 class Texts:
     """What all ranks know of some requests, by a seed: queries, latents of all their tokens, and a weight."""
 
-    def __init__(self, lengths: list[int], seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, lengths: list[int], seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32, scaled: bool = False
+    ) -> None:
         random = torch.Generator().manual_seed(seed)
         place = {"device": device, "dtype": dtype}
         self.q = [torch.randn(n, DIMS.num_heads, DIMS.qk_head_dim, generator=random).to(**place) for n in lengths]
         self.latents = [(torch.randint(-8, 9, (n, DIMS.latent_dim), generator=random) / 8).to(**place) for n in lengths]
         weight = torch.randint(-8, 9, (DIMS.num_heads * DIMS.expanded_dim, DIMS.kv_lora_rank), generator=random) / 8
         self.weight = weight.to(**place)
+        self.scale = torch.tensor([0.3], device=device) if scaled else None
 
     def local(self, meta: PCPMetadata) -> tuple[torch.Tensor, ...]:
         """q, kv_c and k_pe of this rank's new tokens in a step; pads NaN."""
@@ -112,8 +125,8 @@ class Rank:
     def put(self, texts: Texts, contexts: list[int]) -> None:
         starts = torch.from_numpy(np.cumsum([0, *self.lengths])).to(self.cache.device)
         requests, positions, slots = self.rows(contexts)
-        self.cache = self.cache.to(texts.weight.dtype)
-        self.cache.flatten(0, 1)[slots] = torch.cat(texts.latents)[starts[requests] + positions]
+        self.cache = self.cache.to(torch.float8_e4m3fn if texts.scale is not None else texts.weight.dtype)
+        write_latent_cache(torch.cat(texts.latents)[starts[requests] + positions], self.cache, slots, scale=texts.scale)
 
     def step(self, layer: MLAPrefill, texts: Texts, case: Case, halves: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of this rank and their outputs."""
@@ -121,9 +134,9 @@ class Rank:
         meta = self.planner.plan(case.lengths, case.contexts, case.prefills, tables, **case.options)
         q, kv_c, k_pe = texts.local(meta)
         if halves:
-            out = layer.finish(q, texts.weight, layer.start(kv_c, k_pe, meta, self.cache))
+            out = layer.finish(q, texts.weight, layer.start(kv_c, k_pe, meta, self.cache, scale=texts.scale))
         else:
-            out = layer(q, kv_c, k_pe, texts.weight, meta, self.cache)
+            out = layer(q, kv_c, k_pe, texts.weight, meta, self.cache, scale=texts.scale)
         return meta.local_token_indices[: meta.num_tokens].clone(), out[: meta.num_tokens].clone()
 
 
@@ -135,34 +148,40 @@ def totals(case: Case) -> list[int]:
     return [n + c for n, c in zip(case.lengths, case.contexts, strict=True)]
 
 
-def whole(world: int, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, backend: str = "auto") -> list[Any]:
+def whole(world: int, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, scaled: bool = False) -> list[Any]:
     """Tokens, outputs and the cache of every rank of PCP, each with the whole cache."""
 
     def run(group: Any) -> Any:
-        texts = Texts(totals(case), 0, device, dtype)
+        texts = Texts(totals(case), 0, device, dtype, scaled)
         rank = Rank(totals(case), world, group.rank, PagedCache(BLOCK), device, **split_of(case))
         rank.put(texts, case.contexts)
-        layer = MLAPrefill(DIMS, SCALE, LatentExchange(group, ROOM, DIMS, dtype, device), backend)
+        layer = MLAPrefill(DIMS, SCALE, LatentExchange(group, ROOM, DIMS, dtype, device))
         return *rank.step(layer, texts, case), rank
 
     return play(world, run)
 
 
 def sharded(
-    group: Any, world: int, interleave: int, cases: list[Case], device: str = "cpu", dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
-) -> list[Any]:  # fmt: skip
+    group: Any,
+    world: int,
+    interleave: int,
+    cases: list[Case],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    scaled: bool = False,
+) -> list[Any]:
     """The same of each case for one shard, in halves where its number is odd."""
     shards = PagedCache(BLOCK, group_world_size(group), group_rank(group), interleave)
     place, results = group_rank(group) * world // group_world_size(group), []
-    exchange = ShardedExchange(group, ROOM, ROOM * 2, DIMS, dtype, device, shards=shards, pcp_world_size=world)
-    layer = MLAPrefill(DIMS, SCALE, exchange, backend)
+    of = torch.float8_e4m3fn if scaled else dtype
+    exchange = ShardedExchange(group, ROOM, ROOM * 2, DIMS, of, device, shards=shards, pcp_world_size=world)
+    layer = MLAPrefill(DIMS, SCALE, exchange)
     for number, case in enumerate(cases):
-        texts = Texts(totals(case), 0, device, dtype)
+        texts = Texts(totals(case), 0, device, dtype, scaled)
         rank = Rank(totals(case), world, place, shards, device, **split_of(case))
         rank.put(texts, case.contexts)
-        exchange._gathered.fill_(torch.nan)  # nothing of an earlier step may count
-        exchange._send.fill_(torch.nan)
+        exchange._gathered.copy_(torch.tensor(torch.nan))  # nothing of an earlier step may count
+        exchange._send.copy_(torch.tensor(torch.nan))
         tokens, out = rank.step(layer, texts, case, number % 2 == 1)
         results.append((tokens.cpu(), out.cpu(), rank.cache.cpu(), shards))
     return results
@@ -182,10 +201,11 @@ def compare(ranks: list[list[Any]], world: int, cases: list[Case], **where: Any)
             assert not out.isnan().any(), case
             assert torch.equal(as_bytes(out), as_bytes(other.cpu())), case
             mine = Rank(totals(case), world, shard * world // len(ranks), shards)
-            expected = torch.full_like(cache, torch.nan)
+            expected = mine.cache.to(cache.dtype)
             requests, positions, slots = mine.rows(totals(case))
             slots_there = PagedCache(BLOCK).slots(rank.tables, requests.numpy(), positions.numpy())
-            expected.flatten(0, 1)[slots] = rank.cache.cpu().flatten(0, 1)[torch.from_numpy(slots_there)]
+            rows = gather_latents(rank.cache.cpu(), torch.from_numpy(slots_there).int())
+            write_latent_cache(rows, expected, slots)
             assert torch.equal(as_bytes(cache), as_bytes(expected)), case
 
 
@@ -206,6 +226,14 @@ def test_played(world: int, each: int, device: str) -> None:
     """Shards that are the ranks of PCP, of DCP alone, of both."""
     cases, interleave = list(CASES.values()), 2 + each
     compare(play(world * each, lambda group: sharded(group, world, interleave, cases, device)), world, cases, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float8_cache(dtype: torch.dtype, device: str) -> None:
+    """Rows travel as the caches hold them, new ones too."""
+    cases, form = list(CASES.values()), {"device": device, "dtype": dtype, "scaled": True}
+    compare(play(4, lambda group: sharded(group, 2, 2, cases, **form)), 2, cases, **form)
 
 
 @pytest.mark.gpu

@@ -147,6 +147,12 @@ def test_steps_that_do_not_fit_are_refused_on_every_rank(shards: int) -> None:
         ({"cache": torch.zeros(99, BLOCK, 16).half()}, TypeError, "cache must be float32 as latents"),
         ({"cache": torch.zeros(1, 1, 16).expand(99, BLOCK, 16)}, ValueError, "cache must not be expanded"),
         ({"kv_c": torch.zeros(4, 12, requires_grad=True)}, NotImplementedError, "kv_c must not require gradients"),
+        ({"scale": torch.ones(1)}, TypeError, "cache must be float8_e4m3fn with a scale, got float32"),
+        (
+            {"scale": torch.ones(1), "cache": torch.zeros(99, BLOCK, 16).to(torch.float8_e4m3fn)},
+            TypeError,
+            "cache must be torch.float32, as the exchange, got torch.float8_e4m3fn",
+        ),
         ({"meta": 3}, TypeError, "meta must be a PCPMetadata, got int"),
         ({"meta": PCPMetadata.build([8], world_size=2, rank=0)}, ValueError, "got rank 0 of 2 with None"),
     ],

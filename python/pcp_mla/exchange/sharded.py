@@ -32,7 +32,8 @@ class ShardedExchange:
         max_tokens: capacity, as local tokens of a rank of PCP with pads (``PCPPlanner.max_local_tokens``).
         max_context: capacity, as rows of context that a shard sends: at most ``tokens / W + requests * I`` of so many tokens of
             context.
-        dims, dtype, device: as :class:`LatentExchange`; the buffers are W + 1 times ceil(max_tokens / D) + max_context rows.
+        dims, device: as :class:`LatentExchange`; the buffers are W + 1 times ceil(max_tokens / D) + max_context rows.
+        dtype: of the cache, which is what travels; float8 as bytes.
         shards: shape of the cache and this rank's shard (``PCPPlanner.cache``), the group's ranks being the shards.
         pcp_world_size: P, which divides W.
 
@@ -73,10 +74,12 @@ class ShardedExchange:
         self.world_size, self.rank = pcp_world_size, self.shard * pcp_world_size // self.num_shards
         self.kv_lora_rank, self.width = dims.kv_lora_rank, dims.latent_dim
         self._in_place = gathers_in_place(group)
-        sent = -(-max_tokens * pcp_world_size // self.num_shards) + max_context
+        new = -(-max_tokens * pcp_world_size // self.num_shards)
+        sent = new + max_context
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
             self._gathered = torch.empty(self.num_shards * sent, self.width, dtype=dtype, device=device)
             self._send = self._gathered[:0] if self._in_place else self._gathered.new_empty(sent, self.width)
+            self._first_slots = torch.arange(new, device=device)
         self._meta: PCPMetadata | None = None
 
     def _check_places(self, shards: PagedCache, pcp_world_size: int) -> None:
@@ -121,7 +124,9 @@ class ShardedExchange:
         Args:
             kv_c, k_pe: as :meth:`LatentExchange.all_gather`; the same on all D ranks of a rank of PCP.
             meta: the step, for this rank and this shard, of a planner with these ``shards``, with block tables of this shard.
-            cache: this shard's, as :func:`write_latent_cache`, of the latents' dtype.
+            cache: this shard's, as :func:`write_latent_cache`, of the exchange's dtype.
+            scale: with an exchange of float8_e4m3fn and latents that are not, as :func:`write_latent_cache`: they travel as the
+                cache holds them.
 
         Returns:
             [W * (n + C), width], shard by shard: what ``meta.shard_rows.kv_rows`` counts in. Pads may be anything. It is a view of
@@ -139,15 +144,24 @@ class ShardedExchange:
         if meta is not self._meta:
             self._take(op, meta)
         check_latents(op, kv_c, k_pe, meta)
-        check_kind(op, kv_c, k_pe, (self.kv_lora_rank, self.width - self.kv_lora_rank), self._gathered.dtype)
+        dtype = self._gathered.dtype if scale is None else kv_c.dtype
+        check_kind(op, kv_c, k_pe, (self.kv_lora_rank, self.width - self.kv_lora_rank), dtype)
         if cache is None:
             raise ValueError(f"{op}: cache must be given, as it is shared out, got None")
-        check_cache(op, cache, "latents", self._rows, None)
+        check_cache(op, cache, "latents", self._rows if scale is None else kv_c.new_empty(0, self.width), scale)
+        if cache.dtype != self._gathered.dtype:
+            raise TypeError(f"{op}: cache must be {self._gathered.dtype}, as the exchange, got {cache.dtype}")
         check_not_expanded(op, "cache", cache)
         first, count = self._part
         count = min(count, max(0, kv_c.shape[0] - first))
         if count:
-            pack_latents(kv_c[first : first + count], k_pe[first : first + count], self._rows[:count])
+            part = kv_c[first : first + count], k_pe[first : first + count]
+            if scale is None:
+                pack_latents(*part, self._rows[:count])
+            else:  # as if these rows were the first slots of a cache
+                packed = kv_c.new_empty(count, self.width)
+                pack_latents(*part, packed)
+                write_rows(packed, self._rows, self._first_slots[:count], scale)
         if self._context.shape[0]:
             gather_rows(cache, self._context_slots, self._context)
         if self._collective is not None:
