@@ -4,6 +4,7 @@ a line a case, write FOLDER/<name>_<device>.json, with --geometry one geometry_<
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib
 import inspect
 import json
@@ -34,6 +35,7 @@ BENCHMARKS = (
     "merge_states",
     "overlap",
     "planner",
+    "profile",
     "split",
     "kv_up_project",
 )
@@ -136,6 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
         show = getattr(module, "line", line)  # a benchmark that moves no bytes has its own
         with torch.inference_mode():
             for result in module.run(device, geometries) if geometries else module.run(device):
+                if trace := result.pop("trace", None):
+                    packed = gzip.compress(json.dumps(trace, separators=(",", ":")).encode(), mtime=0)
+                    (out / f"{name}_{slug}.trace.json.gz").write_bytes(packed)
                 print(show(result), flush=True)
                 results.append(result)
         if geometries:
