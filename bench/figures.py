@@ -20,8 +20,8 @@ LAYER_PATHS = {"seed": "seed path", "rows": "virtual rows", "ours": "pcp-mla"}
 KINDS = {
     "attention": r"flash|attention_kernel|fmha",
     "collective": r"nccl",
-    "exchange": r"publish_latents|pack|latent_cache|concat_and_cache",
-    "up-projection": r"kv_up_project|gemm|nvjet|cutlass|xmma",
+    "exchange": r"publish_latents|latent_cache|concat_and_cache",
+    "up-projection": r"kv_up_project|gemm|nvjet|cutlass|cublas|xmma",
     "copies and indices": r"",
 }
 

@@ -17,7 +17,11 @@ writes after the GPU tests and compute-sanitizer, or `python -m bench NAME` one 
 events with a cold L2, unless a column says otherwise; a path whose result is wrong has none. "Share" is of a plain
 device copy that moves the same bytes, and counts the fewest bytes that the op can move. CPU time is to issue a call,
 on slow virtual machines: compare within a row. Columns of vLLM and FlashAttention 3 need these, installed or named by
-`PCP_MLA_VLLM_OPS` and `PCP_MLA_FA3`."""
+`PCP_MLA_VLLM_OPS` and `PCP_MLA_FA3`.
+
+![How near each op comes to what bounds it](img/shares.svg)"""
+
+PICTURES = {"The layer": "layer", "The layer on real ranks": "efficiency", "Inside vLLM": "ttft"}  # in docs/img
 
 LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result). "seed": the first
 implementation's way. "rows": virtual rows, keys gathered and expanded for each head and tail. Both over FlashAttention 3,
@@ -88,6 +92,8 @@ def load(file: str) -> dict[str, Any]:
 
 def head(title: str, first: str, text: str) -> Iterator[str]:
     yield from ["", f"## {title}", "", textwrap.fill(f"{first} {text}", 132, break_on_hyphens=False), ""]
+    if title in PICTURES:
+        yield from [f"![{title}](img/{PICTURES[title]}.svg)", ""]
 
 
 def source(file: str) -> str:

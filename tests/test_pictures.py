@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import figures
+from bench import figures, report
 
 NUMBERS = dict(figures.numbers())
 DESCRIPTION = ".//{http://purl.org/dc/elements/1.1/}description"
@@ -34,6 +35,12 @@ def test_picture_is_of_the_results(name: str) -> None:
 def test_no_other_pictures() -> None:
     assert {path.stem for path in figures.IMAGES.glob("*.svg")} == set(NUMBERS)
     assert set(figures.FIGURES) - set(NUMBERS) <= {"timeline"}  # without a trace
+
+
+def test_pages_show_all_pictures_and_no_others() -> None:
+    pages = [report.ROOT / "README.md", *(report.ROOT / "docs").glob("*.md")]
+    shown = [name for page in pages for name in re.findall(r"!\[[^]]+\]\((?:docs/)?img/(\w+)\.svg\)", page.read_text())]
+    assert set(shown) == set(NUMBERS)
 
 
 def trace(paths: tuple[str, ...] = ("seed", "collective", "peers")) -> dict[str, Any]:
