@@ -57,3 +57,8 @@ def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         result.pop("ours_fa3", None)
     monkeypatch.setattr(readme, "load", lambda file: results)
     assert len(list(readme.layer())) == 2 + len(readme.LAYER)
+
+
+def test_two_results_for_one_number() -> None:
+    with pytest.raises(ValueError, match="too many values"):
+        readme.find("layer_h100", heads=16)

@@ -262,4 +262,25 @@ CHANGES = (
         "add `--no-built-isolation`",
         "tests/test_readme.py",
     ),
+    Change(
+        "clocks of ranks are not put together",
+        "bench/profile.py",
+        " / 1e3 - start\n",
+        " / 1e6 - start\n",
+        "tests/test_bench_profile.py::test_ranks_in_one_trace",
+    ),
+    Change(
+        "the first result that fits is taken",
+        "bench/readme.py",
+        "    (result,) = (r for r in load(file)",
+        "    result, *_ = (r for r in load(file)",
+        "tests/test_report.py::test_two_results_for_one_number",
+    ),
+    Change(
+        "a picture shows the fastest call",
+        "bench/figures.py",
+        "calls[len(calls) // 2]",
+        "calls[0]",
+        "tests/test_pictures.py::test_timeline_is_of_the_call_in_the_middle",
+    ),
 )
