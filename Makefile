@@ -72,6 +72,21 @@ NAMES ?=
 bench-check: build
 	$(RUN) -m bench $(NAMES) --check
 
+# One wheel for all these Pythons, with CUDA unless PCP_MLA_CUDA=0, in dist/. auditwheel gives it the tag of the oldest system whose
+# libraries it can do with; torch's own are there when it is imported. What was compiled is kept in build/wheel.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+WHEEL := build/wheel
+$(VENV)/wheel: requirements-wheel.txt $(VENV)/ready
+	$(RUN) -m pip install -q -r requirements-wheel.txt
+	touch $@
+
+wheel: $(VENV)/wheel
+	rm -rf $(WHEEL)/lib* $(WHEEL)/dist
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PCP_MLA_CUDA=$${PCP_MLA_CUDA:-1} PCP_MLA_PYTHONS="$(PYTHONS)" \
+	    $(RUN) setup.py -q build -b $(WHEEL) bdist_wheel -d $(WHEEL)/dist
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	    $(RUN) -m auditwheel -v repair --exclude 'libtorch*' --exclude 'libc10*' -w dist $(WHEEL)/dist/*.whl
+
 build: $(VENV)/built
 
 # A torch with CUDA that the starting interpreter has is kept, and so is everything beside it; else the pinned versions are installed.

@@ -3,6 +3,7 @@
 Environment:
     PCP_MLA_NATIVE=0        install pure Python: no compiler needed, ops run through Triton or torch
     PCP_MLA_CUDA=auto|1|0   build the CUDA library if nvcc is found (auto, the default), always, or never
+    PCP_MLA_PYTHONS="P P"   interpreters to build the Python modules for, in a wheel for all (`make wheel`); default: this one
     PCP_MLA_WERROR=1        warnings of the compilers are errors
     PCP_MLA_SANITIZE=1      build with the address sanitizer; `make test-asan` does, and preloads its runtime
     MAX_JOBS=N              compile jobs at a time
@@ -13,15 +14,16 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 MODULES = ("_planner", "_direct")
+PYTHONS = os.environ.get("PCP_MLA_PYTHONS", "").split()
 
 
 def target_torch() -> tuple[str, str]:
@@ -73,6 +75,29 @@ def wants_cuda() -> str | None:
     return nvcc
 
 
+def target_pythons() -> list[tuple[str, str]]:
+    """Include folder and suffix of the modules of each interpreter to build for."""
+    query = "import json, sysconfig as s; print(json.dumps([s.get_path('include'), s.get_config_var('EXT_SUFFIX')]))"
+    found = []
+    for python in PYTHONS or [sys.executable]:
+        try:
+            done = subprocess.run([python, "-I", "-c", query], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"pcp-mla: PCP_MLA_PYTHONS must name interpreters, got {python!r} ({error})") from None
+        include, suffix = json.loads(done.stdout)
+        if not (Path(include) / "Python.h").is_file():
+            raise SystemExit(f"pcp-mla: the headers of {python} must be installed, got no Python.h in {include}")
+        found.append((include, suffix))
+    return found
+
+
+class WheelForAll(bdist_wheel):
+    """A wheel that several Pythons can install: each finds its own modules by their suffix, and any other does without."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 class CMakeBuild(build_ext):
     """All in one CMake run. The op libraries load through torch.ops.load_library and carry no Python ABI; the modules do."""
 
@@ -89,6 +114,7 @@ class CMakeBuild(build_ext):
 
         include, lib = target_torch()
         nvcc = wants_cuda()
+        includes, suffixes = zip(*target_pythons(), strict=True)
         package = HERE / "python" / "pcp_mla" if self.inplace else Path(self.build_lib).resolve() / "pcp_mla"
         package.mkdir(parents=True, exist_ok=True)
         for stale in package.glob("_native*.so"):  # what this build leaves out must not be loaded
@@ -105,9 +131,9 @@ class CMakeBuild(build_ext):
             str(build),
             f"-DPCP_MLA_TORCH_INCLUDE={include}",
             f"-DPCP_MLA_TORCH_LIB={lib}",
-            f"-DPCP_MLA_PYTHON_INCLUDE={sysconfig.get_path('include')}",
+            f"-DPCP_MLA_PYTHON_INCLUDE={';'.join(includes)}",
             f"-DPCP_MLA_PYBIND11_INCLUDE={pybind11.get_include()}",
-            f"-DPCP_MLA_PYTHON_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
+            f"-DPCP_MLA_PYTHON_SUFFIX={';'.join(suffixes)}",
             f"-DPCP_MLA_OUTPUT={package}",
             f"-DPCP_MLA_SANITIZE={'ON' if os.environ.get('PCP_MLA_SANITIZE') == '1' else 'OFF'}",
             f"-DPCP_MLA_BUILD_CUDA={'ON' if nvcc else 'OFF'}",
@@ -133,5 +159,7 @@ if os.environ.get("PCP_MLA_NATIVE", "1") == "0":
 else:
     extensions = [Extension(f"pcp_mla.{name}", sources=[]) for name in ("_native", *MODULES)]
     native = {"ext_modules": extensions, "cmdclass": {"build_ext": CMakeBuild}}
+    if PYTHONS:
+        native["cmdclass"]["bdist_wheel"] = WheelForAll
 
 setup(**native)
