@@ -19,7 +19,7 @@ from ..plan.partition import partition
 from ..testing.launch import RankError
 from .models import NAMES, build_model, make_config
 from .outcome import Work, run_stock
-from .progress import Progress
+from .progress import bar
 from .ranks import check_heads, run_ranks
 from .report import as_json, failures, format_table, make_row, make_tolerance, notes
 
@@ -129,17 +129,23 @@ def _print_head(facts: dict[str, Any]) -> None:
 
 
 def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
-    with Progress(f"building {args.model}"):
+    with (
+        bar(f"building {args.model}", 3 + len(args.pcp), "step") as done,
+        tempfile.TemporaryDirectory(prefix="pcp-mla-demo-") as folder,
+    ):
         model = build_model(args.model).to(getattr(torch, args.dtype))
-    work = Work.make(prompt, CONTINUATION, args.chunk_tokens, args.split)
-    facts = _describe(args, model, text, work)
-    _print_head(facts)
-    with tempfile.TemporaryDirectory(prefix="pcp-mla-demo-") as folder:
+        work = Work.make(prompt, CONTINUATION, args.chunk_tokens, args.split)
+        facts = _describe(args, model, text, work)
+        done.clear()
+        _print_head(facts)
+        done.update()
         model_file = os.path.join(folder, "model.pt")
-        with Progress("saving it for the ranks"):
-            torch.save(model, model_file)
-        with Progress("stock model, one process"):
-            stock, routing = run_stock(model.to("cuda") if facts["on_gpu"] else model, work)
+        done.set_description("saving it for the ranks")
+        torch.save(model, model_file)
+        done.update()
+        done.set_description("stock model, one process")
+        stock, routing = run_stock(model.to("cuda") if facts["on_gpu"] else model, work)
+        done.update()
         facts["continuation"] = stock.tokens
         tolerance = make_tolerance(stock, facts["layers"], facts["hidden"], getattr(torch, args.dtype))
         # The ranks map the file; this copy would be one too many.
@@ -148,8 +154,9 @@ def _run(args: argparse.Namespace, text: str, prompt: list[int]) -> int:
         torch.cuda.empty_cache()
         rows = []
         for world_size in args.pcp:
-            with Progress(f"the model under PCP, P = {world_size}"):
-                backend, results = run_ranks(world_size, model_file, work, routing)
+            done.set_description(f"under PCP, P = {world_size}")
+            backend, results = run_ranks(world_size, model_file, work, routing)
+            done.update()
             tokens = partition([work.chunk_tokens], world_size=world_size, rank=0).tokens_per_rank.tolist()
             rows.append(make_row(stock, results, backend, tokens, tolerance))
     reasons = failures(rows, tolerance)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checks import dtype_name
+from ..demo.progress import bar
 from ..demo.ranks import check_heads, on_ranks
 from ..demo.routing import rounding_share
 from ..groups import Group, group_rank, group_world_size
@@ -24,8 +24,8 @@ from .compare import Score, as_json, score, table
 from .problems import VOCABULARY, Item, evaluation_items
 
 CACHES = ("model", "fp8")
-# Where a checkout has the weights that bench/train_tiny.py made.
-MODEL = Path(__file__).resolve().parents[3] / "tests" / "data" / "arithmetic"
+# The weights that bench/train_tiny.py made.
+MODEL = Path(__file__).resolve().parents[1] / "data" / "arithmetic"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     caches = "caches to solve them with: of the model's dtype, float8, or one after the other (default: model)"
     parser.add_argument("--cache-dtype", nargs="+", choices=CACHES, default=["model"], help=caches)
     parser.add_argument("--prefix-cache", action="store_true", help="prefill the solved problems first, and share their blocks")
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="weights (default: those of the repository)")
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="weights (default: those of the package)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE as well")
 
 
@@ -69,13 +69,6 @@ def load_model(folder: Path, device: torch.device) -> Any:
     return model.to(device)
 
 
-def _bar(what: str, count: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())  # its own is for several processes, and outlives one that ends at once
-    return tqdm(total=count, desc=what, unit="problem", disable=not shown, file=sys.stderr)
-
-
 def _answers_of_rank(
     model: Any, group: Group, items: list[Item], chunk: int | None, prefix_cache: bool, split: str, cache: str
 ) -> list[Answer]:
@@ -87,8 +80,8 @@ def _answers_of_rank(
         count = min(BATCH, len(items))
         capture_graphs(model, decode_sizes=[(count, count * LONGEST)], max_requests=count)
     rank = group_rank(group)
-    with _bar(f"P = {group_world_size(group)}", len(items), rank == 0) as bar:
-        answers = list(pcp_answers(model, items, chunk, prefix_cache, bar.update))
+    with bar(f"P = {group_world_size(group)}", len(items), "problem", rank == 0) as done:
+        answers = list(pcp_answers(model, items, chunk, prefix_cache, done.update))
     return answers if rank == 0 else [Answer(answer.tokens, answer.logits[:0]) for answer in answers]
 
 
@@ -116,8 +109,8 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     print(f"problems {len(items)}, prompts of {lengths[0]} to {lengths[-1]} tokens")
     print(f"prefill  {f'in steps of {args.chunk} tokens' if args.chunk else 'in one step a batch'}", end="")
     print(f", prefix caching {'on' if args.prefix_cache else 'off'}, split {args.split}", flush=True)
-    with _bar("stock", len(items), True) as bar:
-        stock = list(stock_answers(model, items, bar.update))
+    with bar("stock", len(items), "problem") as done:
+        stock = list(stock_answers(model, items, done.update))
     largest = max((float(answer.logits.abs().max()) for answer in stock if answer.tokens), default=0.0)
     share, words = rounding_share(layers, hidden, dtype)
     tolerance = share * largest
