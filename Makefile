@@ -1,11 +1,11 @@
-# make demo | test | test-asan | test-newest | test-vllm | mutants | stress | lint | bench | bench-check: everything is set up in .venv first. PYTHON=... chooses
-# the interpreter to start from.
+# make demo | test | test-asan | test-newest | test-vllm | mutants | stress | lint | bench | bench-check | wheel | try-wheel: everything is
+# set up in .venv first. PYTHON=... chooses the interpreter to start from.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py
 
-.PHONY: demo test test-asan test-newest test-vllm mutants stress lint format bench bench-check build clean
+.PHONY: demo test test-asan test-newest test-vllm mutants stress lint format bench bench-check wheel try-wheel build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -87,6 +87,11 @@ wheel: $(VENV)/wheel
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 	    $(RUN) -m auditwheel -v repair --exclude 'libtorch*' --exclude 'libc10*' -w dist $(WHEEL)/dist/*.whl
 
+# It, in fresh environments beside several torches. TRIES="python3.12=2.11 python3.13=2.14" picks some.
+TRIES ?=
+try-wheel:
+	tests/packaging/try_wheel.sh dist/*.whl $(TRIES)
+
 build: $(VENV)/built
 
 # A torch with CUDA that the starting interpreter has is kept, and so is everything beside it; else the pinned versions are installed.
@@ -128,4 +133,4 @@ format: $(VENV)/lint
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build python/pcp_mla/*.so python/*.egg-info
+	rm -rf $(VENV) build dist python/pcp_mla/*.so python/*.egg-info
