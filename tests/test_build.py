@@ -1,10 +1,11 @@
-"""Installing: what setup.py refuses, what a wheel holds, and that a pure Python installation works."""
+"""Installing: what setup.py refuses, what sdist and wheels hold, and that what is installed from them works."""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = Path(__file__).resolve().parent / "packaging" / "installed.py"
 CUDA_LIBRARY = ROOT / "python" / "pcp_mla" / "_native_cuda.so"
 
 PURE_PYTHON = """
@@ -34,15 +36,6 @@ else:
     raise AssertionError("a backend that is not built answered")
 """
 
-NATIVE = """
-import pcp_mla
-from pcp_mla.ops import native
-assert native.status["_native"] == "", native.status
-assert native.status["_native_cuda"] != ""
-assert native.status["_planner"] == ""
-assert pcp_mla.PCPPlanner(2, 9, 2, 0).plan([4]).positions.tolist() == [0, 3]
-"""
-
 
 @pytest.fixture
 def source(tmp_path):
@@ -50,7 +43,7 @@ def source(tmp_path):
     copy = tmp_path / "source"
     for name in ("csrc", "python"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
 
@@ -104,6 +97,31 @@ def test_unknown_cuda_choice(source, bare_python):
     assert "PCP_MLA_CUDA must be auto, 1 or 0, got 'yes'" in done.stderr
 
 
+def test_unknown_python(source, bare_python):
+    pretend_torch(bare_python, "2.10.0")
+    done = build(source, bare_python, PCP_MLA_CUDA="0", PCP_MLA_PYTHONS="/nowhere/python")
+    assert done.returncode != 0
+    assert "PCP_MLA_PYTHONS must name interpreters, got '/nowhere/python'" in done.stderr
+
+
+def test_a_wheel_for_several_pythons_is_for_any(source):
+    env = {**os.environ, "PCP_MLA_PYTHONS": sys.executable}
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--skip-build"]
+    done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (source / "dist").glob("*.whl")
+    assert "-py3-none-linux" in path.name
+
+
+def sdist(source, tmp_path):
+    """The archive of sources, made by the tree's own backend."""
+    command = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path / 'sdist')!r})"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "sdist").glob("*.tar.gz")
+    return path
+
+
 def wheel(source, tmp_path, **env):
     full = {**os.environ, **env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "wheels", source]
@@ -113,13 +131,19 @@ def wheel(source, tmp_path, **env):
     return path
 
 
-def run_from_wheel(path, tmp_path, script):
+def unpack(path, tmp_path):
+    """Runs Python on what the wheel holds, away from the source tree."""
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "installed")
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    check = "import pcp_mla, sys; assert 'installed' in pcp_mla.__file__, pcp_mla.__file__\n"
-    done = subprocess.run([sys.executable, "-c", check + script], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "installed" in run("-c", "import pcp_mla; print(pcp_mla.__file__)")
+    return run
 
 
 def test_pure_python_wheel(source, tmp_path):
@@ -128,15 +152,25 @@ def test_pure_python_wheel(source, tmp_path):
     names = zipfile.ZipFile(path).namelist()
     assert "pcp_mla/data/declaration.txt" in names
     assert not [name for name in names if name.endswith(".so")]
-    run_from_wheel(path, tmp_path, PURE_PYTHON)
+    unpack(path, tmp_path)("-c", PURE_PYTHON)
 
 
-def test_native_wheel(source, tmp_path):
-    path = wheel(source, tmp_path, PCP_MLA_CUDA="0")
+@pytest.mark.timeout(900)
+def test_native_wheel_of_the_sources_archive(source, tmp_path):
+    archive = sdist(source, tmp_path)
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    files = [path.relative_to(source) for folder in ("csrc", "python/pcp_mla") for path in (source / folder).rglob("*.*")]
+    assert {str(path) for path in files} <= names
+    path = wheel(archive, tmp_path, PCP_MLA_CUDA="0")
     built = {name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert built - {f"pcp_mla/_direct{suffix}"} == {"pcp_mla/_native.so", f"pcp_mla/_planner{suffix}"}
-    run_from_wheel(path, tmp_path, NATIVE)
+    run = unpack(path, tmp_path)
+    run(INSTALLED, "_native", "_planner")
+    pytest.importorskip("transformers", minversion="5")
+    assert "PASS" in run("-m", "pcp_mla", "demo", "--pcp", "2", "--max-tokens", "32")
+    assert "PASS" in run("-m", "pcp_mla", "eval", "--pcp", "2", "--limit", "2")
 
 
 @pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without nvcc")
