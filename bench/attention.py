@@ -146,12 +146,14 @@ def run(device: str, geometries: Sequence[MLADims] = ()) -> Iterator[dict[str, A
     shapes = [(tokens, ranks, replace(DEEPSEEK, num_heads=heads)) for tokens, heads, ranks in (GPU_SHAPES if gpu else CPU_SHAPES)]
     for tokens, ranks, dims in [(*GEOMETRY_SHAPES[device], dims) for dims in geometries] or shapes:
         meta, x = inputs(tokens, dims, ranks, device)
-        result: dict[str, Any] = {"op": "attention", "tokens": tokens, **fields(dims), "P": ranks, "flops": flops(meta, dims)}
+        heads, work = dims.num_heads, flops(meta, dims)
+        result: dict[str, Any] = {"op": "attention", "tokens": tokens, "heads": heads, "P": ranks, "flops": work}
+        result |= fields(dims) if geometries else {}
         paths = (plain_paths if geometries else make_paths)(meta, x, device)
         for name, call in paths.items():
             result[name] = {"cpu_us": timing.cpu_us(call, repeats=5, calls=5 if gpu else 1)}
         for name, times in (timing.on_gpu(paths) if gpu else {}).items():
-            result[name] |= times | {"tflops": result["flops"] / times["gpu_us"] / 1e6}
+            result[name] |= times | {"tflops": work / times["gpu_us"] / 1e6}
         yield result
 
 

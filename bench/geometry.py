@@ -43,5 +43,7 @@ def fields(dims: MLADims) -> dict[str, int]:
 
 
 def name(result: dict[str, int]) -> str:
-    """Of a result's geometry, without heads."""
+    """Of a result's geometry, without heads; nothing where it says none, and DeepSeek's is meant."""
+    if "nope" not in result:
+        return ""
     return f"{result['nope']} + {result['rope']} / {result['v']}, rank {result['rank']}"

@@ -100,7 +100,8 @@ def run(device: str, geometries: Sequence[MLADims] = ()) -> Iterator[dict[str, A
         }
         for op, paths in make_paths(tokens, dims, device, backends).items():
             moved, flops = work[op]
-            result: dict[str, Any] = {"op": op, "tokens": tokens, **fields(dims), "bytes": moved, "flops": flops}
+            result: dict[str, Any] = {"op": op, "tokens": tokens, "heads": heads, "bytes": moved, "flops": flops}
+            result |= fields(dims) if geometries else {}
             if gpu:
                 result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
             less = {"apart": 2 * tokens * (heads - 1) * dims.qk_rope_head_dim, "float8": tokens * dims.latent_dim}

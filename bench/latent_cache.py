@@ -71,8 +71,7 @@ def run(device: str, geometries: Sequence[MLADims] = ()) -> Iterator[dict[str, A
         moved = 2 * 2 * tokens * dims.latent_dim
         for op, paths in make_paths(tokens, dims, device, backends).items():
             result: dict[str, Any] = {"op": op, "tokens": tokens, "width": dims.latent_dim, "bytes": moved, "flops": 0}
-            if geometries:
-                result |= fields(dims)
+            result |= fields(dims) if geometries else {}
             if gpu:
                 result |= {"copy_gbps": bandwidth, "copy_us": timing.copy_us(moved)}
             result |= timing.measure(paths, result, graph=True)
