@@ -111,7 +111,7 @@ class Layer:
         self.gathered = gathered
         exchange = LatentExchange(group, planner.max_local_tokens, dims, torch.bfloat16, device)
         self.group, self.room, self.device = group, planner.max_local_tokens, device
-        self.backend = support.choose("auto", self.q.device, torch.bfloat16, 192, 128, False, meta.max_seqlen_q, True)
+        self.backend = support.choose("auto", self.q.device, torch.bfloat16, 192, 128, False, meta.max_seqlen_q, heads)
         self.library = self.backend if support.missing("fa3", self.q.device) else "fa3"
         self.exchange: Any = exchange if group is not None else Copied(exchange, gathered)
         self.layer = MLAPrefill(dims, SCALE, self.exchange, self.backend)

@@ -64,40 +64,47 @@ def test_a_library_that_is_built_for_one_dtype(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("missing", "dtype", "widths", "listed", "longest", "apart", "wanted"),
+    ("missing", "dtype", "widths", "listed", "longest", "heads", "apart", "wanted"),
     [
-        ("", torch.bfloat16, (192, 128), False, 0, False, "cuda"),
-        ("", torch.float16, (192, 128), False, 2047, False, "cuda"),
-        ("", torch.bfloat16, (192, 128), False, 2048, False, "fa3"),
-        ("", torch.bfloat16, (192, 128), False, 4095, True, "cuda"),
-        ("", torch.bfloat16, (192, 128), False, 4096, True, "fa3"),
-        ("", torch.bfloat16, (192, 128), True, 8192, False, "cuda"),
-        ("fa3", torch.bfloat16, (192, 128), False, 8192, False, "cuda"),
-        ("cuda", torch.bfloat16, (192, 128), False, 8192, False, "fa3"),
-        ("cuda", torch.bfloat16, (192, 128), False, 2047, False, "triton"),
-        ("", torch.float32, (192, 128), False, 8192, False, "triton"),
-        ("", torch.float64, (192, 128), False, 8192, False, "torch"),
-        ("", torch.bfloat16, (128, 128), False, 8192, False, "cuda"),
-        ("", torch.bfloat16, (192, 192), False, 8192, False, "triton"),
-        ("", torch.bfloat16, (256, 256), False, 8192, False, "cuda"),
-        ("", torch.bfloat16, (64, 64), False, 0, False, "triton"),
-        ("", torch.bfloat16, (576, 512), False, 0, False, "triton"),
-        ("", torch.bfloat16, (577, 512), False, 0, False, "torch"),
-        ("cuda triton", torch.bfloat16, (128, 128), False, 0, False, "torch"),
+        ("", torch.bfloat16, (192, 128), False, 0, 16, False, "cuda"),
+        ("", torch.float16, (192, 128), False, 4095, 16, False, "cuda"),
+        ("", torch.bfloat16, (192, 128), False, 4096, 16, False, "fa3"),
+        ("", torch.bfloat16, (192, 128), False, 8191, 16, True, "cuda"),
+        ("", torch.bfloat16, (192, 128), False, 8192, 16, True, "fa3"),
+        ("", torch.bfloat16, (192, 128), False, 2048, 32, False, "fa3"),
+        ("", torch.bfloat16, (192, 128), False, 2047, 128, False, "cuda"),
+        ("", torch.bfloat16, (192, 128), False, 4096, 15, False, "cuda"),
+        ("", torch.bfloat16, (192, 128), True, 8192, 16, False, "cuda"),
+        ("fa3", torch.bfloat16, (192, 128), False, 8192, 16, False, "cuda"),
+        ("cuda", torch.bfloat16, (192, 128), False, 8192, 16, False, "fa3"),
+        ("cuda", torch.bfloat16, (192, 128), False, 4095, 16, False, "triton"),
+        ("", torch.float32, (192, 128), False, 8192, 16, False, "triton"),
+        ("", torch.float64, (192, 128), False, 8192, 16, False, "torch"),
+        ("", torch.bfloat16, (128, 64), False, 8192, 16, False, "cuda"),
+        ("", torch.bfloat16, (128, 128), False, 3072, 16, False, "fa3"),
+        ("", torch.bfloat16, (128, 128), False, 3071, 16, False, "cuda"),
+        ("", torch.bfloat16, (192, 192), False, 8192, 16, False, "triton"),
+        ("", torch.bfloat16, (256, 256), False, 4095, 16, False, "cuda"),
+        ("", torch.bfloat16, (256, 256), False, 4096, 16, False, "fa3"),
+        ("", torch.bfloat16, (256, 256), True, 8192, 16, False, "cuda"),
+        ("", torch.bfloat16, (64, 64), False, 0, 16, False, "triton"),
+        ("", torch.bfloat16, (576, 512), False, 0, 16, False, "triton"),
+        ("", torch.bfloat16, (577, 512), False, 0, 16, False, "torch"),
+        ("cuda triton", torch.bfloat16, (128, 128), False, 0, 16, False, "torch"),
     ],
 )
-def test_what_auto_takes(missing, dtype, widths, listed, longest, apart, wanted, monkeypatch):
+def test_what_auto_takes(missing, dtype, widths, listed, longest, heads, apart, wanted, monkeypatch):
     monkeypatch.setattr(support, "find", lambda backend: LIBRARY)
     monkeypatch.setattr(support, "missing", lambda name, device: "gone" if name in missing.split() else "")
-    assert support.choose("auto", torch.device("cuda", 0), dtype, *widths, listed, longest, apart) == wanted
-    assert support.choose("auto", torch.device("cpu"), dtype, *widths, listed, longest, apart) == "torch"
+    assert support.choose("auto", torch.device("cuda", 0), dtype, *widths, listed, longest, heads, apart) == wanted
+    assert support.choose("auto", torch.device("cpu"), dtype, *widths, listed, longest, heads, apart) == "torch"
 
 
 def test_a_library_of_one_dtype_leaves_the_other_to_our_own(monkeypatch):
     monkeypatch.setattr(support, "find", lambda backend: replace(LIBRARY, dtypes=(torch.bfloat16,)))
     monkeypatch.setattr(support, "missing", lambda name, device: "")
     gpu = torch.device("cuda", 0)
-    chosen = [support.choose("auto", gpu, dtype, 192, 128, False, 8192) for dtype in (torch.bfloat16, torch.half)]
+    chosen = [support.choose("auto", gpu, dtype, 192, 128, False, 8192, 16) for dtype in (torch.bfloat16, torch.half)]
     assert chosen == ["fa3", "cuda"]
 
 

@@ -153,8 +153,8 @@ CHANGES = (
     Change(
         "auto takes a library for any widths",
         "python/pcp_mla/ops/attention/support.py",
-        "ahead = (width, v_width) == _LIBRARY_WIDTHS and not listed",
-        "ahead = not listed",
+        "ahead = work is not None and not listed and",
+        "ahead = not listed and",
         "tests/test_attention_choice.py::test_what_auto_takes",
     ),
     Change(

@@ -87,19 +87,18 @@ class LayerStep:
         if heads is not None:
             check_head_exchange("MLAPrefill", heads, self.kind.dtype, meta)
             self.ranks = meta.rank_rows
-            self.backend = self._choose(self.ranks.max_seqlen_q, meta)
+            self.backend = self._choose(self.ranks.max_seqlen_q, len(range(dims.num_heads)[heads.heads]), meta)
             if split == "auto" and not shares_starts(self.backend):
                 self.ranks = heads = None
         if heads is None:
-            self.backend = self._choose(meta.max_seqlen_q, meta)
+            self.backend = self._choose(meta.max_seqlen_q, dims.num_heads, meta)
         self.heads, mine = heads, slice(0, dims.num_heads) if heads is None else heads.heads
         self.dims, self.weight_rows = some_heads(dims, mine)
 
-    def _choose(self, longest: int, meta: PCPMetadata) -> str:
-        """The backend for rows of which the longest has so many queries: of all ranks, or of this one."""
+    def _choose(self, longest: int, heads: int, meta: PCPMetadata) -> str:
+        """The backend for rows of which the longest has so many queries: of all ranks, or of this one. K is made as it wants it."""
         kind, dims = self.kind, self.kind.dims
-        widths = dims.qk_head_dim, dims.v_head_dim
-        return choose(kind.backend, meta.device, kind.dtype, *widths, False, longest, dims.qk_rope_head_dim > 0)
+        return choose(kind.backend, meta.device, kind.dtype, dims.qk_head_dim, dims.v_head_dim, False, longest, heads)
 
     def _expect(self, dims: MLADims, dtype: torch.dtype, meta: PCPMetadata) -> None:
         """Note what the usual inputs are like."""

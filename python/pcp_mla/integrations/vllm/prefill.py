@@ -112,7 +112,7 @@ class LayerPrefill:
         self._all = _Heads(self.dims, None)
         self._mine: tuple[slice, _Heads] | None = None  # of which of them
         self._quantised = impl.kv_cache_dtype in E4M3
-        self._choice: tuple[int, tuple[str, bool]] | None = None  # for the longest row of the last call
+        self._choice: tuple[tuple[int, int], tuple[str, bool]] | None = None  # for the last call's longest row and heads
 
     def workspace_width(self) -> int:
         """Numbers that a call needs at a time for each of its keys: K and V, what a module gives before K is put together, and
@@ -214,10 +214,11 @@ class LayerPrefill:
 
     def _chosen(self, q: torch.Tensor, rows: Rows) -> tuple[str, bool]:
         """The backend for such rows, and whether it takes K in two parts."""
-        dims, longest, choice = self.dims, rows.max_seqlen_q, self._choice
-        if choice is None or choice[0] != longest:
-            name = choose("auto", q.device, q.dtype, dims.qk_head_dim, dims.v_head_dim, False, longest, True)
-            choice = self._choice = longest, (name, wants_apart(name, dims.qk_nope_head_dim, dims.qk_rope_head_dim))
+        dims, work, choice = self.dims, (rows.max_seqlen_q, q.shape[1]), self._choice
+        if choice is None or choice[0] != work:
+            concat = not is_plain(self._linear)
+            name = choose("auto", q.device, q.dtype, dims.qk_head_dim, dims.v_head_dim, False, *work, concat)
+            choice = self._choice = work, (name, wants_apart(name, dims.qk_nope_head_dim, dims.qk_rope_head_dim))
         return choice[1]
 
     def _attend(

@@ -305,7 +305,7 @@ def pcp_attention(
     """
     check_attention(q, k, v, meta, softmax_scale, k_pe, kv_rows, prev, chunk, out, return_lse)
     width, v_width, listed, apart = q.shape[2], v.shape[2], kv_rows is not None, k_pe is not None
-    name = support.choose(backend, q.device, q.dtype, width, v_width, listed, meta.max_seqlen_q, apart)
+    name = support.choose(backend, q.device, q.dtype, width, v_width, listed, meta.max_seqlen_q, q.shape[1], apart)
     if backend == name == "cuda":  # under a compiler, which has no addresses, it is not
         given = out[0] if isinstance(out, tuple) else out
         refused = support.out_of_reach(q, k, v, k_pe, given, None if prev is None else prev[0])

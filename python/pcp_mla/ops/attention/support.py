@@ -80,10 +80,12 @@ SUPPORT = {
 }
 
 
-# As measured (docs/attention.md): the first that takes a call. The library is ahead, of widths 192 and 128, where rows are long: of
-# so many queries with K in one piece, and where K must first be put together for it.
+# As measured (docs/attention.md): the first that takes a call. The library is ahead by more than 1.5 % where a row has so many
+# queries and there is much to do: by widths of q and V, the queries of the longest row times heads. Twice as much of both where K
+# must first be put together for it.
 _FASTEST = ("cuda", "triton")
-_LIBRARY, _LIBRARY_WIDTHS, _LIBRARY_QUERIES, _LIBRARY_QUERIES_APART = "fa3", (192, 128), 2048, 4096
+_LIBRARY, _LIBRARY_QUERIES = "fa3", 2048
+_LIBRARY_WORK = {(192, 128): 65536, (256, 256): 65536, (128, 128): 49152}
 
 
 @functools.cache
@@ -169,11 +171,12 @@ def choose(
     v_width: int,
     listed: bool,
     longest: int = 0,
+    heads: int = 1,
     apart: bool = False,
 ) -> str:
     """The backend that does this: the named one, or with ``auto`` the fastest that there is. ``longest``: most queries of a row;
-    ``apart``: K is in two parts. Under a compiler, where looking for libraries is nothing to compile, ``auto``: on a GPU the op
-    that chooses among our own kernels when it runs.
+    ``apart``: K is there already, in two parts. Under a compiler, where looking for libraries is nothing to compile, ``auto``: on a
+    GPU the op that chooses among our own kernels when it runs.
 
     Raises:
         ValueError: no such backend.
@@ -187,8 +190,9 @@ def choose(
     if backend == "auto":
         if device.type != "cuda":
             return "torch"
-        ahead = (width, v_width) == _LIBRARY_WIDTHS and not listed
-        ahead = ahead and longest >= (_LIBRARY_QUERIES_APART if apart else _LIBRARY_QUERIES)
+        queries = longest // 2 if apart else longest
+        work = _LIBRARY_WORK.get((width, v_width))
+        ahead = work is not None and not listed and queries >= _LIBRARY_QUERIES and queries * heads >= work
         for name in (_LIBRARY, *_FASTEST) if ahead else _FASTEST:
             if not missing(name, device) and not refusal(name, dtype, width, v_width, listed):
                 return name
