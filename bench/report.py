@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .geometry import name as geometry_name
+
 ROOT = Path(__file__).resolve().parent.parent
 
 HEAD = """# Benchmarks
@@ -51,6 +53,11 @@ restore, the product and two copies."""
 
 CACHE = """576-wide bf16 latents. "Graph" is a call in a CUDA graph, L2 warm. vLLM: `concat_and_cache_mla` and
 `gather_and_maybe_dequant_cache`."""
+
+GEOMETRY = """Widths of K, k_pe and V, and the rank: DeepSeek's, GLM-4.7-Flash's, narrow K, without rope, MiniCPM3's.
+Up-projection, concat and cache: 32768 tokens; attention: 16384, P = 2, rank 0. "In GEMMs" is the up-projection over the bare
+product, with K in one piece and with `k_pe` apart (or without rope the same again), from float8 latents; µs a head is the
+fewer of the first two. FlashAttention 3: K in one piece, V padded ("+") where it takes no narrower one."""
 
 EXCHANGE = """Two all-gathers, two restores and a cache write in torch beside one packed all-gather and `write_latent_cache`, and
 beside stores to the caches of all ranks by one kernel ([peers.md](peers.md)), in a CUDA graph. The last columns are that
@@ -156,6 +163,48 @@ def attention() -> Iterator[str]:
     yield from table(f"T | heads | P | kernel | {forms} | FA3 | FA2", rows)
 
 
+def attention_cells(r: dict[str, Any]) -> list[str]:
+    """TFLOP/s of our kernel and of FlashAttention 3, and the former's share of the latter."""
+    ours = max(numbers["tflops"] for name, numbers in r.items() if name.split(" ")[0] in ("cuda", "triton"))
+    beside = next((name for name in ("fa3", "fa3 padded") if name in r), None)
+    if beside is None:
+        return [f"{ours:.0f}", "-", "-"]
+    theirs = r[beside]["tflops"]
+    return [f"{ours:.0f}", f"{theirs:.0f}{'' if beside == 'fa3' else ' +'}", f"{ours / theirs:.0%}"]
+
+
+def geometries() -> Iterator[str]:
+    """A row a geometry, from the results of its ops."""
+    yield from head("Other geometries", source("geometry_h100"), GEOMETRY)
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for r in load("geometry_h100")["results"]:
+        rows.setdefault((geometry_name(r), r["heads"]), {})[r["op"]] = r
+    cells = []
+    for (name, heads), ops in rows.items():
+        up, concat = ops["kv_up_project"], ops.get("concat_k")
+        shares = " / ".join(f"{up[path]['of_gemm']:.2f}" for path in ("auto", "apart", "float8"))
+        best = min(up[path]["gpu_us"] for path in ("auto", "apart"))
+        caches = [ops[op] for op in ("write_latent_cache", "gather_latents") if op in ops]
+        cache = [f"{r['auto']['share_of_copy']:.0%}" for r in caches] or ["-", "-"]
+        cells.append(
+            [
+                name,
+                heads,
+                us(up, "gemm,auto,apart,float8"),
+                shares,
+                f"{best / heads:.1f} / {up['float8']['gpu_us'] / heads:.1f}",
+                "-" if concat is None else f"{concat['auto']['share_of_copy']:.0%}",
+                *cache,
+                *attention_cells(ops["attention"]),
+            ]
+        )
+    yield from table(
+        "K + k_pe / V | heads | up-projection, µs, GEMM / ours / apart / float8 | in GEMMs | µs a head, bf16 / float8 "
+        "| concat, share of copy | cache write | gather | attention, TFLOP/s | FA3 | of FA3",
+        cells,
+    )
+
+
 def ranks_cells(r: dict[str, Any]) -> list[Any]:
     times = (us(r, "seed,rows,ours,peers_fa3,peers", key) for key in ("launches", "wall_us", "cpu_us"))
     return [f"{r['tokens']} ({r['requests']})", r["P"], *times, f"{r['peers']['efficiency']:.2f}"]
@@ -249,6 +298,7 @@ def lines() -> Iterator[str]:
             us(r, "torch,auto", "cpu_us"),
         ],
     )
+    yield from geometries()
     yield from section(
         "Latent cache",
         "latent_cache_h100",
