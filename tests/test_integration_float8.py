@@ -79,6 +79,10 @@ def answers(mine: Any) -> dict[str, Any]:
     prefill(mine, [text[:-2] for text in texts])
     got["decode"] = decode(mine, [text[-2] for text in texts])
     got["extend"] = extend(mine, [text[-1:] for text in texts])
+    prefix, drafts = [(0, 18), (2, 37)], [texts[0][18:], texts[2][37:]]
+    beside = {"prefix": [prefix[0], None, prefix[1]], "decodes": [True, False, True]}
+    got["drafts"] = prefill(mine, [drafts[0], texts[1], drafts[1]], **beside)
+    got["drafts alone"] = prefill(mine, drafts, prefix=prefix, decodes=[True, True])
     got["text"] = generate(mine, [texts[2]], 4)
     return got
 
@@ -96,6 +100,9 @@ def test_every_way_to_the_logits(model: Any, world: int) -> None:
         check_close(got["prefix"], torch.cat(behind))
         check_close(got["decode"], wanted[ends - 1])
         check_close(got["extend"], wanted[ends])
+        drafts = wanted[18:21], wanted[21:24], wanted[61:]
+        check_close(got["drafts"], torch.cat(drafts))
+        check_close(got["drafts alone"], torch.cat(drafts[::2]))
         assert got["text"] == [text]
 
 
