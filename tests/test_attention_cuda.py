@@ -12,7 +12,17 @@ pytestmark = pytest.mark.gpu
 
 SCALE = 0.1
 # Widths of q's first part and its rest, and of V: DeepSeek and Kimi, GLM, smaller ones; K in one piece.
-GEOMETRIES = [(128, 64, 128), (192, 64, 256), (64, 64, 128), (64, 32, 64), (64, 8, 128), (192, 0, 128), (256, 0, 256), (72, 0, 64)]
+GEOMETRIES = [
+    (128, 64, 128),
+    (192, 64, 256),
+    (64, 64, 128),
+    (64, 32, 64),
+    (64, 64, 64),
+    (64, 8, 128),
+    (192, 0, 128),
+    (256, 0, 256),
+    (72, 0, 64),
+]
 
 
 @pytest.fixture(autouse=True)
