@@ -23,7 +23,8 @@ on slow virtual machines: compare within a row. Columns of vLLM and FlashAttenti
 
 ![How near each op comes to what bounds it](img/shares.svg)"""
 
-PICTURES = {"The layer": "layer", "The layer on real ranks": "efficiency", "Inside vLLM": "ttft"}  # in docs/img
+# In docs/img; the timeline is drawn where bench/results has a trace of two ranks.
+PICTURES = {"The layer": ["layer"], "The layer on real ranks": ["efficiency", "timeline"], "Inside vLLM": ["ttft"]}
 
 LAYER = """Latents in, output in local order out, rank 0 of P played (collectives are copies of their result). "seed": the first
 implementation's way. "rows": virtual rows, keys gathered and expanded for each head and tail. Both over FlashAttention 3,
@@ -99,8 +100,9 @@ def load(file: str) -> dict[str, Any]:
 
 def head(title: str, first: str, text: str) -> Iterator[str]:
     yield from ["", f"## {title}", "", textwrap.fill(f"{first} {text}", 132, break_on_hyphens=False), ""]
-    if title in PICTURES:
-        yield from [f"![{title}](img/{PICTURES[title]}.svg)", ""]
+    for picture in PICTURES.get(title, []):
+        if (ROOT / "docs" / "img" / f"{picture}.svg").is_file():
+            yield from [f"![{title}: {picture}](img/{picture}.svg)", ""]
 
 
 def source(file: str) -> str:
