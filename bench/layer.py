@@ -187,7 +187,7 @@ class Layer:
     def work(self) -> tuple[int, int]:
         """FLOPs of the up-projection and the attention; bytes of the exchange's result, and of its way into the cache."""
         meta, dims = self.meta, self.dims
-        flops = attention.flops(meta, dims.num_heads) + 2 * meta.num_kv_tokens * self.weight.numel()
+        flops = attention.flops(meta, dims) + 2 * meta.num_kv_tokens * self.weight.numel()
         return flops, 4 * 2 * len(self.gathered) * dims.latent_dim
 
 
