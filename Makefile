@@ -81,11 +81,11 @@ $(VENV)/wheel: requirements-wheel.txt $(VENV)/ready
 	touch $@
 
 wheel: $(VENV)/wheel
-	rm -rf $(WHEEL)/lib* $(WHEEL)/dist
+	rm -rf $(WHEEL)/lib* $(WHEEL)/dist dist/*.whl
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PCP_MLA_CUDA=$${PCP_MLA_CUDA:-1} PCP_MLA_PYTHONS="$(PYTHONS)" \
 	    $(RUN) setup.py -q build -b $(WHEEL) bdist_wheel -d $(WHEEL)/dist
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
-	    $(RUN) -m auditwheel -v repair --exclude 'libtorch*' --exclude 'libc10*' -w dist $(WHEEL)/dist/*.whl
+	    $(RUN) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist $(WHEEL)/dist/*.whl
 
 # It, in fresh environments beside several torches. TRIES="python3.12=2.11 python3.13=2.14" picks some.
 TRIES ?=
