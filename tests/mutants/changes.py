@@ -1,6 +1,8 @@
 """All wrong changes."""
 
-from mutants import integration, kernels, layer, plan, verdicts
+from mutants import integration, kernels, layer, packaging, plan, verdicts
 from mutants.change import Change
 
-CHANGES: tuple[Change, ...] = plan.CHANGES + kernels.CHANGES + layer.CHANGES + integration.CHANGES + verdicts.CHANGES
+CHANGES: tuple[Change, ...] = (
+    plan.CHANGES + kernels.CHANGES + layer.CHANGES + integration.CHANGES + verdicts.CHANGES + packaging.CHANGES
+)
