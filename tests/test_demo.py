@@ -67,7 +67,8 @@ def test_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert str(text) in out
     assert "61 tokens" in out
     assert "PASS" in out
-    assert "the model under PCP, P = 2: done" in err
+    assert "under PCP, P = 2: 100%" in err
+    assert "4/4" in err
     written = json.loads(result.read_text())
     assert written["agrees"] is True
     assert written["tokens"] == 61
