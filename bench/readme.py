@@ -49,8 +49,8 @@ def replaced() -> Iterable[str]:
             "merge_states",
         ),
         (
-            "attention, 16384 tokens, 16 heads, P = 2: FlashAttention 2 / our Triton kernel / FlashAttention 3",
-            us(attention, "fa2,triton,fa3"),
+            "attention, 16384 tokens, 16 heads, P = 2: FlashAttention 2 / our Triton kernel / our CUDA kernel / FlashAttention 3",
+            us(attention, "fa2,triton,cuda,fa3"),
             "attention",
         ),
         (f"exchange and cache write, 8192 tokens, two H200s: {ways}", us(exchange, "seed,ours,peers", "graph_us"), "exchange"),
@@ -82,6 +82,22 @@ def sentences() -> Iterator[tuple[str, str]]:
         r = find("vllm_v3-4l_h200x2", case="ttft", prompt=prompt)
         return f"{r['vllm_ms'] / r['ours_ms']:.2f} times"
 
+    def planned(file: str, path: str, unit: float, batch: str | None = None) -> str:
+        every = [r[path]["cpu_us"] / unit for r in load(file)["results"] if batch in (None, r["batch"])]
+        return f"{min(every):.0f} to {max(every):.0f}" if unit == 1 else f"{min(every):.1f} to {max(every):.1f}"
+
+    batches = ("one 32k prefill", "2 x 8k prefills + 128 decodes", "256 decodes")
+    plan, in_numpy = (
+        ", ".join(planned("planner_cpu", path, unit, batch) for batch in batches) for path, unit in (("plan", 1), ("numpy", 1e3))
+    )
+    yield (
+        "README.md",
+        f"plan() takes {plan} µs for a 32k prefill, two 8k prefills with 128 decodes, 256 decodes; in NumPy {in_numpy} ms",
+    )
+    yield "README.md", f"one copy and one launch included, {planned('planner_h100', 'plan', 1)} µs"
+    (profiled,) = load("profile_h200x2")["results"]
+    seed, by_peers = ((profiled[path]["launches"], f"{profiled[path]['range_us']:.0f}") for path in ("seed", "peers"))
+    yield "README.md", f"{seed[0]} launches in {seed[1]} µs, ours in {by_peers[0]} and {by_peers[1]}"
     yield "README.md", f"an H100 at {load('layer_h100')['commit']}:"
     short = f"{ttft('vllm_v2-lite_h200x2', 1024, 8192)} at 1k and {ttft('vllm_v2-lite_h200x2', 8192, 8192)} at 8k tokens"
     long = [ttft("vllm_v2-lite_h200x2", 65536, step) for step in (8192, 32768)]

@@ -40,7 +40,7 @@ OVERLAP = """DeepSeek-V3's query projection (1536 to 128 heads of 192) and the e
 one behind the other and side by side on two streams; the kernel of a `PeerExchange` with so many multiprocessors, µs."""
 
 EVALUATION = """Exact match of the small model of `bench/train_tiny.py` on 500 word problems, bf16, as transformers' own model and
-at P ranks; "same text": answers that are the stock model's token by token."""
+at P ranks; "same text": answers that are the stock model's token by token. "fp8": over a float8 cache with a scale of 1."""
 
 RANKS = """Real ranks over NCCL: time of a layer of 16 heads on the slowest rank, calls one after another, host time of one, and
 the parallel efficiency t(1) / (P t(P)). "Collective" and "peers": ours with a `LatentExchange` and with a `PeerExchange`."""
@@ -138,7 +138,7 @@ def graphs() -> Iterator[str]:
 
 
 def evaluation() -> Iterator[str]:
-    runs = [load(file) for file in ("eval_h100", "eval_cached_h100")]
+    runs = [load(file) for file in ("eval_h100", "eval_cached_h100", "eval_fp8_h100")]
     yield from head("Accuracy", f"`python -m pcp_mla eval --pcp 1 2 4 8 --limit 500`, {runs[0]['hardware']}.", EVALUATION)
     rows = []
     for report in runs:

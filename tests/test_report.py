@@ -40,7 +40,7 @@ def test_a_number_that_is_off_is_found() -> None:
     text = (ROOT / "README.md").read_text()
     first = list(readme.layer())[2]
     assert wrong("README.md", text.replace(first, first.replace("/", "/ 1", 1))) == ["its tables"]
-    commit, ttft = (sentence for page, sentence in readme.sentences() if page == "README.md")
+    *_, commit, ttft = (sentence for page, sentence in readme.sentences() if page == "README.md")
     assert wrong("README.md", text.replace(commit, "an H100 at 1234567:")) == [commit]
     number = ttft.split()[0]
     assert wrong("README.md", text.replace(f" {number} / ", f" {number}1 / ")) == [ttft]
