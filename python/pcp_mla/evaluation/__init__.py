@@ -115,17 +115,16 @@ def _run(args: argparse.Namespace, model: Any) -> int:
     share, words = rounding_share(layers, hidden, dtype)
     tolerance = share * largest
     compare = partial(score, stock=stock, items=items, tolerance=tolerance)
-    scores, backends = [compare("stock", stock)], []
-    quantised: list[Score] = []
+    scores, quantised = [compare("stock", stock)], list[Score]()
+    backends: dict[int, str] = {}  # the same for all caches
     for cache, world_size in product(args.cache_dtype, args.pcp):
-        backend, answers = run_ranks(world_size, args.model, items, args.chunk, args.prefix_cache, args.split, cache)
+        backends[world_size], answers = run_ranks(world_size, args.model, items, args.chunk, args.prefix_cache, args.split, cache)
         if cache == "fp8":
             quantised.append(compare(f"{world_size} fp8", answers))
         else:
             scores.append(compare(str(world_size), answers))
-        backends.append(backend)
     print(f"\n{table(scores + quantised, len(items))}\n")
-    print(f"ranks    {', '.join(f'P = {p}: {b}' for p, b in zip(args.pcp, backends, strict=False))}")
+    print(f"ranks    {', '.join(f'P = {p}: {b}' for p, b in backends.items())}")
     overturned = max(s.largest_margin for s in scores)
     print(f"rounding moves a logit by at most {tolerance:.2g} = {words} x largest logit {largest:.1f}; answers may part where the")
     print(f"         stock model preferred its token by less than twice that (largest preference overturned: {overturned:.2g})")
@@ -139,7 +138,7 @@ def _run(args: argparse.Namespace, model: Any) -> int:
         failed.append(f"exact match is more than a standard error from the stock model's at P = {', '.join(s.run for s in apart)}")
     for reason in failed:
         print(f"FAIL: {reason}")
-    if not failed and (len(scores) > 1):
+    if not failed and len(scores) > 1:
         print("PASS: no answer differs by more than rounding")
     if not failed and quantised:
         print("PASS: exact match with a float8 cache is within a standard error of the stock model's")
@@ -152,7 +151,7 @@ def _run(args: argparse.Namespace, model: Any) -> int:
             "split": args.split,
             "tolerance": tolerance,
         }
-        facts["ranks"] = backends
+        facts["ranks"] = list(backends.values())
         args.json.write_text(json.dumps(facts | {"runs": as_json(scores + quantised)}, indent=1) + "\n")
     return 1 if failed else 0
 
