@@ -51,6 +51,11 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def about(hardware: str) -> dict[str, Any]:
+    """What a file of results says of its run."""
+    return {"hardware": hardware, "commit": commit(), "torch": torch.__version__, "pcp_mla": pcp_mla.__version__}
+
+
 def line(result: dict[str, Any]) -> str:
     what = f"{result['op']:14} T={result['tokens']:<6} H={result['heads']:<3} P={result['P']} {result['bytes'] / 1e6:8.1f} MB"
     return f"{what} | {timing.columns(result)}"
@@ -116,12 +121,12 @@ def main(arguments: list[str] | None = None) -> int:
     hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     slug = hardware.split()[1].lower() if device == "cuda" and " " in hardware else device
     slug += f"x{torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""
-    about: dict[str, Any] = {"hardware": hardware, "commit": commit(), "torch": torch.__version__, "pcp_mla": pcp_mla.__version__}
+    made_by = about(hardware)
     out.mkdir(parents=True, exist_ok=True)
     found: list[ratios.Ratio] = []
 
     def write(name: str, benchmark: str, results: list[dict[str, Any]]) -> None:
-        report = {"benchmark": benchmark, **about, "results": results}
+        report = {"benchmark": benchmark, **made_by, "results": results}
         file = f"{name}_{slug}.json"
         if args.check and (RESULTS / file).is_file():
             found.extend(ratios.ratios(json.loads((RESULTS / file).read_text()), report))
@@ -129,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if device == "cuda":
         ceilings = {"copy_gbps": timing.copy_gbps(), "gemm_tflops": timing.gemm_tflops()}
-        about |= ceilings
+        made_by |= ceilings
         print(", ".join(f"{name} {rate:.0f}" for name, rate in ceilings.items()))
         print("shares: of a plain copy that moves the same bytes / of the copy bandwidth of 4 GiB")
     of_geometries = []

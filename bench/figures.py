@@ -11,7 +11,7 @@ from typing import Any
 
 from . import profile
 from .readme import find
-from .report import ROOT, load
+from .report import ROOT, load, made_on
 
 Series = dict[str, list[tuple[float, float]]]
 IMAGES = ROOT / "docs" / "img"
@@ -36,9 +36,7 @@ def _rounded(value: Any) -> Any:
 
 
 def source(file: str) -> str:
-    report = load(file)
-    count = f"{file.rsplit('x', 1)[1]} " if "x" in file.rsplit("_", 1)[1] else ""
-    return f"bench/results/{file}.json: {count}{report['hardware']}, {report['commit']}"
+    return f"bench/results/{file}.json: {made_on(file)}"
 
 
 def layer() -> dict[str, Any]:

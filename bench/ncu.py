@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-import pcp_mla
 from pcp_mla import PCPMetadata
 from pcp_mla.ops.registry import availability
 
 from . import attention, fused_gather, kv_up_project, latent_cache, merge_states
-from .__main__ import commit
+from .__main__ import about
 from .geometry import DEEPSEEK
 
 # What is written, by the first of ncu's metrics that a GPU's generation has: shares of the peak, and what was moved.
@@ -133,9 +132,8 @@ def write(counted: Path, computed: Path, folder: Path) -> None:
         roofline(result, work.get(result.get("call", ""), 0))
         print(" ".join(f"{name} {x:.4g}" if isinstance(x, float) else str(x) for name, x in result.items()))
     hardware = torch.cuda.get_device_name()
-    about = {"benchmark": "ncu", "hardware": hardware, "commit": commit(), "torch": torch.__version__}
-    about |= {"pcp_mla": pcp_mla.__version__, "tokens": TOKENS, "heads": HEADS, "P": RANKS}
-    (folder / f"ncu_{hardware.split()[1].lower()}.json").write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    report = {"benchmark": "ncu", **about(hardware), "tokens": TOKENS, "heads": HEADS, "P": RANKS, "results": results}
+    (folder / f"ncu_{hardware.split()[1].lower()}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> None:

@@ -82,19 +82,18 @@ def sentences() -> Iterator[tuple[str, str]]:
         r = find("vllm_v3-4l_h200x2", case="ttft", prompt=prompt)
         return f"{r['vllm_ms'] / r['ours_ms']:.2f} times"
 
-    def planned(file: str, path: str, unit: float, batch: str | None = None) -> str:
-        every = [r[path]["cpu_us"] / unit for r in load(file)["results"] if batch in (None, r["batch"])]
-        return f"{min(every):.0f} to {max(every):.0f}" if unit == 1 else f"{min(every):.1f} to {max(every):.1f}"
+    def planned(file: str, path: str, batch: str = "", digits: int = 0, unit: float = 1.0) -> str:
+        times = [r[path]["cpu_us"] / unit for r in load(file)["results"] if batch in r["batch"]]
+        return f"{min(times):.{digits}f} to {max(times):.{digits}f}"
 
     batches = ("one 32k prefill", "2 x 8k prefills + 128 decodes", "256 decodes")
-    plan, in_numpy = (
-        ", ".join(planned("planner_cpu", path, unit, batch) for batch in batches) for path, unit in (("plan", 1), ("numpy", 1e3))
-    )
+    plan = ", ".join(planned("planner_cpu", "plan", batch) for batch in batches)
+    in_numpy = ", ".join(planned("planner_cpu", "numpy", batch, 1, 1e3) for batch in batches)
     yield (
         "README.md",
         f"plan() takes {plan} µs for a 32k prefill, two 8k prefills with 128 decodes, 256 decodes; in NumPy {in_numpy} ms",
     )
-    yield "README.md", f"one copy and one launch included, {planned('planner_h100', 'plan', 1)} µs"
+    yield "README.md", f"one copy and one launch included, {planned('planner_h100', 'plan')} µs"
     (profiled,) = load("profile_h200x2")["results"]
     seed, by_peers = ((profiled[path]["launches"], f"{profiled[path]['range_us']:.0f}") for path in ("seed", "peers"))
     yield "README.md", f"{seed[0]} launches in {seed[1]} µs, ours in {by_peers[0]} and {by_peers[1]}"

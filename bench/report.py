@@ -105,11 +105,16 @@ def head(title: str, first: str, text: str) -> Iterator[str]:
             yield from [f"![{title}: {picture}](img/{picture}.svg)", ""]
 
 
-def source(file: str) -> str:
-    """How a file's results were made."""
+def made_on(file: str) -> str:
+    """Of how many GPUs of which kind a file's results are, and of which commit."""
     report = load(file)
     count = f"{file.rsplit('x', 1)[1]} " if "x" in file.rsplit("_", 1)[1] else ""
-    return f"`python -m bench {report['benchmark']}`, {count}{report['hardware']}, {report['commit']}."
+    return f"{count}{report['hardware']}, {report['commit']}"
+
+
+def source(file: str) -> str:
+    """How a file's results were made."""
+    return f"`python -m bench {load(file)['benchmark']}`, {made_on(file)}."
 
 
 def section(title: str, file: str, text: str, columns: str, cells: Callable[[dict[str, Any]], Iterable[Any]]) -> Iterator[str]:

@@ -74,7 +74,7 @@ def test_timeline_needs_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = tmp_path / "profile_h100x2.trace.json.gz"
     file.write_bytes(gzip.compress(json.dumps(trace()).encode()))
     monkeypatch.setattr(figures, "trace_file", lambda: file)
-    monkeypatch.setattr(figures, "load", lambda name: {"hardware": "GPU", "commit": "1234567"})
+    monkeypatch.setattr(report, "load", lambda name: {"hardware": "GPU", "commit": "1234567"})
     shown = figures.timeline()
     assert shown is not None
     assert list(shown["paths"]) == ["seed path", "pcp-mla, collective", "pcp-mla, peers"]
